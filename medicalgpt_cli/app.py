@@ -1,0 +1,165 @@
+"""The `medgpt` program: its Typer app and the one place where errors become words and exit codes."""
+
+from __future__ import annotations
+
+import errno
+import importlib
+import json
+import os
+import signal
+import sys
+from typing import Annotated
+
+import typer
+
+from medicalgpt_cli import __version__
+from medicalgpt_cli.commands.bridge import command_function
+from medicalgpt_cli.commands.catalogue import COMMANDS, Command
+from medicalgpt_cli.errors import EnvironmentFailure, MedgptError, Stopped, UsageError
+from medicalgpt_cli.settings.groups import OutputSettings
+
+# Underscores in flags are accepted: people paste commands from older scripts.
+_CONTEXT = {"token_normalize_func": lambda word: word.replace("_", "-"), "help_option_names": ["-h", "--help"]}
+
+app = typer.Typer(
+    name="medgpt",
+    help="Turn medical text into an aligned medical language model, and serve it.",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings=_CONTEXT,
+)
+
+
+def _print_version(value: bool) -> None:
+    if value:
+        typer.echo(f"medgpt {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _global(
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version.", is_eager=True, callback=_print_version)
+    ] = False,
+) -> None:
+    pass
+
+
+def _register(command: Command) -> None:
+    def run(settings: OutputSettings) -> None:
+        _run(command, settings)
+
+    examples = "\n\n".join(f"  {example}" for example in command.examples)
+    app.command(
+        command.name,
+        help=(command.settings.__doc__ or "").replace("[", "\\["),
+        epilog=f"[bold]Examples[/bold]\n\n{examples}",
+        rich_help_panel=command.panel,
+        context_settings=_CONTEXT,
+        no_args_is_help=False,
+    )(command_function(command.name, command.settings, run))
+
+
+for _command in COMMANDS:
+    _register(_command)
+
+
+def _run(command: Command, settings: OutputSettings) -> None:
+    """Run a subcommand: settings in, a result (a plain dict) out."""
+    from medicalgpt_cli.engine.run.quiet import quieten
+    from medicalgpt_cli.terminal.console import TerminalObserver
+
+    quieten()
+    with TerminalObserver(quiet=settings.json) as observer:
+        result = importlib.import_module(command.module).run(settings, observer)
+    if settings.json and result is not None:
+        typer.echo(json.dumps(result, ensure_ascii=False, default=str))
+    if result and result.get("exit_code"):
+        raise typer.Exit(result["exit_code"])
+
+
+def main() -> None:
+    """Entry point: runs the app and ends with the exit code that the error asks for."""
+    _stop_on_terminate()
+    debug = "--debug" in sys.argv
+    try:
+        code = app(standalone_mode=False)
+    except MedgptError as error:
+        code = _fail(error, debug)
+    except typer.Abort:
+        code = _fail(Stopped("stopped"), debug)
+    except typer.TyperException as error:
+        code = _fail(_usage(error), debug)
+    except KeyboardInterrupt:
+        code = _fail(Stopped("stopped"), debug)
+    except BrokenPipeError:
+        # The reader of our output went away (`medgpt … | head`): nothing is wrong.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 0
+    except OSError as error:
+        code = _fail(_environment(error), debug)
+    except MemoryError:
+        code = _fail(EnvironmentFailure("out of memory", "a smaller --batch-size or --max-length helps"), debug)
+    except Exception as error:
+        code = _fail(_unexpected(error), debug)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _fail(error: MedgptError, debug: bool) -> int:
+    from medicalgpt_cli.terminal.console import print_error
+
+    if debug:
+        import traceback
+
+        traceback.print_exc()
+    print_error(error)
+    return error.exit_code
+
+
+def _usage(error: typer.TyperException) -> MedgptError:
+    message = error.message.rstrip(".") if hasattr(error, "message") else str(error)
+    near = getattr(error, "possibilities", None)
+    if near:
+        return UsageError(f"unknown option {error.option_name}", f"did you mean {', '.join(sorted(near))}?")
+    if "Did you mean" in message:
+        message, _, suggestion = message.partition(" Did you mean ")
+        return UsageError(message.rstrip(". "), f"did you mean {suggestion}")
+    text = error.format_message().rstrip(".") if hasattr(error, "format_message") else message
+    context = getattr(error, "ctx", None)
+    path = context.command_path if context else "medgpt"
+    return UsageError(text[:1].lower() + text[1:], f"see `{path} --help`")
+
+
+def _environment(error: OSError) -> MedgptError:
+    where = f" ({error.filename})" if error.filename else ""
+    if error.errno == errno.ENOSPC:
+        return EnvironmentFailure(f"the disk is full{where}", "free some space; a run goes on with --resume")
+    if isinstance(error, (FileNotFoundError, NotADirectoryError, IsADirectoryError, FileExistsError)):
+        return UsageError(f"{error.strerror}{where}", "check the path")
+    return EnvironmentFailure(f"{error.strerror or type(error).__name__}{where}", "--debug shows where")
+
+
+def _unexpected(error: Exception) -> MedgptError:
+    if "out of memory" in str(error).lower() or "can't allocate memory" in str(error).lower():
+        return EnvironmentFailure("out of memory", "a smaller --batch-size or --max-length helps")
+    # The text of a foreign exception may quote what it was working on: only --debug shows it.
+    frame = error.__traceback__
+    while frame is not None and frame.tb_next is not None:
+        frame = frame.tb_next
+    where = f"{os.path.basename(frame.tb_frame.f_code.co_filename)}:{frame.tb_lineno}" if frame else "?"  # noqa: PTH119
+    return MedgptError(f"unexpected {type(error).__name__} at {where}", "--debug shows the whole story")
+
+
+def _stop_on_terminate() -> None:
+    """SIGTERM and SIGHUP end the program by an exception, so that files are closed and locks are freed.
+
+    Training replaces these handlers by ones that save a checkpoint first.
+    """
+
+    def stop(number: int, _frame: object) -> None:
+        raise Stopped(f"stopped by {signal.Signals(number).name}", exit_code=143)
+
+    for name in ("SIGTERM", "SIGHUP"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), stop)

