@@ -68,6 +68,11 @@ _STYLES = {
     "none": (None, None, "<|endoftext|>", [], []),
 }
 
+_LLAMA3_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
 _CORPUS = [
     "What are the symptoms of diabetes? The symptoms include thirst, tiredness and weight loss.",
     "Signs and symptoms of adult leukemia include fever, feeling tired, and easy bruising or bleeding.",
@@ -99,12 +104,16 @@ def _bpe():
 
 def tiny_tokenizer(style: str = "chatml"):
     """A byte-level BPE tokenizer of under 1,500 tokens with the chat template of a family."""
-    from tokenizers import AddedToken, Tokenizer
+    from tokenizers import AddedToken, Regex, Tokenizer, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     template, bos, eos, special, added = _STYLES[style]
+    bpe = Tokenizer.from_str(_bpe())
+    if style in ("llama3", "qwen3"):  # their way of cutting text keeps line ends together
+        cut = pre_tokenizers.Split(Regex(_LLAMA3_WORDS), "isolated")
+        bpe.pre_tokenizer = pre_tokenizers.Sequence([cut, pre_tokenizers.ByteLevel(False, use_regex=False)])
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer.from_str(_bpe()),
+        tokenizer_object=bpe,
         bos_token=bos,
         eos_token=eos,
         pad_token=eos,

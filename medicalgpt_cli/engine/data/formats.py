@@ -1,0 +1,391 @@
+"""Rows to conversations: which format a row has, what its turns are, and what is done about odd ones.
+
+A row that contradicts its format ends the run with its file and line: it is a mistake to be mended. A row from
+which there is nothing to learn is skipped, counted and shown.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypedDict
+
+from medicalgpt_cli.engine.data.readers import Row, expand_sources, read_rows
+from medicalgpt_cli.engine.observer import Observer
+from medicalgpt_cli.errors import DataError
+from medicalgpt_cli.settings.fields import did_you_mean
+
+Role = Literal["system", "user", "assistant", "tool"]
+
+
+class Message(TypedDict):
+    role: Role
+    content: str
+
+
+@dataclass(frozen=True)
+class Conversation:
+    messages: tuple[Message, ...]
+    at: str  # file:line
+    id: str | None = None
+    source: str = ""
+
+
+@dataclass
+class Counts:
+    """What happened to the rows: each skipped, merged or cut one by its reason, with a few places of each."""
+
+    read: int = 0
+    used: int = 0
+    skipped: Counter[str] = field(default_factory=Counter)
+    merged: Counter[str] = field(default_factory=Counter)
+    truncated: Counter[str] = field(default_factory=Counter)
+    tokens_cut: int = 0
+    formats: dict[str, str] = field(default_factory=dict)  # file: format
+    notices: list[str] = field(default_factory=list)
+    places: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
+
+    def add_skip(self, reason: str, at: str) -> None:
+        """A row (or a conversation that was used until now) is left out."""
+        self.skipped[reason] += 1
+        self._place(reason, at)
+
+    def add_merge(self, reason: str, at: str) -> None:
+        self.merged[reason] += 1
+        self._place(reason, at)
+
+    def add_truncation(self, reason: str, at: str, tokens: int) -> None:
+        self.truncated[reason] += 1
+        self.tokens_cut += tokens
+        self._place(reason, at)
+
+    def _place(self, reason: str, at: str) -> None:
+        if len(self.places[reason]) < 5:
+            self.places[reason].append(at)
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "read": self.read,
+            "used": self.used,
+            "skipped": dict(self.skipped),
+            "merged": dict(self.merged),
+            "truncated": dict(self.truncated),
+            "tokens_cut": self.tokens_cut,
+            "formats": self.formats,
+            "notices": self.notices,
+            "places": dict(self.places),
+        }
+
+
+_ROLES: dict[str, Role] = {
+    "human": "user", "user": "user",
+    "gpt": "assistant", "assistant": "assistant", "bot": "assistant", "model": "assistant",
+    "system": "system",
+    "tool": "tool", "observation": "tool", "function": "tool",
+}  # fmt: skip
+_QUESTIONS = ("question", "query", "prompt", "instruction", "input")
+_ANSWERS = ("answer", "response", "output", "reference", "response_chosen")
+_EXPECTED = (
+    "messages, conversations, instruction + output, question + answer, prompt, text, or chosen + rejected"
+)
+
+
+def detect_format(value: Any, at: str) -> str:
+    """alpaca, sharegpt, messages, qa, preference, mcq, prompt or text.
+
+    Raises:
+        DataError: the row is no object, or its keys belong to no known format.
+    """
+    if isinstance(value, str):
+        return "text"
+    if not isinstance(value, dict):
+        raise DataError(f"a record has to be an object, this is {_kind(value)}", f"expected keys: {_EXPECTED}", at=at)
+    keys = set(value)
+    if "rejected" in keys or "response_rejected" in keys:
+        return "preference"
+    if "messages" in keys:
+        return "messages"
+    if "conversations" in keys or "conversation" in keys:
+        return "sharegpt"
+    if "instruction" in keys and "output" in keys:
+        return "alpaca"
+    if "options" in keys:
+        return "mcq"
+    if keys & set(_QUESTIONS) and keys & set(_ANSWERS) and _pair_keys(value) is not None:
+        return "qa"
+    if keys & set(_QUESTIONS):
+        return "prompt"
+    if "text" in keys:
+        return "text"
+    raise DataError(*_unknown_keys(keys), at=at)
+
+
+def load_conversations(
+    sources: Sequence[str],
+    counts: Counts,
+    observer: Observer,
+    *,
+    max_samples: int | None = None,
+) -> list[Conversation]:
+    """Conversations with at least one answer, of all sources in order; what is left out is counted.
+
+    Raises:
+        DataError: a row contradicts its format, or nothing is left.
+    """
+    found: list[Conversation] = []
+    for row in _rows(sources, counts, observer):
+        if max_samples is not None and len(found) >= max_samples:
+            break
+        counts.read += 1
+        conversation = to_conversation(row, counts)
+        if conversation is not None:
+            found.append(conversation)
+    counts.used = len(found)
+    if not found:
+        raise DataError(f"{', '.join(sources)}: no conversation to learn from", _why_nothing(counts))
+    _warn_about_duplicates(found, counts)
+    return found
+
+
+def load_prompts(sources: Sequence[str], counts: Counts, observer: Observer) -> list[Conversation]:
+    """What a model is to answer: each row up to its last user turn.
+
+    Raises:
+        DataError: a row contradicts its format, or nothing is left.
+    """
+    found = []
+    for row in _rows(sources, counts, observer):
+        counts.read += 1
+        messages, identifier = messages_of(row, counts)
+        last = max((i for i, one in enumerate(messages) if one["role"] == "user"), default=None)
+        if last is None or not messages[last]["content"].strip():
+            counts.add_skip("no question", row.at)
+            continue
+        found.append(Conversation(tuple(messages[: last + 1]), row.at, identifier, row.path))
+    counts.used = len(found)
+    if not found:
+        raise DataError(f"{', '.join(sources)}: no prompt", _why_nothing(counts))
+    return found
+
+
+def to_conversation(row: Row, counts: Counts) -> Conversation | None:
+    """The conversation of a row; None where there is nothing to learn, which is counted."""
+    if detect_format(row.value, row.at) in ("prompt", "mcq"):
+        keys = ", ".join(sorted(map(str, row.value)))
+        raise DataError(f"no answer to learn from; keys found: {keys}", f"expected: {_EXPECTED}", at=row.at)
+    messages, identifier = messages_of(row, counts)
+    messages = _join_same_role(messages, row.at, counts)
+    while messages and messages[-1]["role"] != "assistant":
+        if any(one["role"] == "assistant" for one in messages):
+            counts.add_merge("turns behind the last answer left out", row.at)
+        messages = messages[:-1]
+    if not messages:
+        counts.add_skip("no answer to learn from", row.at)
+        return None
+    if not any(one["role"] == "user" for one in messages):
+        counts.add_skip("no question in front of the answer", row.at)
+        return None
+    if any(one["role"] == "assistant" and not one["content"].strip() for one in messages):
+        counts.add_skip("an empty answer", row.at)
+        return None
+    return Conversation(tuple(messages), row.at, identifier, row.path)
+
+
+def messages_of(row: Row, counts: Counts) -> tuple[list[Message], str | None]:
+    """The turns of a row in the order they were said, and its id.
+
+    Raises:
+        DataError: the row contradicts its format.
+    """
+    value, at = row.value, row.at
+    kind = detect_format(value, at)
+    known = counts.formats.setdefault(row.path, kind)
+    if kind not in known.split(" + "):
+        counts.formats[row.path] = f"{known} + {kind}"
+    if kind == "text":
+        raise DataError(
+            "plain text has no questions and answers", "plain text is for pretraining; here conversations", at=at
+        )
+    readers = {
+        "messages": _from_messages,
+        "sharegpt": _from_sharegpt,
+        "alpaca": _from_alpaca,
+        "qa": _from_pair,
+        "prompt": _from_prompt,
+        "preference": _from_preference,
+        "mcq": _from_choice,
+    }
+    messages = readers[kind](value, at)
+    identifier = value.get("id")
+    return messages, None if identifier is None else str(identifier)
+
+
+# -- formats ---------------------------------------------------------------------------------------------------
+
+
+def _from_messages(value: dict[str, Any], at: str) -> list[Message]:
+    messages = _turns(value["messages"], "messages", "role", "content", at)
+    messages = _with_system(value, messages, at)
+    reference = next((value[key] for key in ("reference", "answer") if value.get(key)), None)
+    if reference is not None and messages and messages[-1]["role"] == "user":
+        messages.append(_message("assistant", reference, "reference", at))
+    return messages
+
+
+def _from_sharegpt(value: dict[str, Any], at: str) -> list[Message]:
+    key = "conversations" if "conversations" in value else "conversation"
+    return _with_system(value, _turns(value[key], key, "from", "value", at), at)
+
+
+def _from_alpaca(value: dict[str, Any], at: str) -> list[Message]:
+    history = value.get("history") or []
+    if not isinstance(history, list):
+        raise DataError(f"history is {_kind(history)}, not a list of pairs", "[[question, answer], …]", at=at)
+    messages: list[Message] = []
+    for pair in history:
+        if not isinstance(pair, list) or len(pair) != 2:
+            raise DataError("a history entry is not a pair", "[[question, answer], …]", at=at)
+        messages += [_message("user", pair[0], "history", at), _message("assistant", pair[1], "history", at)]
+    question = _text(value["instruction"], "instruction", at)
+    more = value.get("input")
+    if more is not None and _text(more, "input", at):
+        question = f"{question}\n{more}" if question else more
+    messages += [_message("user", question, "instruction", at), _message("assistant", value["output"], "output", at)]
+    return _with_system(value, messages, at)
+
+
+def _from_pair(value: dict[str, Any], at: str) -> list[Message]:
+    question, answer = _pair_keys(value)
+    messages = [_message("user", value[question], question, at), _message("assistant", value[answer], answer, at)]
+    return _with_system(value, messages, at)
+
+
+def _from_prompt(value: dict[str, Any], at: str) -> list[Message]:
+    key = next(key for key in _QUESTIONS if key in value)
+    return _with_system(value, [_message("user", value[key], key, at)], at)
+
+
+def _from_preference(value: dict[str, Any], at: str) -> list[Message]:
+    """The chosen answer of a preference pair is what is worth learning."""
+    chosen = "chosen" if "chosen" in value else "response_chosen"
+    if chosen not in value:
+        raise DataError("a preference pair without its chosen answer", "expected chosen and rejected", at=at)
+    if "conversations" in value:
+        messages = _from_sharegpt(value, at)
+    else:
+        messages = _from_prompt(value, at)
+    return [*messages, _message("assistant", value[chosen], chosen, at)]
+
+
+def _from_choice(value: dict[str, Any], at: str) -> list[Message]:
+    """A question with options; its answer is not a conversation."""
+    options = value["options"]
+    if not isinstance(options, dict) or not all(isinstance(one, str) for one in options.values()):
+        raise DataError("options has to be an object of texts", '{"A": "…", "B": "…"}', at=at)
+    listed = "\n".join(f"{key}. {text}" for key, text in options.items())
+    return [_message("user", f"{_text(value.get('question'), 'question', at)}\n{listed}", "question", at)]
+
+
+def _turns(turns: Any, name: str, role_key: str, text_key: str, at: str) -> list[Message]:
+    if not isinstance(turns, list):
+        raise DataError(f"{name} is {_kind(turns)}, not a list of turns", None, at=at)
+    found = []
+    for number, turn in enumerate(turns, 1):
+        if not isinstance(turn, dict):
+            raise DataError(f"turn {number} is {_kind(turn)}, not an object", None, at=at)
+        # both spellings occur in the wild, also mixed
+        role = turn.get(role_key, turn.get("role", turn.get("from")))
+        keys = [key for key in (text_key, "content", "value") if key in turn]
+        if role is None or not keys:
+            raise DataError(f"turn {number} has no {role_key if role is None else text_key}", f"keys found: {', '.join(map(str, turn))}", at=at)
+        if not isinstance(role, str) or role.lower() not in _ROLES:
+            near = did_you_mean(str(role).lower(), _ROLES)
+            hint = f"did you mean {near}?" if near else f"known roles: {', '.join(_ROLES)}"
+            raise DataError(f"turn {number} has the unknown role {str(role)[:30]!r}", hint, at=at)
+        found.append(_message(_ROLES[role.lower()], turn[keys[0]], f"turn {number}", at))
+    return found
+
+
+def _with_system(value: dict[str, Any], messages: list[Message], at: str) -> list[Message]:
+    system = value.get("system") or value.get("system_prompt")
+    if system and _text(system, "system", at).strip() and not (messages and messages[0]["role"] == "system"):
+        return [_message("system", system, "system", at), *messages]
+    return messages
+
+
+def _pair_keys(value: dict[str, Any]) -> tuple[str, str] | None:
+    question = next((key for key in _QUESTIONS if key in value), None)
+    answer = next((key for key in _ANSWERS if key in value and key != question), None)
+    return (question, answer) if question and answer else None
+
+
+def _message(role: Role, content: Any, name: str, at: str) -> Message:
+    return {"role": role, "content": _text(content, name, at)}
+
+
+def _text(value: Any, name: str, at: str) -> str:
+    if not isinstance(value, str):
+        raise DataError(f"{name} is {_kind(value)}, not text", "mend or remove this record", at=at)
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError:
+        raise DataError(f"{name} holds half a character (a lone surrogate)", "mend or remove this record", at=at) from None
+    return value
+
+
+# -- odd rows --------------------------------------------------------------------------------------------------
+
+
+def _join_same_role(messages: Iterable[Message], at: str, counts: Counts) -> list[Message]:
+    """Two user turns in a row are one; so are two answers. A system message counts only in front."""
+    joined: list[Message] = []
+    for message in messages:
+        if joined and joined[-1]["role"] == message["role"]:
+            joined[-1] = {"role": message["role"], "content": f"{joined[-1]['content']}\n{message['content']}"}
+            counts.add_merge(f"two {message['role']} turns in a row joined", at)
+        else:
+            joined.append(dict(message))
+    return joined
+
+
+def _rows(sources: Sequence[str], counts: Counts, observer: Observer) -> Iterable[Row]:
+    files, ignored = expand_sources(sources)
+    if ignored:
+        counts.notices.append(f"{len(ignored)} files of unknown kind in the folders are left out, such as {ignored[0]}")
+    for file in files:
+        task = f"reading {getattr(file, 'name', file)}"
+        observer.on_task_start(task, None, "rows")
+        number = 0
+        for number, row in enumerate(read_rows(file, notices=counts.notices), 1):
+            if number % 1000 == 0:
+                observer.on_task_advance(task, number)
+            yield row
+        observer.on_task_end(task)
+        if number == 0:
+            raise DataError(f"{getattr(file, 'name', file)}: the file holds no record", "is it the right file?")
+
+
+def _warn_about_duplicates(found: Sequence[Conversation], counts: Counts) -> None:
+    distinct = len({tuple((one["role"], one["content"]) for one in c.messages) for c in found})
+    if distinct < len(found):
+        counts.notices.append(f"{len(found) - distinct} of {len(found)} conversations repeat another one")
+
+
+def _why_nothing(counts: Counts) -> str:
+    if counts.skipped:
+        return "; ".join(f"{number} skipped: {reason}" for reason, number in counts.skipped.most_common(3))
+    return "the files are empty"
+
+
+def _unknown_keys(keys: set[str]) -> tuple[str, str]:
+    known = ("messages", "conversations", "instruction", "output", "question", "answer", "prompt", "text", "chosen")
+    shown = ", ".join(sorted(map(str, keys))[:8])
+    near = [(key, did_you_mean(str(key), known)) for key in sorted(map(str, keys))]
+    guess = "; ".join(f"did you mean {b} for {a}?" for a, b in near if b and a != b)
+    return f"no known format has these keys: {shown or 'none'}", guess or f"expected: {_EXPECTED}"
+
+
+def _kind(value: Any) -> str:
+    names = {type(None): "null", bool: "a truth value", int: "a number", float: "a number", str: "text", list: "a list", dict: "an object"}
+    return names.get(type(value), type(value).__name__)

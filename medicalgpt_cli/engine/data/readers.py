@@ -1,0 +1,419 @@
+"""Files to rows: every container and encoding that is accepted, and a clear word about each that is not.
+
+A row keeps its file and line, so that whatever is wrong with it later can be named. No message quotes what a
+row says: it may be about a patient.
+"""
+
+from __future__ import annotations
+
+import codecs
+import csv
+import gzip
+import io
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from medicalgpt_cli.errors import DataError
+
+SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".txt", ".md")
+COMPRESSIONS = (".gz", ".zst")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One record: `value` is an object of a JSON file, a table row, or a piece of text."""
+
+    path: str
+    line: int  # the line in a text file, the record's number in an array or a table; from 1
+    value: Any
+
+    @property
+    def at(self) -> str:
+        return f"{self.path}:{self.line}"
+
+
+@dataclass(frozen=True)
+class HubDataset:
+    """A data set of the Hugging Face hub, `owner/name` or `owner/name:split`."""
+
+    name: str
+    split: str
+
+
+def expand_sources(sources: Sequence[str]) -> tuple[list[Path | HubDataset], list[str]]:
+    """Files of the named files, folders and hub data sets, in a fixed order.
+
+    Returns:
+        The files, and the names of files in folders that are of no known kind.
+
+    Raises:
+        DataError: a path does not exist, or a folder holds nothing that can be read.
+    """
+    found: list[Path | HubDataset] = []
+    ignored: list[str] = []
+    for source in sources:
+        path = Path(source)
+        if path.is_dir():
+            inside = sorted(file for file in path.rglob("*") if file.is_file() and not _is_hidden(file, path))
+            known = [file for file in inside if _kind(file)]
+            ignored += [str(file) for file in inside if not _kind(file)]
+            if not known:
+                raise DataError(f"{source}: no data file in this folder", f"known endings: {', '.join(SUFFIXES)}")
+            found += known
+        elif path.exists():
+            if not _kind(path):
+                raise DataError(f"{source}: unknown ending", f"known endings: {', '.join(SUFFIXES)}, also .gz, .zst")
+            found.append(path)
+        elif _looks_like_hub_name(source):
+            name, _, split = source.partition(":")
+            found.append(HubDataset(name, split or "train"))
+        else:
+            raise DataError(f"{source}: no such file or folder", _nearest(path))
+    return found, ignored
+
+
+def read_rows(source: Path | HubDataset, *, text_unit: str = "line", notices: list[str] | None = None) -> Iterator[Row]:
+    """The rows of one file, read as a stream.
+
+    Args:
+        text_unit: what a document of a text file is: "line", "block" (between blank lines) or "file".
+        notices: takes a line for each thing worth knowing (an encoding other than UTF-8).
+
+    Raises:
+        DataError: what is wrong, with the file and line.
+    """
+    if isinstance(source, HubDataset):
+        yield from _hub_rows(source)
+        return
+    kind = _kind(source)
+    if kind == ".parquet":
+        yield from _parquet_rows(source)
+    elif kind in (".csv", ".tsv"):
+        yield from _table_rows(source, "\t" if kind == ".tsv" else ",", notices)
+    elif kind in (".txt", ".md"):
+        yield from _text_rows(source, text_unit)
+    else:
+        yield from _json_rows(source)
+
+
+# -- kinds of files --------------------------------------------------------------------------------------------
+
+
+def _json_rows(path: Path) -> Iterator[Row]:
+    """JSON lines, or one array or object over the whole file."""
+    with _open(path) as file:
+        first = _first_character(path, file)
+    if first == b"[":
+        yield from _array_rows(path)
+        return
+    whole_file = _kind(path) == ".json"
+    for line, text in _lines(path):
+        if not text.strip():
+            continue
+        try:
+            value = _parse(text)
+        except DataError as problem:
+            if whole_file and line == 1:  # an object that runs over several lines
+                yield from _object_rows(path)
+                return
+            raise DataError(problem.message, problem.hint, at=f"{path}:{line}") from None
+        if isinstance(value, list) and whole_file:
+            value = value[0] if len(value) == 1 else value
+        yield Row(str(path), line, value)
+
+
+def _array_rows(path: Path) -> Iterator[Row]:
+    text = "\n".join(text for _, text in _lines(path))
+    try:
+        values = _parse(text)
+    except DataError as problem:
+        # JSON lines whose first line is a list are an odd row, not an array.
+        first = text.split("\n", 1)[0]
+        line = problem.line or 1
+        if line > 1 and _is_json(first):
+            raise DataError("a line of this file is a list, not an object", problem.hint, at=f"{path}:1") from None
+        raise DataError(problem.message, problem.hint, at=f"{path}:{line}") from None
+    for number, value in enumerate(values, 1):
+        yield Row(str(path), number, value)
+
+
+def _object_rows(path: Path) -> Iterator[Row]:
+    text = "\n".join(text for _, text in _lines(path))
+    try:
+        value = _parse(text)
+    except DataError as problem:
+        raise DataError(problem.message, problem.hint, at=f"{path}:{problem.line or 1}") from None
+    inner = value.get("data") if isinstance(value, dict) else None
+    for number, one in enumerate(inner if isinstance(inner, list) else [value], 1):
+        yield Row(str(path), number, one)
+
+
+def _text_rows(path: Path, unit: str) -> Iterator[Row]:
+    block: list[str] = []
+    began = 1
+    for line, text in _lines(path):
+        if unit == "line":
+            if text.strip():
+                yield Row(str(path), line, text)
+        elif unit == "block" and not text.strip():
+            if block:
+                yield Row(str(path), began, "\n".join(block))
+            block = []
+        else:
+            began = line if not block else began
+            block.append(text)
+    if block and any(text.strip() for text in block):
+        yield Row(str(path), began, "\n".join(block))
+
+
+def _table_rows(path: Path, delimiter: str, notices: list[str] | None) -> Iterator[Row]:
+    encoding = _table_encoding(path)
+    if encoding != "utf-8-sig" and notices is not None:
+        notices.append(f"{path}: read as {encoding.upper()}, because it is not UTF-8")
+    csv.field_size_limit(64 * 1024 * 1024)
+    with _open(path) as raw:
+        reader = csv.DictReader(io.TextIOWrapper(raw, encoding=encoding, newline=""), delimiter=delimiter, strict=True)
+        try:
+            for row in reader:
+                if None in row or None in row.values():
+                    raise DataError(
+                        f"{len(row)} columns were expected, this row has another number",
+                        "a text with commas or line ends has to stand in double quotes",
+                        at=f"{path}:{reader.line_num}",
+                    )
+                yield Row(str(path), reader.line_num, row)
+        except csv.Error as problem:
+            raise DataError(f"not a valid table ({problem})", "check the quotes", at=f"{path}:{reader.line_num}") from None
+
+
+def _parquet_rows(path: Path) -> Iterator[Row]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        table = pyarrow.parquet.ParquetFile(path)
+        number = 0
+        for batch in table.iter_batches(batch_size=1024):
+            for value in batch.to_pylist():
+                number += 1
+                yield Row(str(path), number, value)
+    except (pyarrow.ArrowInvalid, OSError):
+        raise DataError("not a Parquet file", "was the download complete?", at=str(path)) from None
+
+
+def _hub_rows(source: HubDataset) -> Iterator[Row]:
+    import datasets
+
+    try:
+        data = datasets.load_dataset(source.name, split=source.split)
+    except Exception as problem:
+        raise DataError(
+            f"{source.name}: no such file, and the hub data set cannot be loaded ({type(problem).__name__})",
+            "check the path; offline, only data sets that are in the cache can be used",
+        ) from None
+    for number, value in enumerate(data, 1):
+        yield Row(source.name, number, value)
+
+
+# -- bytes to text ---------------------------------------------------------------------------------------------
+
+_MAGIC = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "Zstandard", b"PK\x03\x04": "ZIP", b"PAR1": "Parquet"}
+
+
+@contextmanager
+def _open(path: Path) -> Iterator[IO[bytes]]:
+    """The file's bytes, unpacked where its name says that it is packed."""
+    suffix = path.suffix.lower()
+    try:
+        if suffix == ".zst":
+            import zstandard
+
+            with path.open("rb") as raw, zstandard.ZstdDecompressor().stream_reader(raw) as file:
+                yield io.BufferedReader(file)
+        elif suffix == ".gz":
+            with gzip.open(path, "rb") as file:
+                yield file
+        else:
+            with path.open("rb") as file:
+                yield file
+    except (gzip.BadGzipFile, EOFError) as problem:
+        word = "is cut short" if isinstance(problem, EOFError) else "is not a gzip file"
+        raise DataError(f"the file {word}", "was the download complete?", at=str(path)) from None
+    except OSError as problem:
+        if isinstance(problem, FileNotFoundError | PermissionError | IsADirectoryError):
+            raise DataError(f"{problem.strerror}", "check the path", at=str(path)) from None
+        raise
+
+
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    """(number, text) of each line, strictly UTF-8. Only a line feed ends a line: U+2028 may stand in a text."""
+    with _open(path) as file:
+        for number, raw in enumerate(file, 1):
+            at = f"{path}:{number}"
+            if number == 1:
+                _refuse_other_kinds(path, raw)
+            if raw.startswith(codecs.BOM_UTF8):
+                raw = raw[3:]  # also where two files were joined
+            if b"\x00" in raw:
+                hint = "is it UTF-16? convert it to UTF-8" if raw.count(b"\x00") > len(raw) // 4 else "a torn write?"
+                raise DataError("NUL bytes in the text", hint, at=at)
+            try:
+                text = raw.decode("utf-8")
+            except UnicodeDecodeError as problem:
+                raise DataError(
+                    f"not UTF-8 (byte {problem.start + 1} of the line){_other_encoding(raw)}",
+                    "convert the file, for example: iconv -f GB18030 -t UTF-8",
+                    at=at,
+                ) from None
+            yield number, text.rstrip("\r\n")
+
+
+def _refuse_other_kinds(path: Path, head: bytes) -> None:
+    at = f"{path}:1"
+    for magic, name in _MAGIC.items():
+        if head.startswith(magic):
+            raise DataError(f"this is a {name} file under another name", "unpack it, or give it its own ending", at=at)
+    start = head.lstrip(codecs.BOM_UTF8 + b" \t\r\n")[:200].lower()
+    if start.startswith((b"<!doctype html", b"<html")):
+        raise DataError("this is a web page, not data", "the download saved an error page?", at=at)
+    if start.startswith(b"version https://git-lfs"):
+        raise DataError("this is a Git LFS pointer, not the data", "fetch the data: git lfs pull", at=at)
+    control = sum(byte < 9 or 13 < byte < 32 for byte in head[:1024])
+    if control and b"\x00" in head[:1024] and control > len(head[:1024]) // 20 and not _looks_utf16(head):
+        raise DataError("this is a binary file, not text", "check the path", at=at)
+
+
+def _looks_utf16(head: bytes) -> bool:
+    sample = head[:1024]
+    return sample.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or max(
+        sample[0::2].count(0), sample[1::2].count(0)
+    ) > len(sample) // 4
+
+
+def _other_encoding(raw: bytes) -> str:
+    try:
+        text = raw.decode("gb18030")
+    except UnicodeDecodeError:
+        return ""
+    chinese = sum("\u4e00" <= char <= "\u9fff" for char in text)
+    return "; it reads as GBK / GB18030" if chinese * 4 > len(text) else ""
+
+
+def _table_encoding(path: Path) -> str:
+    """utf-8-sig or gb18030, by reading the table once: exports of Chinese spreadsheets are often the latter."""
+    with _open(path) as file:
+        _refuse_other_kinds(path, file.readline())
+    for encoding in ("utf-8-sig", "gb18030"):
+        decoder = codecs.getincrementaldecoder(encoding)()
+        try:
+            with _open(path) as file:
+                while piece := file.read(1 << 20):
+                    decoder.decode(piece)
+                decoder.decode(b"", final=True)
+            return encoding
+        except UnicodeDecodeError:
+            continue
+    raise DataError("neither UTF-8 nor GB18030", "save the table as UTF-8", at=str(path))
+
+
+# -- JSON ------------------------------------------------------------------------------------------------------
+
+
+class _NotJson(DataError):
+    """A DataError that knows the line inside the text it was given."""
+
+    line: int | None = None
+
+
+def _parse(text: str) -> Any:
+    try:
+        return json.loads(text, parse_constant=_no_constant, object_pairs_hook=_no_duplicates)
+    except json.JSONDecodeError as problem:
+        error = _NotJson(f"not valid JSON (column {problem.colno})", _json_hint(text, problem.pos))
+        error.line = problem.lineno
+    except RecursionError:
+        error = _NotJson("nested too deeply", "a record is an object of texts, not a tree")
+        error.line = None
+    except _DuplicateKey as problem:
+        error = _NotJson(f"the key {problem.args[0]!r} stands twice", "keep one of them")
+        error.line = None
+    except _Constant as problem:
+        error = _NotJson(f"{problem.args[0]} is not JSON", "write null or leave the field out")
+        error.line = None
+    raise error from None
+
+
+class _DuplicateKey(Exception):
+    pass
+
+
+class _Constant(Exception):
+    pass
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        keys = [key for key, _ in pairs]
+        raise _DuplicateKey(next(key for key in keys if keys.count(key) > 1))
+    return found
+
+
+def _no_constant(name: str) -> Any:
+    raise _Constant(name)
+
+
+def _is_json(text: str) -> bool:
+    try:
+        _parse(text)
+    except DataError:
+        return False
+    return True
+
+
+def _json_hint(text: str, position: int) -> str:
+    near = text[max(position - 1, 0) : position + 1]
+    if any(quote in text[:50] for quote in "“”＂"):
+        return "full-width quotes: JSON needs the plain double quote"
+    if text.lstrip()[:2] in ("{'", "['"):
+        return "single quotes: this looks like a Python dict; JSON needs double quotes"
+    if "," in near and any(end in text[position : position + 2] for end in "}]"):
+        return "a comma before a closing bracket?"
+    return "is the line cut short?" if position >= len(text.rstrip()) - 1 else "one JSON object a line"
+
+
+# -- paths -----------------------------------------------------------------------------------------------------
+
+
+def _kind(path: Path) -> str | None:
+    """The ending that decides how a file is read; None for one that is not known."""
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    if suffixes and suffixes[-1] in COMPRESSIONS:
+        suffixes.pop()
+    return suffixes[-1] if suffixes and suffixes[-1] in SUFFIXES else None
+
+
+def _is_hidden(file: Path, root: Path) -> bool:
+    return any(part.startswith(".") for part in file.relative_to(root).parts)
+
+
+def _looks_like_hub_name(source: str) -> bool:
+    name = source.partition(":")[0]
+    return name.count("/") == 1 and not Path(source).suffix and not Path(name.split("/")[0]).exists() and name[0] not in "./~"
+
+
+def _nearest(path: Path) -> str:
+    from medicalgpt_cli.settings.fields import did_you_mean
+
+    folder = path.parent if path.parent.is_dir() else None
+    near = did_you_mean(path.name, [file.name for file in folder.iterdir()]) if folder else None
+    return f"did you mean {folder / near}?" if near else "check the path"
+
+
+def _first_character(path: Path, file: IO[bytes]) -> bytes:
+    head = file.read(4096)
+    return head.lstrip(codecs.BOM_UTF8 + b" \t\r\n")[:1]

@@ -1,0 +1,312 @@
+"""From messages to token ids and a loss mask: the one place where a chat template meets a tokenizer.
+
+Training and inference share `encode_prompt`, so each answer is learnt behind exactly the tokens that it will
+see when the model is used.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from jinja2.exceptions import TemplateError
+from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+from medicalgpt_cli.engine.data.formats import Conversation, Counts, Message
+from medicalgpt_cli.errors import UsageError
+
+IGNORED = -100
+# A character that no text should hold (Unicode noncharacter); stands inside a defused special token.
+_GUARD = "\ufdd0"
+
+
+@dataclass
+class Example:
+    """What a model trains on: `labels[t]` is `input_ids[t]` where a loss falls, and -100 elsewhere."""
+
+    input_ids: list[int]
+    labels: list[int]
+    at: str  # file:line
+    id: str | None = None
+
+
+# -- prompts ---------------------------------------------------------------------------------------------------
+
+
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> list[int]:
+    """Token ids of a conversation up to where the model's answer begins.
+
+    Spellings of special tokens inside a message are encoded as plain text: a patient who types
+    `<|im_end|>` ends no turn.
+
+    Raises:
+        UsageError: the tokenizer has no chat template, or the template refuses the conversation.
+    """
+    return _encode(tokenizer, _render(tokenizer, messages, generation=True))
+
+
+def encode_raw(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Token ids of plain text, with the start token where the tokenizer sets one."""
+    start = tokenizer("")["input_ids"][:1]
+    end = [tokenizer.eos_token_id]
+    return ([] if start == end else start) + _encode(tokenizer, _defuse(tokenizer, text))
+
+
+def stop_token_ids(
+    tokenizer: PreTrainedTokenizerBase, generation_config: GenerationConfig | None = None
+) -> list[int]:
+    """Tokens that end an answer: the tokenizer's end token, the template's end of turn, the model's own."""
+    found = {tokenizer.eos_token_id}
+    configured = getattr(generation_config, "eos_token_id", None)
+    found.update(configured if isinstance(configured, list) else [configured])
+    if tokenizer.chat_template:
+        found.add(_end_of_turn(tokenizer))
+    return sorted(token for token in found if token is not None)
+
+
+def fit_history(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], budget: int
+) -> tuple[list[Message], int]:
+    """Drop the oldest exchanges until the prompt fits `budget` tokens; a system message stays.
+
+    Returns:
+        The messages that are left and how many were dropped. The newest user message always stays,
+        also where it alone is too long: the caller decides about that.
+    """
+    kept = list(messages)
+    first = 1 if kept and kept[0]["role"] == "system" else 0
+    while len(encode_prompt(tokenizer, kept)) > budget:
+        later_users = [i for i in range(first + 1, len(kept)) if kept[i]["role"] == "user"]
+        if not later_users:
+            break
+        del kept[first : later_users[0]]
+    return kept, len(messages) - len(kept)
+
+
+# -- training --------------------------------------------------------------------------------------------------
+
+
+def render_conversation(
+    tokenizer: PreTrainedTokenizerBase, conversation: Conversation, max_length: int, counts: Counts
+) -> list[Example]:
+    """Examples of a conversation, with the loss on every assistant turn and its end token.
+
+    One example holds all turns if the template only ever appends. Where it rewrites what was said before
+    (strips reasoning, moves the system message), each assistant turn becomes an example of its own.
+    What does not fit `max_length` loses its oldest exchanges; all of that is counted in `counts`.
+    """
+    try:
+        turns = _turns(tokenizer, conversation.messages)
+    except UsageError:
+        if tokenizer.chat_template is None:
+            raise
+        counts.add_skip("the chat template refuses this order of roles", conversation.at)
+        return []
+    if _folds_system(tokenizer, conversation.messages):
+        counts.add_merge("system message put in front of the first question", conversation.at)
+    example = _append_only(turns)
+    if example is None and len(turns) > 1:
+        counts.add_merge("one example a turn: the template renders earlier turns differently", conversation.at)
+        ends = [turn.index + 1 for turn in turns]
+        parts = [_fit_last(tokenizer, conversation.messages[:end], max_length, counts, conversation.at) for end in ends]
+    elif example is None or len(example.input_ids) > max_length:
+        parts = [_fit(tokenizer, conversation, turns, max_length, counts)]
+    else:
+        parts = [example]
+    found = [part for part in parts if part is not None]
+    for part in found:
+        part.at, part.id = conversation.at, conversation.id
+    return found
+
+
+@dataclass(frozen=True)
+class _Turn:
+    """An answer: which message it is, what stands in front of it at inference, and what is to be learnt."""
+
+    index: int
+    prompt: list[int]
+    target: list[int]
+
+
+def _turns(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> list[_Turn]:
+    """The assistant turns of a conversation. One that opens it answers nothing, and is only context."""
+    return [
+        _turn(tokenizer, messages[: index + 1])
+        for index, message in enumerate(messages)
+        if message["role"] == "assistant" and any(one["role"] == "user" for one in messages[:index])
+    ]
+
+
+def _turn(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> _Turn:
+    """The last message as a target: all that the template writes behind the prompt, up to the end of the turn."""
+    prompt_text = _render(tokenizer, messages[:-1], generation=True)
+    whole_text = _render(tokenizer, messages, generation=False)
+    prompt, whole = _encode(tokenizer, prompt_text), _encode(tokenizer, whole_text)
+    end = _end_of_turn(tokenizer)
+    if whole[: len(prompt)] == prompt:
+        target = whole[len(prompt) :]
+    elif whole_text.startswith(prompt_text):
+        # A token runs over the border: at inference the prompt ends there, so the answer begins a token anew.
+        target = _encode(tokenizer, whole_text.removeprefix(prompt_text))
+    else:
+        # The generation prompt says more than the rendered history (an empty reasoning block, say):
+        # what the model has to say after it is the answer itself.
+        target = _encode(tokenizer, _defuse(tokenizer, messages[-1]["content"]))
+    if end in target:
+        target = target[: target.index(end) + 1]
+    else:
+        target = [*target, tokenizer.eos_token_id]
+    return _Turn(len(messages) - 1, prompt, target)
+
+
+def _append_only(turns: Sequence[_Turn]) -> Example | None:
+    """All turns in one example, if each prompt begins with the prompt and answer before it; else None."""
+    if not turns:
+        return None
+    for earlier, later in zip(turns[:-1], turns[1:], strict=True):
+        said = earlier.prompt + earlier.target
+        if later.prompt[: len(said)] != said:
+            return None
+    input_ids = turns[-1].prompt + turns[-1].target
+    labels = [IGNORED] * len(input_ids)
+    for turn in turns:
+        labels[len(turn.prompt) : len(turn.prompt) + len(turn.target)] = turn.target
+    return Example(input_ids, labels, at="")
+
+
+def _fit(
+    tokenizer: PreTrainedTokenizerBase,
+    conversation: Conversation,
+    turns: Sequence[_Turn],
+    max_length: int,
+    counts: Counts,
+) -> Example | None:
+    """The newest exchanges that fit together; the oldest go first, the system message stays."""
+    messages = list(conversation.messages)
+    first = 1 if messages[0]["role"] == "system" else 0
+    users = [i for i in range(first + 1, len(messages)) if messages[i]["role"] == "user"]
+    length = len(turns[-1].prompt) + len(turns[-1].target)
+    for start in users:
+        kept = [*messages[:first], *messages[start:]]
+        example = _append_only(_turns(tokenizer, kept))
+        if example is not None and len(example.input_ids) <= max_length:
+            counts.add_truncation(
+                "oldest exchanges dropped to fit --max-length", conversation.at, length - len(example.input_ids)
+            )
+            return example
+    return _fit_last(tokenizer, messages, max_length, counts, conversation.at)
+
+
+def _fit_last(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], max_length: int, counts: Counts, at: str
+) -> Example | None:
+    """The last answer behind as much of its history as fits; its own end is cut where it alone is too long."""
+    whole = _turn(tokenizer, messages)
+    question, _ = fit_history(tokenizer, messages[:-1], max_length - len(whole.target))
+    turn = _turn(tokenizer, [*question, messages[-1]])
+    lost = len(whole.prompt) - len(turn.prompt)
+    if len(turn.prompt) >= max_length:
+        counts.add_skip("the question alone fills --max-length", at)
+        return None
+    target = turn.target[: max_length - len(turn.prompt)]
+    if len(target) < len(turn.target):
+        counts.add_truncation(
+            "end of the answer cut to fit --max-length", at, lost + len(turn.target) - len(target)
+        )
+    elif lost:
+        counts.add_truncation("oldest exchanges dropped to fit --max-length", at, lost)
+    return Example(turn.prompt + target, [IGNORED] * len(turn.prompt) + target, at=at)
+
+
+# -- template and tokenizer ------------------------------------------------------------------------------------
+
+
+def _render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], *, generation: bool) -> str:
+    if not tokenizer.chat_template:
+        raise UsageError("the model has no chat template", "give one: --template chatml, alpaca, plain or a file")
+    if _folds_system(tokenizer, messages):
+        messages = _fold_system(messages)
+    plain = [{"role": one["role"], "content": _defuse(tokenizer, one["content"])} for one in messages]
+    try:
+        return tokenizer.apply_chat_template(plain, tokenize=False, add_generation_prompt=generation)
+    except (TemplateError, TypeError, IndexError, KeyError):
+        roles = ", ".join(one["role"] for one in messages[:6])
+        raise UsageError(
+            f"the chat template refuses the roles {roles}", "user and assistant have to take turns"
+        ) from None
+
+
+def _folds_system(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> bool:
+    """Whether the template has no place for the system message that `messages` begins with."""
+    return bool(messages) and messages[0]["role"] == "system" and not _known(tokenizer).takes_system
+
+
+def _fold_system(messages: Sequence[Message]) -> list[Message]:
+    system, rest = messages[0], [dict(one) for one in messages[1:]]
+    for one in rest:
+        if one["role"] == "user":
+            one["content"] = f"{system['content']}\n\n{one['content']}"
+            return rest
+    return [{"role": "user", "content": system["content"]}, *rest]
+
+
+def _end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    return _known(tokenizer).end_of_turn
+
+
+@dataclass(frozen=True)
+class _Known:
+    """What a template does, found by using it, so that no list of model families is needed."""
+
+    template: str
+    takes_system: bool
+    end_of_turn: int | None
+    special: re.Pattern[str] | None
+
+
+def _known(tokenizer: PreTrainedTokenizerBase) -> _Known:
+    cached = getattr(tokenizer, "_medgpt_known", None)
+    if cached is None or cached.template != tokenizer.chat_template:
+        cached = _find_out(tokenizer)
+        tokenizer._medgpt_known = cached
+    return cached
+
+
+def _find_out(tokenizer: PreTrainedTokenizerBase) -> _Known:
+    spellings = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    spellings = sorted({one for one in spellings if one}, key=len, reverse=True)
+    special = re.compile("|".join(map(re.escape, spellings))) if spellings else None
+    if not tokenizer.chat_template:
+        return _Known("", True, tokenizer.eos_token_id, special)
+
+    def render(*messages: tuple[str, str]) -> str:
+        try:
+            return tokenizer.apply_chat_template(
+                [{"role": role, "content": content} for role, content in messages], tokenize=False
+            )
+        except (TemplateError, TypeError, IndexError, KeyError):
+            return ""
+
+    takes_system = "Zq7" in render(("system", "Zq7"), ("user", "a"))
+    # The end of a turn is the first special token behind an answer.
+    behind = render(("user", "a"), ("assistant", "Zq7")).rpartition("Zq7")[2]
+    ids = _encode_piece(tokenizer, behind)
+    specials = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    end = next((one for one in ids if one in specials), tokenizer.eos_token_id)
+    return _Known(tokenizer.chat_template, takes_system, end, special)
+
+
+def _defuse(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
+    """Put a guard inside every spelling of a special token, so that the tokenizer does not see it as one."""
+    special = _known(tokenizer).special
+    return special.sub(lambda match: match[0][0] + _GUARD + match[0][1:], text) if special else text
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Token ids of rendered text; the guards of `_defuse` fall away."""
+    return [token for piece in text.split(_GUARD) for token in _encode_piece(tokenizer, piece)]
+
+
+def _encode_piece(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] if text else []
