@@ -129,7 +129,7 @@ class DataSettings(Settings):
 
     def check(self) -> None:
         super().check()
-        if not self.train_data:
+        if not self.train_data and getattr(self, "resume", None) is None:  # a resumed run knows its data
             raise UsageError(
                 "--train-data is missing",
                 "name a file, a folder or a hub data set; `medgpt data FILE` shows what a file holds",

@@ -20,7 +20,12 @@ from medicalgpt_cli.settings.groups import (
 
 
 @dataclass(frozen=True, kw_only=True)
-class SftSettings(RunSettings, OptimSettings, AdapterSettings, DataSettings, ModelSettings):
+class TrainSettings(RunSettings, OptimSettings, AdapterSettings, DataSettings, ModelSettings):
+    """What all training commands share."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SftSettings(TrainSettings):
     """Instruction tuning, single- and multi-turn."""
 
     panel: ClassVar[str] = "Instruction tuning"

@@ -1,0 +1,93 @@
+"""LoRA adapters: made over a base, continued, combined, saved as one ordinary PEFT adapter."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import set_seed
+
+from medicalgpt_cli.errors import UsageError
+from medicalgpt_cli.settings.fields import did_you_mean
+from medicalgpt_cli.settings.groups import AdapterSettings
+
+
+def lora_config(model: Any, adapter: AdapterSettings) -> Any:
+    """PEFT's configuration of an adapter over `model`.
+
+    Raises:
+        UsageError: `--target-modules` names a layer that the model does not have.
+    """
+    from peft import LoraConfig
+
+    return LoraConfig(
+        r=adapter.lora_rank,
+        lora_alpha=adapter.lora_alpha,
+        lora_dropout=adapter.lora_dropout,
+        target_modules=_targets(model, adapter.target_modules),
+        use_dora=adapter.dora,
+        use_rslora=adapter.rslora,
+        task_type="CAUSAL_LM",
+    )
+
+
+def add_adapter(model: Any, adapter: AdapterSettings, *, seed: int) -> Any:
+    """Freeze `model` and put a new trainable adapter over it; it starts as the identity.
+
+    Returns:
+        A PeftModel whose adapter weights are fp32, whatever the base's format.
+    """
+    from peft import get_peft_model
+
+    set_seed(seed)  # the same seed gives the same initial adapter, whatever was drawn before
+    wrapped = get_peft_model(model, lora_config(model, adapter))
+    for weight in wrapped.parameters():
+        if weight.requires_grad and weight.dtype != torch.float32:
+            weight.data = weight.data.float()
+    return wrapped
+
+
+def different_shape(folder: Path, adapter: AdapterSettings) -> dict[str, Any]:
+    """Settings in which an adapter on disk differs from `adapter`: field name to the adapter's own value."""
+    config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    own = {
+        "lora_rank": config["r"],
+        "lora_alpha": config["lora_alpha"],
+        "dora": config.get("use_dora", False),
+        "rslora": config.get("use_rslora", False),
+    }
+    return {name: value for name, value in own.items() if getattr(adapter, name) != value}
+
+
+def save_adapter(model: Any, folder: Path, base: str) -> None:
+    """Write the adapter as safetensors with the base that it belongs to.
+
+    Args:
+        base: the original base model: a hub name, or a folder (written as an absolute path).
+    """
+    path = Path(base)
+    model.peft_config["default"].base_model_name_or_path = str(path.resolve()) if path.exists() else base
+    model.peft_config["default"].inference_mode = True
+    model.save_pretrained(folder, safe_serialization=True, selected_adapters=["default"])
+    (folder / "README.md").unlink(missing_ok=True)  # PEFT's model card template says nothing
+
+
+def _targets(model: Any, named: tuple[str, ...]) -> str | list[str]:
+    if named == ("all",):
+        return "all-linear"  # every linear layer but the output head, found by PEFT
+    if "all" in named:
+        raise UsageError("--target-modules all goes alone", "name layers, or all")
+    known = {
+        name.rpartition(".")[2]
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear | torch.nn.Embedding)
+    }
+    paths = [name for name, _ in model.named_modules()]
+    for name in named:
+        if name not in known and not any(path.endswith("." + name) for path in paths):
+            near = did_you_mean(name, known)
+            hint = f"did you mean {near}?" if near else f"this model has: {', '.join(sorted(known))}"
+            raise UsageError(f"--target-modules {name}: the model has no such layer", hint)
+    return list(named)

@@ -1,0 +1,236 @@
+"""Weights and tokenizer into memory: the device, the number format, and what is refused."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+
+from medicalgpt_cli.engine.model.references import ModelReference, ResolvedModel
+from medicalgpt_cli.engine.model.tokenizer import apply_template, check_fingerprint
+from medicalgpt_cli.engine.observer import Observer
+from medicalgpt_cli.errors import EnvironmentFailure, UnsafeRefused, UsageError
+from medicalgpt_cli.settings.groups import DeviceSettings, ModelSettings
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def choose_device(device: DeviceSettings) -> torch.device:
+    """The first device that a command uses.
+
+    Raises:
+        EnvironmentFailure: `--gpus` names a device that is not there.
+    """
+    if device.gpu_numbers:
+        present = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        missing = [number for number in device.gpu_numbers if number >= present]
+        if missing:
+            raise EnvironmentFailure(
+                f"--gpus {device.gpus}: there is no device {missing[0]} ({present} GPUs are visible)",
+                "--use-cpu runs without a GPU; `medgpt env` shows what is visible",
+            )
+        return torch.device("cuda", device.gpu_numbers[0])
+    if not device.use_cpu and torch.cuda.is_available():
+        return torch.device("cuda", 0)
+    return torch.device("cpu")
+
+
+def choose_dtype(device: DeviceSettings, torch_device: torch.device) -> torch.dtype:
+    """The number format of weights in memory.
+
+    `auto` is bf16 on a GPU that computes it natively (fp16 on an older one) and fp32 on a processor: there
+    bf16 is slow without special instructions, and fp32 keeps greedy answers independent of the batch.
+    """
+    if device.dtype != "auto":
+        return _DTYPES[device.dtype]
+    if torch_device.type != "cuda":
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.get_device_capability(torch_device)[0] >= 8 else torch.float16
+
+
+def load_tokenizer(
+    model: ModelSettings, resolved: ResolvedModel, observer: Observer | None = None
+) -> PreTrainedTokenizerBase:
+    """The tokenizer with a chat template and a padding token.
+
+    Raises:
+        UsageError: there is none, or it is not the one that the adapter was trained with.
+    """
+    tokenizer = _read_tokenizer(resolved.tokenizer)
+    notice = apply_template(tokenizer, model.template)
+    if notice and observer:
+        observer.on_notice(notice)
+    if tokenizer.eos_token_id is None:
+        raise UsageError(f"{resolved.label}: the tokenizer has no end-of-text token", "medgpt needs one to end answers")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token  # never masked by its id: only by position
+    for place in (resolved.adapter, resolved.base):
+        if place is not None and place.folder is not None and place.kind in ("adapter", "folder"):
+            check_fingerprint(place.folder, tokenizer)
+            break
+    return tokenizer
+
+
+def _read_tokenizer(source: str) -> PreTrainedTokenizerBase:
+    path = Path(source)
+    try:
+        if path.suffix == ".gguf":
+            return _tokenizer_from_gguf(path)
+        return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as problem:
+        raise UsageError(
+            f"{source}: the tokenizer cannot be read ({type(problem).__name__})",
+            "the folder needs tokenizer.json or tokenizer.model; --tokenizer-path names another one",
+        ) from None
+
+
+def _tokenizer_from_gguf(path: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer inside a GGUF file, with what the conversion loses put back."""
+    from gguf import GGUFReader
+    from tokenizers import pre_tokenizers
+
+    tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    field = GGUFReader(path).get_field("tokenizer.ggml.pre")
+    if field is not None and bytes(field.parts[field.data[0]]).decode() == "smollm":
+        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Digits(individual_digits=True),
+                pre_tokenizers.ByteLevel(add_prefix_space=False),
+            ]
+        )
+    config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+    tokenizer.model_max_length = getattr(config, "max_position_embeddings", None) or tokenizer.model_max_length
+    return tokenizer
+
+
+def load_model(
+    model: ModelSettings,
+    resolved: ResolvedModel,
+    *,
+    trainable: bool = False,
+    observer: Observer | None = None,
+) -> Any:
+    """The base with its adapter, in evaluation mode; without gradients unless `trainable`.
+
+    Raises:
+        UsageError: the files are not a causal language model, or base and adapter do not fit.
+        UnsafeRefused: the weights are pickled or the model wants its own code to run.
+        EnvironmentFailure: not enough memory, or the hub cannot be reached.
+    """
+    observer = observer or Observer()
+    device = choose_device(model)
+    dtype = choose_dtype(model, device)
+    task = "loading weights"
+    observer.on_task_start(task, None, "")
+    try:
+        loaded = load_base(resolved.base, dtype, device, model.gpu_numbers if not trainable else ())
+        if resolved.adapter is not None:
+            loaded = attach_adapter(loaded, Path(resolved.adapter.path), trainable=trainable)
+    finally:
+        observer.on_task_end(task)
+    loaded.eval()
+    if not trainable:
+        loaded.requires_grad_(False)
+    return loaded
+
+
+def load_base(
+    base: ModelReference, dtype: torch.dtype, device: torch.device, gpus: tuple[int, ...] = ()
+) -> Any:
+    """The weights of a base model on `device`, or spread over several GPUs."""
+    options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": False}
+    source = base.path
+    if base.kind == "gguf":
+        from transformers import GgufConfig
+
+        source = str(Path(base.path).parent)
+        options |= {"gguf_file": Path(base.path).name, "quantization_config": GgufConfig(dequantize=True)}
+    else:
+        options["use_safetensors"] = True
+    if len(gpus) > 1:
+        free = {number: torch.cuda.mem_get_info(number)[0] for number in gpus}
+        options |= {"device_map": "balanced", "max_memory": free}
+    with _explained(base):
+        _refuse_unsafe(base)
+        loaded = AutoModelForCausalLM.from_pretrained(source, **options)
+    return loaded if len(gpus) > 1 else _to_device(loaded, device)
+
+
+def attach_adapter(model: Any, folder: Path, *, trainable: bool = False) -> Any:
+    """Put a PEFT adapter over its base.
+
+    Raises:
+        UsageError: the shapes differ: it was trained over another base or vocabulary.
+        UnsafeRefused: the adapter is pickled.
+    """
+    from peft import PeftModel
+
+    if not (folder / "adapter_model.safetensors").is_file():
+        if (folder / "adapter_model.bin").is_file():
+            raise UnsafeRefused(f"{folder}: the adapter is pickled (adapter_model.bin)", "convert it to safetensors")
+        raise UsageError(f"{folder} has no adapter_model.safetensors", "was the copy complete?")
+    try:
+        return PeftModel.from_pretrained(model, folder, is_trainable=trainable)
+    except (RuntimeError, ValueError, KeyError) as problem:
+        text = str(problem)
+        if "size mismatch" in text or "not found in the base model" in text:
+            raise UsageError(
+                f"the adapter in {folder} does not fit this base model: it was trained over another one",
+                "leave out --base-model: the adapter knows its base",
+            ) from None
+        raise
+
+
+def _refuse_unsafe(base: ModelReference) -> None:
+    folder = base.folder
+    if base.kind != "folder" or folder is None:
+        return
+    import json
+
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    if "auto_map" in config and config.get("model_type") not in _known_types():
+        raise UnsafeRefused(
+            f"{base.name} wants to run code of its own (auto_map in config.json)",
+            "medgpt runs no code from a model; use a version of the model that transformers supports",
+        )
+    if not list(folder.glob("*.safetensors")) and list(folder.glob("*.bin")):
+        raise UnsafeRefused(
+            f"{base.name}: the weights are pickled (.bin), and loading them could run code",
+            "convert them to safetensors, or take the model's safetensors version",
+        )
+
+
+def _known_types() -> Any:
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+    return CONFIG_MAPPING_NAMES
+
+
+@contextlib.contextmanager
+def _explained(base: ModelReference) -> Any:
+    try:
+        yield
+    except (UnsafeRefused, UsageError):
+        raise
+    except torch.OutOfMemoryError:
+        raise EnvironmentFailure(f"{base.name} does not fit into the GPU's memory", "--dtype bf16, or --use-cpu") from None
+    except (OSError, ValueError, KeyError) as problem:
+        if base.kind == "hub":
+            raise EnvironmentFailure(
+                f"{base.name} is no local folder, and the hub does not give it ({type(problem).__name__})",
+                "check the name; offline, only models in the cache can be used",
+            ) from None
+        raise UsageError(
+            f"{base.name} cannot be loaded as a causal language model ({type(problem).__name__})",
+            "the folder needs config.json and *.safetensors; --debug shows more",
+        ) from problem
+
+
+def _to_device(model: Any, device: torch.device) -> Any:
+    try:
+        return model.to(device)
+    except torch.OutOfMemoryError:
+        raise EnvironmentFailure("the model does not fit into the GPU's memory", "--dtype bf16, or --use-cpu") from None

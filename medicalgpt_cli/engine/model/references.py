@@ -1,0 +1,176 @@
+"""What a model name means. One resolver for every command."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from medicalgpt_cli.engine.run import manifest
+from medicalgpt_cli.engine.run.environment import cache_folder
+from medicalgpt_cli.errors import UsageError
+from medicalgpt_cli.settings.fields import did_you_mean
+from medicalgpt_cli.settings.groups import ModelSettings
+
+Kind = Literal["folder", "hub", "gguf", "adapter"]
+
+
+@dataclass(frozen=True)
+class ModelReference:
+    """A name that was found: a model folder, a hub name, a .gguf file, or an adapter over a base."""
+
+    name: str  # as the user gave it
+    kind: Kind
+    path: str  # the folder or file; for a hub model its name
+    base: ModelReference | None = None  # of an adapter
+
+    @property
+    def folder(self) -> Path | None:
+        """Where its files lie; None for a hub model."""
+        if self.kind == "hub":
+            return None
+        return Path(self.path).parent if self.kind == "gguf" else Path(self.path)
+
+
+@dataclass(frozen=True)
+class ResolvedModel:
+    """The model of a command: a base, and perhaps an adapter over it."""
+
+    base: ModelReference
+    adapter: ModelReference | None
+    tokenizer: str  # the folder, hub name or .gguf file that the tokenizer is read from
+
+    @property
+    def label(self) -> str:
+        """A short name for the screen and for folders."""
+        chosen = self.adapter or self.base
+        path = Path(chosen.name)
+        return path.parent.name if path.name == "model" else path.stem if chosen.kind == "gguf" else path.name
+
+    def parents(self) -> dict[str, Any]:
+        """What a run that starts here records about its origin."""
+        found = {"base": manifest.parent(self.base.name, self.base.folder)}
+        if self.adapter:
+            found["adapter"] = manifest.parent(self.adapter.name, self.adapter.folder)
+        return found
+
+
+def pulled_models() -> Path:
+    """The folder in which `medgpt pull` keeps models by their short names."""
+    return cache_folder() / "models"
+
+
+def resolve(name: str) -> ModelReference:
+    """Find what `name` means: a folder (model, adapter or run), a .gguf file, a pulled or a hub name.
+
+    Raises:
+        UsageError: nothing has this name, or what has it is no model.
+    """
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return _folder(name, path)
+    if path.is_file():
+        if path.suffix == ".gguf":
+            return ModelReference(name, "gguf", str(path))
+        raise UsageError(f"{name} is a file, but no .gguf model", "name the model's folder")
+    pulled = pulled_models() / name
+    if pulled.is_dir() and "/" not in name:
+        return ModelReference(name, "folder", str(pulled))
+    if name.count("/") == 1 and name[0] not in "./~" and not Path(name.split("/")[0]).exists():
+        return ModelReference(name, "hub", name)
+    raise _not_found(name)
+
+
+def resolve_models(model: ModelSettings) -> ResolvedModel:
+    """Base, adapter and tokenizer of the model options; `--lora-model` alone finds its base by itself.
+
+    Raises:
+        UsageError: no model is named, a name leads nowhere, or base and adapter do not belong together.
+    """
+    if not model.base_model and not model.lora_model:
+        raise UsageError(
+            "no model is named: give --base-model or --lora-model",
+            "`medgpt pull smollm2-135m` fetches a small open model; then --base-model smollm2-135m",
+        )
+    named = resolve(model.base_model) if model.base_model else None
+    adapter = resolve(model.lora_model) if model.lora_model else None
+    if adapter is not None and adapter.kind != "adapter":
+        raise UsageError(f"--lora-model {model.lora_model} is a whole model", "give it as --base-model")
+    if named is not None and named.kind == "adapter":
+        if adapter is not None:
+            raise UsageError(
+                f"--base-model {model.base_model} is itself an adapter", "merge it first: medgpt merge-lora"
+            )
+        named, adapter = None, named
+    base = named or adapter.base
+    if base is None:
+        raise UsageError(
+            f"the base of {adapter.name} was not found: {_recorded_base(Path(adapter.path))}",
+            "name it with --base-model",
+        )
+    return ResolvedModel(base, adapter, _tokenizer_source(model, base, adapter))
+
+
+def _folder(name: str, path: Path) -> ModelReference:
+    if (path / manifest.NAME).is_file():  # a run folder: its model is what is meant
+        if not (path / "model").is_dir():
+            status = manifest.read(path)["status"]
+            stage = manifest.read(path)["stage"]
+            raise UsageError(
+                f"{name} has no model yet (the run is {status})", f"go on with: medgpt {stage} --resume {name}"
+            )
+        path = path / "model"
+    if (path / "adapter_config.json").is_file():
+        return ModelReference(name, "adapter", str(path), _base_of(path))
+    if (path / "config.json").is_file():
+        return ModelReference(name, "folder", str(path))
+    inside = sorted(path.glob("*.gguf"))
+    if len(inside) == 1:
+        return ModelReference(name, "gguf", str(inside[0]))
+    if (path / "model").is_dir():
+        return _folder(name, path / "model")
+    raise UsageError(
+        f"{name} is a folder without a model", "expected config.json, adapter_config.json, run.json or a .gguf file"
+    )
+
+
+def _recorded_base(adapter: Path) -> str:
+    config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+    return config.get("base_model_name_or_path") or "none is recorded"
+
+
+def _base_of(adapter: Path) -> ModelReference | None:
+    """The base that an adapter records: as it is written, or seen from the adapter's folder."""
+    recorded = _recorded_base(adapter)
+    for candidate in (recorded, os.path.join(adapter, recorded)):  # noqa: PTH118 - keeps an absolute path
+        try:
+            found = resolve(candidate)
+        except UsageError:
+            continue
+        if found.kind != "adapter":
+            return found
+    return None
+
+
+def _tokenizer_source(model: ModelSettings, base: ModelReference, adapter: ModelReference | None) -> str:
+    if model.tokenizer_path:
+        path = Path(model.tokenizer_path).expanduser()
+        if path.is_dir() and not (path / "tokenizer_config.json").is_file() and (path / "model").is_dir():
+            path = path / "model"
+        if path.is_dir() and not (path / "tokenizer_config.json").is_file():
+            raise UsageError(f"--tokenizer-path {model.tokenizer_path} holds no tokenizer", "expected tokenizer_config.json")
+        return str(path) if path.exists() else resolve(model.tokenizer_path).path
+    if adapter is not None and (Path(adapter.path) / "tokenizer_config.json").is_file():
+        return adapter.path
+    return base.path
+
+
+def _not_found(name: str) -> UsageError:
+    places = [*Path().iterdir(), *Path("runs").glob("*"), *pulled_models().glob("*")]
+    known = [str(place) if place.parent != pulled_models() else place.name for place in places if place.is_dir()]
+    near = did_you_mean(name, known)
+    looked = "looked for a folder, a .gguf file, a run, a pulled model and a hub name"
+    hint = f"did you mean {near}?" if near else "`medgpt pull --list` shows what can be fetched"
+    return UsageError(f"no model named {name} ({looked})", hint)

@@ -1,0 +1,104 @@
+"""Tokenizers with a chat template, and the fingerprint that locks both into what a run leaves."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
+
+from medicalgpt_cli.errors import UsageError
+from medicalgpt_cli.settings.fields import did_you_mean
+
+# For models that come without a template. Each turn ends with the end-of-text token, which the model knows.
+TEMPLATES = {
+    "plain": (
+        "{% for m in messages %}{% if m['role'] == 'system' %}{{ m['content'] + '\n\n' }}"
+        "{% elif m['role'] == 'user' %}{{ 'Question: ' + m['content'] + '\n' }}"
+        "{% else %}{{ 'Answer: ' + m['content'] + eos_token + '\n' }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'Answer:' }}{% endif %}"
+    ),
+    "alpaca": (
+        "{% for m in messages %}{% if m['role'] == 'system' %}{{ m['content'] + '\n\n' }}"
+        "{% elif m['role'] == 'user' %}{{ '### Instruction:\n' + m['content'] + '\n\n' }}"
+        "{% else %}{{ '### Response:\n' + m['content'] + eos_token + '\n\n' }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '### Response:\n' }}{% endif %}"
+    ),
+    "chatml": (
+        "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] }}"
+        "{% if m['role'] == 'assistant' %}{{ eos_token }}{% endif %}{{ '<|im_end|>\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    ),
+}
+FALLBACK = "plain"
+
+
+def apply_template(tokenizer: PreTrainedTokenizerBase, template: str | None) -> str | None:
+    """Give a tokenizer without a chat template the one asked for, or the plain one.
+
+    Returns:
+        A notice for the user, or None where the tokenizer's own template is used.
+
+    Raises:
+        UsageError: the tokenizer has another template already, or `template` names nothing.
+    """
+    wanted = None if template is None else _source(template)
+    if tokenizer.chat_template:
+        if wanted is not None and wanted != tokenizer.chat_template:
+            raise UsageError(
+                f"--template {template}: the model has a chat template of its own",
+                "leave --template out; a model answers well only in the template that it learnt",
+            )
+        return None
+    tokenizer.chat_template = wanted or TEMPLATES[FALLBACK]
+    if wanted:
+        return None
+    return f"the model has no chat template; using {FALLBACK!r} (choose with --template {'|'.join(TEMPLATES)})"
+
+
+def _source(template: str) -> str:
+    if template in TEMPLATES:
+        return TEMPLATES[template]
+    path = Path(template)
+    if path.is_file():
+        return path.read_text(encoding="utf-8")
+    near = did_you_mean(template, TEMPLATES)
+    raise UsageError(
+        f"--template {template}: no such template or file",
+        f"did you mean {near}?" if near else f"one of {', '.join(TEMPLATES)}, or a Jinja file",
+    )
+
+
+def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """SHA-256 over vocabulary, special tokens and chat template: equal means equal token ids."""
+    parts = {
+        "vocabulary": sorted(tokenizer.get_vocab().items(), key=lambda item: (item[1], item[0])),
+        "special": {name: str(token) for name, token in sorted(tokenizer.special_tokens_map.items())},
+        "template": tokenizer.chat_template,
+    }
+    return hashlib.sha256(json.dumps(parts, ensure_ascii=False).encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def check_fingerprint(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse a tokenizer or template that is not the one a run was made with.
+
+    Raises:
+        UsageError: they differ.
+    """
+    from medicalgpt_cli.engine.run import manifest
+
+    place = folder.parent if folder.name == "model" else folder
+    if not (place / manifest.NAME).is_file():
+        return
+    recorded = manifest.read(place).get("fingerprints", {}).get("tokenizer")
+    if recorded and recorded != fingerprint(tokenizer):
+        raise UsageError(
+            f"the tokenizer or chat template is not the one that {place} was trained with",
+            "leave out --tokenizer-path and --template: the run brings its own",
+        )
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Write the tokenizer with its template, as any Hugging Face program reads it."""
+    tokenizer.save_pretrained(folder)

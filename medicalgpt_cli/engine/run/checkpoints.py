@@ -1,0 +1,116 @@
+"""Checkpoints that can be trusted: each is written beside, hashed, synced and renamed, and proved on reading.
+
+A checkpoint is `checkpoint-<step>/` with a `complete.json` that names every file, its size and its SHA-256.
+One without it, or with a file that differs, is not a checkpoint, whatever its number.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Collection
+from pathlib import Path
+
+from medicalgpt_cli.engine.run.files import (
+    TEMPORARY,
+    atomic_write,
+    fsync_path,
+    fsync_tree,
+    remove_tree,
+    sha256_file,
+)
+
+SEAL = "complete.json"
+_NAME = re.compile(r"checkpoint-(\d+)")
+
+
+def step_of(checkpoint: Path | str) -> int | None:
+    """The training step in a checkpoint's name; None for any other folder."""
+    match = _NAME.fullmatch(Path(checkpoint).name)
+    return int(match.group(1)) if match else None
+
+
+def publish(temporary: Path | str, final: Path | str) -> Path:
+    """Hash every file of `temporary`, sync it and give it its final name.
+
+    A checkpoint of the same step gives way: a resumed run reaches that step again only where the earlier
+    one was damaged or came from beyond the step that it went on from.
+    """
+    temporary, final = Path(temporary), Path(final)
+    files = {
+        file.relative_to(temporary).as_posix(): {"bytes": file.stat().st_size, "sha256": sha256_file(file)}
+        for file in sorted(temporary.rglob("*"))
+        if file.is_file() and file.name != SEAL
+    }
+    atomic_write(temporary / SEAL, json.dumps({"format": 1, "files": files}, indent=1) + "\n")
+    fsync_tree(temporary)
+    if final.exists():
+        _discard(final)
+    temporary.rename(final)
+    fsync_path(final.parent)
+    return final
+
+
+def problem(checkpoint: Path | str) -> str | None:
+    """Why a folder is not a complete checkpoint, in a few words; None where it is one."""
+    checkpoint = Path(checkpoint)
+    try:
+        files = json.loads((checkpoint / SEAL).read_text(encoding="utf-8"))["files"]
+        expected = {name: (entry["bytes"], entry["sha256"]) for name, entry in files.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return f"it has no valid {SEAL}"
+    for name, (size, digest) in expected.items():
+        file = checkpoint / name
+        if not file.is_file():
+            return f"{name} is missing"
+        if file.stat().st_size != size or sha256_file(file) != digest:
+            return f"{name} is damaged"
+    return None
+
+
+def newest_complete(folder: Path | str) -> Path | None:
+    """The complete checkpoint with the highest step below `folder`, every hash checked; None if there is none."""
+    for checkpoint in reversed(_all(folder)):
+        if problem(checkpoint) is None:
+            return checkpoint
+    return None
+
+
+def incomplete(folder: Path | str) -> dict[str, str]:
+    """Names of the folders that look like checkpoints and are none, with the reason, for a notice."""
+    found = {checkpoint.name: problem(checkpoint) for checkpoint in _all(folder)}
+    return {name: reason for name, reason in found.items() if reason}
+
+
+def prune(folder: Path | str, keep: int, protect: Collection[Path | str] = ()) -> None:
+    """Delete all but the `keep` newest checkpoints (and those to `protect`), and what killed saves have left."""
+    folder = Path(folder)
+    protected = {Path(one).name for one in protect}
+    for checkpoint in _all(folder)[: -keep if keep else None]:
+        if checkpoint.name not in protected:
+            _discard(checkpoint)
+    for left in folder.glob(f"*{TEMPORARY}"):
+        remove_tree(left)
+
+
+def drop_after(folder: Path | str, step: int) -> None:
+    """Delete checkpoints beyond `step`: a run that goes on from `step` writes them anew."""
+    for checkpoint in _all(folder):
+        if step_of(checkpoint) > step:
+            _discard(checkpoint)
+
+
+def _all(folder: Path | str) -> list[Path]:
+    """Folders named like checkpoints, by step."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        return []
+    return sorted((one for one in folder.iterdir() if one.is_dir() and step_of(one) is not None), key=step_of)
+
+
+def _discard(checkpoint: Path) -> None:
+    """Delete a checkpoint in such an order that a kill on the way never leaves half of one under its name."""
+    aside = checkpoint.with_name(f"old-{checkpoint.name}{TEMPORARY}")
+    remove_tree(aside)
+    checkpoint.rename(aside)
+    remove_tree(aside)

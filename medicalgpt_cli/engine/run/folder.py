@@ -1,0 +1,195 @@
+"""A run folder: made once, never overwritten, used by one process at a time.
+
+runs/<stage>-<model>-<time>/
+  recipe.yaml    the settings as resolved; usable with --recipe
+  run.json       what went in and what came out (manifest.py)
+  metrics.jsonl  one line a log step (metrics.py)
+  report.html    the same for people (report.py)
+  checkpoints/   for --resume (checkpoints.py)
+  model/         the result
+"""
+
+from __future__ import annotations
+
+import datetime
+import itertools
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from medicalgpt_cli.engine.run import manifest
+from medicalgpt_cli.engine.run.files import TEMPORARY, atomic_write, publish
+from medicalgpt_cli.errors import UsageError
+from medicalgpt_cli.settings.fields import options_of
+
+_LOCK = ".lock"
+
+
+class RunFolder:
+    """One run on disk. Made by `create` or `open_for_resume`; both hold its lock until `close`."""
+
+    def __init__(self, path: Path | str):
+        """A view of an existing folder, for reading; takes no lock."""
+        self.path = Path(path)
+        self._lock: FileLock | None = None
+
+    # -- what is in it -------------------------------------------------------------------------------------
+
+    @property
+    def recipe(self) -> Path:
+        return self.path / "recipe.yaml"
+
+    @property
+    def manifest(self) -> Path:
+        return self.path / manifest.NAME
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def report(self) -> Path:
+        return self.path / "report.html"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def model(self) -> Path:
+        return self.path / "model"
+
+    @property
+    def tokenizer(self) -> Path:
+        """The tokenizer and chat template lie beside the weights, where every other tool looks for them."""
+        return self.model
+
+    @property
+    def new_model(self) -> Path:
+        """Where the result is written before `publish_model` gives it its name."""
+        return self.path / f"model{TEMPORARY}"
+
+    # -- its life ------------------------------------------------------------------------------------------
+
+    @classmethod
+    def create(
+        cls,
+        stage: str,
+        model_label: str,
+        settings: Any,
+        origins: Mapping[str, str] | None = None,
+    ) -> RunFolder:
+        """Make the folder with its recipe and a manifest that says "running".
+
+        The place is `settings.output_dir`, or runs/<stage>-<model>-<time> below the working folder.
+
+        Raises:
+            UsageError: the folder that was asked for is not empty.
+        """
+        path = getattr(settings, "output_dir", None)
+        if path and path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise UsageError(
+                f"--output-dir {path} is not empty",
+                "name a new folder; an interrupted run goes on with --resume",
+            )
+        if path:
+            path.mkdir(parents=True, exist_ok=True)
+        run = cls(path or _new_folder(Path("runs"), stage, model_label))
+        run._acquire()
+        if run.manifest.exists():  # another process was quicker
+            run.close()
+            raise UsageError(f"{run.path} was just made by another process", "name another --output-dir")
+        atomic_write(run.recipe, recipe_text(stage, settings))
+        manifest.write(run.manifest, manifest.new(stage, model_label, settings, origins))
+        return run
+
+    @classmethod
+    def open_for_resume(cls, path: Path | str, stage: str) -> RunFolder:
+        """Take up an interrupted run.
+
+        Raises:
+            UsageError: no run folder, another stage's, one that is done, or one another process works in.
+        """
+        run = cls(path)
+        known = run.read()
+        if known["stage"] != stage:
+            raise UsageError(f"{path} is a {known['stage']} run", f"go on with `medgpt {known['stage']} --resume {path}`")
+        if known["status"] == "done":
+            raise UsageError(f"{path} is finished", "start a new run on top of it: --lora-model or --base-model")
+        run._acquire()
+        run.update(status="running", finished=None, resumed=[*known.get("resumed", []), manifest.now()])
+        return run
+
+    def read(self) -> dict[str, Any]:
+        """The manifest as it stands on disk."""
+        return manifest.read(self.path)
+
+    def update(self, **parts: Any) -> None:
+        """Put top-level entries into run.json: data, tokenizer, parents, device, result …"""
+        manifest.write(self.manifest, {**self.read(), **parts})
+
+    def finish(self, status: str, result: Mapping[str, Any] | None = None) -> None:
+        """Say how the run ended: done, stopped (goes on with --resume) or failed."""
+        if status not in manifest.STATUSES:
+            raise ValueError(f"unknown status {status}")
+        parts: dict[str, Any] = {"status": status, "finished": manifest.now()}
+        if result is not None:
+            parts["result"] = dict(result)
+        self.update(**parts)
+
+    def publish_model(self) -> Path:
+        """Give the finished `new_model` folder its name `model`: synced, renamed, never half there."""
+        return publish(self.new_model, self.model)
+
+    def close(self) -> None:
+        """Let other processes work in the folder."""
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None  # the file stays: deleting it could take it from under a process that waits
+
+    def __enter__(self) -> RunFolder:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _acquire(self) -> None:
+        lock = FileLock(self.path / _LOCK)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise UsageError(
+                f"another process is working in {self.path}", "wait for it to end, or name another folder"
+            ) from None
+        self._lock = lock
+
+
+def recipe_text(stage: str, settings: Any) -> str:
+    """The settings as YAML that `medgpt <stage> --recipe` reads. Settings that are off (None, []) are comments."""
+    import yaml
+
+    lines = [f"# medgpt {stage} --recipe recipe.yaml"]
+    for name in options_of(settings):
+        if name in manifest.OF_THE_CALL:
+            continue
+        value = manifest.plain(getattr(settings, name))
+        entry = yaml.safe_dump({name.replace("_", "-"): value}, allow_unicode=True, width=10_000).rstrip()
+        lines.append(f"# {name.replace('_', '-')}:" if value is None or value == [] else entry)
+    return "\n".join(lines) + "\n"
+
+
+def _new_folder(parent: Path, stage: str, model_label: str) -> Path:
+    """Make a folder whose name is what a person looks for: stage, model, time; numbered where it is taken."""
+    label = re.sub(r"[^\w.-]+", "-", model_label.rstrip("/").split("/")[-1]).strip("-.") or "model"
+    name = f"{stage}-{label[:40]}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
+    for number in itertools.count(1):
+        path = parent / (name if number == 1 else f"{name}-{number}")
+        try:
+            path.mkdir(parents=True)
+        except FileExistsError:
+            continue
+        return path
+    raise AssertionError("unreachable")

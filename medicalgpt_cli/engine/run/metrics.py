@@ -1,0 +1,53 @@
+"""`metrics.jsonl`: one JSON line a log step or measurement, readable while the run goes on."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from medicalgpt_cli.engine.run.files import atomic_write
+
+
+def append(path: Path | str, record: Mapping[str, Any]) -> None:
+    """Add one line. JSON has no NaN or infinity: such a value is written as null."""
+    line = json.dumps({name: _finite(value) for name, value in record.items()}, ensure_ascii=False)
+    with Path(path).open("ab") as file:
+        file.write(line.encode("utf-8") + b"\n")
+
+
+def read(path: Path | str) -> list[dict[str, Any]]:
+    """All lines in order. A last line that a kill has torn is left out; a missing file is an empty list."""
+    path = Path(path)
+    if not path.exists():
+        return []
+    records = []
+    for line in path.read_bytes().splitlines():
+        try:
+            record = json.loads(line)
+        except (UnicodeDecodeError, json.JSONDecodeError):
+            continue
+        if isinstance(record, dict):
+            records.append(record)
+    return records
+
+
+def drop_after(path: Path | str, step: int) -> None:
+    """Forget what came after `step`, and a torn last line: a resumed run writes those steps again."""
+    kept = [record for record in read(path) if record.get("step", 0) <= step]
+    atomic_write(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in kept))
+
+
+def series(records: list[dict[str, Any]], name: str) -> list[tuple[float, float]]:
+    """(step, value) of every record that has a number under `name`."""
+    return [
+        (record["step"], record[name])
+        for record in records
+        if isinstance(record.get(name), (int, float)) and isinstance(record.get("step"), (int, float))
+    ]
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value

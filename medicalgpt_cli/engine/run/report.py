@@ -1,0 +1,220 @@
+"""`report.html`: a run for people, in one file without scripts, made from run.json and metrics.jsonl."""
+
+from __future__ import annotations
+
+import datetime
+import html
+from collections.abc import Iterable, Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from string import Template
+from typing import Any
+
+from medicalgpt_cli.engine.run import metrics
+from medicalgpt_cli.engine.run.curves import Line, chart, smoothed
+from medicalgpt_cli.engine.run.files import atomic_write
+from medicalgpt_cli.engine.run.folder import RunFolder
+from medicalgpt_cli.engine.run.summary import data_parts
+
+# (key of a measurement, what it is called); in all of them less is better
+_MEASURES = (("loss", "held-out loss"), ("perplexity", "perplexity"), ("bits_per_byte", "bits per byte"))
+_STAGES = {"sft": "Instruction tuning", "pretrain": "Pretraining", "reward": "Reward model", "rl": "Reinforcement learning"}
+
+
+def write_report(run: RunFolder) -> Path:
+    """Write the run's report from what lies in its folder; it can be written again at any time."""
+    return atomic_write(run.report, page(run.read(), metrics.read(run.metrics), run.path.name))
+
+
+def page(manifest: Mapping[str, Any], records: Sequence[Mapping[str, Any]], name: str) -> str:
+    """The whole page. Every text that comes from outside is escaped."""
+    sections = (
+        _headline(manifest, records, name),
+        _curves(records),
+        _answers(manifest),
+        _data(manifest),
+        _settings(manifest),
+        _origin_of_the_model(manifest),
+        _environment(manifest.get("environment") or {}),
+    )
+    template = Template(resources.files(__package__).joinpath("report_page.html").read_text(encoding="utf-8"))
+    title = _escape(f"{manifest['stage']} · {manifest['model']}")
+    return template.substitute(title=title, body="\n".join(filter(None, sections)))
+
+
+def _headline(manifest: Mapping[str, Any], records: Sequence[Mapping[str, Any]], name: str) -> str:
+    result = manifest.get("result") or {}
+    before = result.get("before") or (manifest.get("before") or {}).get("metrics") or {}
+    after = result.get("after") or {}
+    cards = [_card(label, before.get(key), after.get(key)) for key, label in _MEASURES]
+    steps = result.get("steps") or max((record.get("step", 0) for record in records), default=0)
+    facts = [f"{steps:,} steps" if steps else "", _duration(result.get("seconds"))]
+    speed = result.get("tokens_per_second") or _mean(metrics.series(records, "target_tokens_per_second"))
+    facts += [f"{speed:,.0f} target tokens/s" if speed else "", _time(manifest.get("started"))]
+    stage = _STAGES.get(manifest["stage"], manifest["stage"])
+    status = _escape(manifest.get("status", ""))
+    return (
+        f'<header><div class="over">medgpt · {_escape(stage)}</div><h1>{_escape(manifest["model"])}</h1>'
+        f'<p><span class="status {status}">{status}</span> '
+        f'<span class="soft">{_escape(" · ".join(filter(None, facts)))}</span></p>'
+        f'<p class="soft"><code>{_escape(name)}</code></p>'
+        f'<div class="cards">{"".join(cards)}</div></header>'
+    )
+
+
+def _card(label: str, before: float | None, after: float | None) -> str:
+    if before is None and after is None:
+        return ""
+    change = ""
+    if before and after is not None:
+        percent = 100 * (after - before) / before
+        change = f'<div class="{"good" if percent < 0 else "bad"}">{percent:+.1f} %</div>'.replace("-", "−", 1)
+    old = f'<span class="from">{_figure(before)} → </span>' if before is not None and after is not None else ""
+    value = _figure(after if after is not None else before)
+    return f'<div class="card"><div class="name">{label}</div><div class="value">{old}{value}</div>{change}</div>'
+
+
+def _curves(records: Sequence[Mapping[str, Any]]) -> str:
+    loss = metrics.series(records, "loss")
+    smooth = smoothed(loss) if len(loss) > 20 else []
+    lines = [
+        Line("each log step" if smooth else "training", loss, "faint" if smooth else "main"),
+        Line("smoothed", smooth),
+        Line("held out", metrics.series(records, "eval_loss"), "second", markers=True),
+    ]
+    charts = [chart("Loss", lines, "nats a target token")]
+    charts.append(
+        chart("Bits per byte", [Line("held out", metrics.series(records, "eval_bits_per_byte"), "second", True)])
+    )
+    for key, title, note in (
+        ("learning_rate", "Learning rate", ""),
+        ("grad_norm", "Gradient norm", "before clipping"),
+        ("target_tokens_per_second", "Speed", "target tokens/s"),
+    ):
+        charts.append(chart(title, [Line("", metrics.series(records, key))], note))
+    drawn = "".join(charts) or '<p class="soft">No step was logged.</p>'
+    return f'<section><h2>Curves</h2><div class="curves">{drawn}</div></section>'
+
+
+def _answers(manifest: Mapping[str, Any]) -> str:
+    samples = (manifest.get("result") or {}).get("samples") or []
+    if not samples:
+        return ""
+    blocks = []
+    for sample in samples:
+        reference = sample.get("reference")
+        details = (
+            f'<details class="reference"><summary>reference answer</summary><div>{_escape(reference)}</div></details>'
+            if reference
+            else ""
+        )
+        blocks.append(
+            f'<div class="answers"><div class="question">{_escape(sample.get("question", ""))}</div>'
+            f'<div class="pair"><div class="before"><b>before</b>{_text(sample.get("before"))}</div>'
+            f'<div class="after"><b>after</b>{_text(sample.get("after"))}</div></div>{details}</div>'
+        )
+    return f"<section><h2>Held-out questions, before and after</h2>{''.join(blocks)}</section>"
+
+
+def _data(manifest: Mapping[str, Any]) -> str:
+    if not manifest.get("data"):
+        return ""
+    blocks = []
+    for part in data_parts(manifest["data"]):
+        facts = " · ".join(f"{value} {label}" for label, value in part.facts)
+        formats = f" <small>({_escape(', '.join(part.formats))})</small>" if part.formats else ""
+        blocks.append(f"<h3>{_escape(part.name.capitalize())}</h3><p>{_escape(facts)}{formats}</p>")
+        rows = [
+            (kind, (f"{count:,}", "number"), reason, ", ".join(positions))
+            for kind, reason, count, positions in part.reasons
+        ]
+        if rows:
+            blocks.append(_table(rows, ("", ("rows", "number"), "why", "for example")))
+        else:
+            blocks.append('<p class="soft">Every row was used as it stands.</p>')
+        blocks += [f'<p class="soft">{_escape(notice)}</p>' for notice in part.notices]
+    return f"<section><h2>Data</h2>{''.join(blocks)}</section>"
+
+
+def _settings(manifest: Mapping[str, Any]) -> str:
+    chosen, defaults = [], []
+    for name, entry in manifest.get("settings", {}).items():
+        value = entry["value"]
+        shown = ", ".join(map(str, value)) if isinstance(value, list) else {True: "yes", False: "no"}.get(value, value)
+        row = (name.replace("_", "-"), "–" if shown in (None, "") else str(shown), entry["origin"])
+        (defaults if entry["origin"] == "default" else chosen).append(row)
+    head = ("setting", "value", "from")
+    first = _table(chosen, head, "chosen") if chosen else '<p class="soft">All settings are defaults.</p>'
+    rest = f"<details><summary>{len(defaults)} settings at their defaults</summary>{_table(defaults, head)}</details>"
+    return f"<section><h2>Settings</h2>{first}{rest if defaults else ''}</section>"
+
+
+def _origin_of_the_model(manifest: Mapping[str, Any]) -> str:
+    rows = [*_flat("", manifest.get("parents") or {}), *_flat("", manifest.get("fingerprints") or {})]
+    if not rows:
+        return ""
+    shown = [(label, value) for label, value in rows]
+    return f"<section><h2>Where it comes from</h2><details><summary>parents and fingerprints</summary>{_table(shown)}</details></section>"
+
+
+def _environment(environment: Mapping[str, Any]) -> str:
+    if not environment:
+        return ""
+    rows = list(_flat("", environment))
+    return f"<section><h2>Environment</h2><details><summary>versions and machine</summary>{_table(rows)}</details></section>"
+
+
+def _flat(prefix: str, value: Any) -> Iterable[tuple[str, str]]:
+    """Nested data as (dotted name, text) rows; empty ones are left out."""
+    if isinstance(value, Mapping):
+        for name, one in value.items():
+            yield from _flat(f"{prefix}.{name}" if prefix else str(name), one)
+    elif isinstance(value, list) and any(isinstance(one, (Mapping, list)) for one in value):
+        for index, one in enumerate(value):
+            yield from _flat(f"{prefix}.{index}" if prefix else str(index), one)
+    elif value not in (None, "", []):
+        large = isinstance(value, int) and value >= 2**20 and not isinstance(value, bool)
+        text = f"{value / 2**30:,.1f} GiB" if large else value
+        yield prefix, ", ".join(map(str, value)) if isinstance(value, list) else str(text)
+
+
+def _table(rows: Iterable[Sequence[Any]], head: Sequence[Any] = (), row_class: str = "") -> str:
+    """A table; a cell is text or (text, class)."""
+
+    def cell(tag: str, content: Any) -> str:
+        text, kind = content if isinstance(content, tuple) else (content, "")
+        return f'<{tag} class="{kind}">{_escape(text)}</{tag}>' if kind else f"<{tag}>{_escape(text)}</{tag}>"
+
+    top = f"<tr>{''.join(cell('th', one) for one in head)}</tr>" if head else ""
+    body = "".join(f'<tr class="{row_class}">{"".join(cell("td", one) for one in row)}</tr>' for row in rows)
+    return f'<div class="table"><table>{top}{body}</table></div>'
+
+
+def _escape(text: Any) -> str:
+    return html.escape(str(text), quote=True)
+
+
+def _text(answer: str | None) -> str:
+    return _escape(answer) if answer else '<span class="soft">(nothing)</span>'
+
+
+def _figure(value: float) -> str:
+    return f"{value:,.2f}" if value >= 10 else f"{value:.4f}"
+
+
+def _duration(seconds: float | None) -> str:
+    if not seconds:
+        return ""
+    minutes, second = divmod(round(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    return f"{hours} h {minute} min" if hours else f"{minute} min {second} s"
+
+
+def _time(stamp: str | None) -> str:
+    if not stamp:
+        return ""
+    return f"{datetime.datetime.fromisoformat(stamp.replace('Z', '+00:00')):%Y-%m-%d %H:%M} UTC"
+
+
+def _mean(points: Sequence[tuple[float, float]]) -> float | None:
+    return sum(value for _, value in points) / len(points) if points else None

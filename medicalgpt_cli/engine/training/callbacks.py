@@ -1,0 +1,121 @@
+"""What happens beside the training loop: events for the observer, signals, early stopping."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback
+
+from medicalgpt_cli.engine.observer import Observer
+from medicalgpt_cli.engine.run import metrics
+
+STOP_SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")
+
+
+class Reporting(TrainerCallback):
+    """Each log step goes to metrics.jsonl and to the observer."""
+
+    def __init__(self, observer: Observer, metrics_file: Path, tokens_per_update: float):
+        self.observer, self.metrics_file, self.tokens_per_update = observer, metrics_file, tokens_per_update
+        self.began = self.last = time.monotonic()
+        self.last_step = 0
+
+    def on_train_begin(self, args, state, control, **_):
+        self.began = self.last = time.monotonic()
+        self.last_step = state.global_step
+
+    def on_log(self, args, state, control, logs=None, **_):
+        values = {name: value for name, value in (logs or {}).items() if isinstance(value, (int, float))}
+        if "eval_loss" in values:
+            values = {name: value for name, value in values.items() if name.startswith("eval_")}
+            metrics.append(self.metrics_file, {"step": state.global_step, **values})
+            self.observer.on_eval(state.global_step, values)
+            self.last = time.monotonic()  # measuring is not training time
+        elif "loss" in values:
+            now = time.monotonic()
+            steps = max(state.global_step - self.last_step, 1)
+            speed = steps * self.tokens_per_update / max(now - self.last, 1e-9)
+            values = {
+                "epoch": state.epoch or 0.0,
+                "loss": values["loss"],
+                "learning_rate": values.get("learning_rate", 0.0),
+                "grad_norm": values.get("grad_norm", 0.0),
+                "target_tokens_per_second": speed,
+                "seconds": now - self.began,
+            }
+            self.last, self.last_step = now, state.global_step
+            metrics.append(self.metrics_file, {"step": state.global_step, **values})
+            self.observer.on_metrics(state.global_step, values)
+
+    def on_published(self, step: int, folder: Path) -> None:
+        self.observer.on_checkpoint(step, str(folder))
+
+
+class StopOnSignal(TrainerCallback):
+    """The first signal ends training after the running update, with a checkpoint; a second one ends at once."""
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+
+    @contextmanager
+    def listening(self) -> Iterator[StopOnSignal]:
+        before = {}
+
+        def note(number: int, _frame: object) -> None:
+            if self.received is not None:
+                raise KeyboardInterrupt
+            self.received = number
+
+        for name in STOP_SIGNALS:
+            if hasattr(signal, name):
+                before[name] = signal.signal(getattr(signal, name), note)
+        try:
+            yield self
+        finally:
+            for name, handler in before.items():
+                signal.signal(getattr(signal, name), handler)
+
+    @property
+    def exit_code(self) -> int:
+        return 130 if self.received == signal.SIGINT else 143
+
+    @property
+    def name(self) -> str:
+        return signal.Signals(self.received).name if self.received else ""
+
+    def on_step_end(self, args, state, control, **_):
+        if self.received is not None:
+            control.should_training_stop = True
+            control.should_save = True
+            control.should_evaluate = False  # whoever stops a run wants it to stop
+        return control
+
+
+class EarlyStopping(TrainerCallback):
+    """Asks for a checkpoint at each new lowest held-out loss, and stops when that grows old.
+
+    Everything is read from the trainer's log history, so a resumed run goes on counting where it was.
+    """
+
+    def __init__(self, patience: int):
+        self.patience = patience
+
+    def on_evaluate(self, args, state, control, **_):
+        best = best_step(state)
+        measured = [entry["step"] for entry in state.log_history if "eval_loss" in entry]
+        if best == measured[-1]:
+            control.should_save = True
+        elif len([step for step in measured if step > best]) >= self.patience:
+            control.should_training_stop = True
+        return control
+
+
+def best_step(state: Any) -> int | None:
+    """The update with the lowest held-out loss so far; None before the first measurement."""
+    measured = [(entry["eval_loss"], entry["step"]) for entry in state.log_history if "eval_loss" in entry]
+    return min(measured)[1] if measured else None

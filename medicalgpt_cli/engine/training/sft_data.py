@@ -1,0 +1,68 @@
+"""The data of an instruction-tuning run: read, split, rendered to tokens, counted."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from medicalgpt_cli.engine.data.formats import Conversation, Counts, load_conversations
+from medicalgpt_cli.engine.data.rendering import Example, render_conversation
+from medicalgpt_cli.engine.data.report import describe, fingerprint
+from medicalgpt_cli.engine.data.splitting import split, without_held_out
+from medicalgpt_cli.engine.observer import Observer
+from medicalgpt_cli.errors import DataError
+from medicalgpt_cli.settings.stages import SftSettings
+
+
+@dataclass(frozen=True)
+class SftData:
+    training: list[Example]
+    held_out: list[Example]
+    questions: list[Conversation]  # held-out conversations, to be answered before and after
+    report: dict[str, Any]  # counts and lengths, for the screen and run.json
+    fingerprints: dict[str, str]  # of the token ids and masks of both parts
+
+
+def load_sft_data(settings: SftSettings, tokenizer: PreTrainedTokenizerBase, observer: Observer) -> SftData:
+    """Read `--train-data` and what is held out, and turn both into examples.
+
+    Raises:
+        DataError: nothing is left to train on.
+    """
+    counts, held_counts = Counts(), Counts()
+    training = load_conversations(settings.train_data, counts, observer, max_samples=settings.max_samples)
+    if settings.eval_data:
+        held = load_conversations(settings.eval_data, held_counts, observer)
+        training = without_held_out(training, held, counts)
+    else:
+        training, held = split(training, settings.eval_fraction, settings.seed)
+
+    def render(conversations: list[Conversation], into: Counts, task: str) -> list[Example]:
+        examples: list[Example] = []
+        observer.on_task_start(task, len(conversations), "conversations")
+        for number, conversation in enumerate(conversations, 1):
+            examples += render_conversation(tokenizer, conversation, settings.max_length, into)
+            if number % 50 == 0 or number == len(conversations):
+                observer.on_task_advance(task, number)
+        observer.on_task_end(task)
+        return examples
+
+    examples = render(training, counts, "tokenising training data")
+    held_examples = render(held, held_counts, "tokenising held-out data")
+    if not examples:
+        raise DataError(
+            "no training example is left",
+            "`medgpt data` on the same files shows what was skipped and why",
+        )
+    return SftData(
+        training=examples,
+        held_out=held_examples,
+        questions=held[: settings.eval_questions],
+        report={
+            "training": describe(examples, counts, tokenizer, settings.max_length),
+            "held_out": describe(held_examples, held_counts, tokenizer, settings.max_length),
+        },
+        fingerprints={"training": fingerprint(examples), "held_out": fingerprint(held_examples)},
+    )

@@ -1,0 +1,132 @@
+"""Hugging Face's training loop with our batches, our loss, our held-out measure and safe checkpoints."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PrinterCallback, Trainer
+
+from medicalgpt_cli.engine.data.rendering import Example
+from medicalgpt_cli.engine.evaluation.heldout import held_out
+from medicalgpt_cli.engine.run import checkpoints
+from medicalgpt_cli.engine.run.files import remove_tree
+from medicalgpt_cli.engine.training.batches import EpochSampler, ExampleDataset
+from medicalgpt_cli.engine.training.callbacks import EarlyStopping, best_step
+from medicalgpt_cli.engine.training.losses import target_loss
+from medicalgpt_cli.errors import TrainingFailed
+
+Collate = Callable[[Sequence[Example]], dict[str, torch.Tensor]]
+
+
+class MedgptTrainer(Trainer):
+    """Trainer for next-token prediction on `Example`s.
+
+    The loss of an update is the mean over all its target tokens, across accumulated batches and devices.
+    Checkpoints are written beside, hashed, synced and renamed, so that a name that exists is complete.
+    """
+
+    def __init__(
+        self,
+        *,
+        model: torch.nn.Module,
+        args: Any,
+        train: Sequence[Example],
+        held_out_examples: Sequence[Example],
+        collate: Collate,
+        tokenizer: Any,
+        by_length: bool,
+        checkpoint_folder: Path,
+        keep_checkpoints: int,
+        callbacks: list[Any],
+    ):
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=ExampleDataset(train),
+            eval_dataset=ExampleDataset(held_out_examples) if held_out_examples else None,
+            data_collator=collate,
+            callbacks=callbacks,
+        )
+        self.remove_callback(PrinterCallback)  # the observer speaks
+        self.held_out_examples, self.tokenizer, self.by_length = held_out_examples, tokenizer, by_length
+        self.checkpoint_folder, self.keep_checkpoints = checkpoint_folder, keep_checkpoints
+        self.keep_best = any(isinstance(callback, EarlyStopping) for callback in callbacks)
+        # Our batches carry shifted labels; their count normalises the loss, and the loss says so.
+        self.model_accepts_loss_kwargs = True
+        self.loss_is_scaled_for_ga = True
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> EpochSampler:
+        dataset = train_dataset or self.train_dataset
+        return EpochSampler(dataset.lengths, self.args.train_batch_size, self.args.seed, self.by_length)
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        total = target_loss(model, inputs)
+        count = num_items_in_batch
+        if count is None:
+            count = (inputs["shift_labels"] != -100).sum()
+        loss = total / count
+        if self.args.average_tokens_across_devices:
+            # The count is of all devices, and the gradient will be averaged over them.
+            loss = loss * self.accelerator.num_processes
+        return (loss, None) if return_outputs else loss
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if not torch.isfinite(loss):
+            newest = checkpoints.newest_complete(self.checkpoint_folder)
+            raise TrainingFailed(
+                f"the loss became {float(loss)} at update {self.state.global_step + 1}",
+                "lower --learning-rate"
+                + (f"; the last good checkpoint is {newest}" if newest else "; no checkpoint was written yet"),
+            )
+        return loss
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
+        """Loss, perplexity and bits per byte on the held-out examples, weighted by token."""
+        measured = held_out(
+            self.model,
+            self.held_out_examples,
+            self.tokenizer,
+            self.data_collator,
+            batch_size=self.args.per_device_train_batch_size,
+        )
+        metrics = {
+            f"{metric_key_prefix}_{name}": measured[name] for name in ("loss", "perplexity", "bits_per_byte")
+        }
+        self.log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(self.checkpoint_folder / ".writing")
+
+    def _save_checkpoint(self, model, trial) -> None:
+        remove_tree(self.checkpoint_folder / ".writing")  # what a killed save has left
+        super()._save_checkpoint(model, trial)
+        name = f"checkpoint-{self.state.global_step}"
+        final = checkpoints.publish(self.checkpoint_folder / ".writing" / name, self.checkpoint_folder / name)
+        best = self.best_checkpoint()
+        checkpoints.prune(self.checkpoint_folder, self.keep_checkpoints, protect=[best] if best else [])
+        for callback in self.callback_handler.callbacks:
+            if hasattr(callback, "on_published"):
+                callback.on_published(self.state.global_step, final)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        super()._save(output_dir, state_dict=state_dict)
+        # The arguments are pickled there by default; run.json holds them as plain text.
+        arguments = Path(output_dir or self.args.output_dir) / "training_args.bin"
+        if arguments.exists():
+            os.remove(arguments)  # noqa: PTH107
+
+    def best_checkpoint(self) -> Path | None:
+        """The checkpoint with the lowest held-out loss, where early stopping keeps it."""
+        step = best_step(self.state) if self.keep_best else None
+        return self.checkpoint_folder / f"checkpoint-{step}" if step is not None else None
+
+    def load_weights(self, checkpoint: Path) -> None:
+        """Put the weights of a checkpoint into the model (used to end with the best one)."""
+        self._load_from_checkpoint(str(checkpoint))

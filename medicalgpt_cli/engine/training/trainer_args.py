@@ -1,0 +1,93 @@
+"""The only place where our settings become a library's configuration."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import TrainingArguments
+
+from medicalgpt_cli.settings.groups import AdapterSettings, OptimSettings
+from medicalgpt_cli.settings.stages import TrainSettings
+
+DEFAULT_LEARNING_RATE = {"lora": 2e-4, "full": 2e-5}
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The length of a run in updates."""
+
+    updates_per_epoch: int
+    updates: int
+    warmup: int
+    eval_every: int
+    save_every: int
+
+
+def learning_rate(optim: OptimSettings, adapter: AdapterSettings) -> float:
+    return optim.learning_rate or DEFAULT_LEARNING_RATE[adapter.tuning]
+
+
+def schedule(optim: OptimSettings, examples: int) -> Schedule:
+    """How many updates a run over `examples` examples makes, as the trainer counts them."""
+    batches = math.ceil(examples / optim.batch_size)
+    per_epoch = max(math.ceil(batches / optim.gradient_accumulation), 1)
+    updates = optim.max_steps or max(math.ceil(optim.epochs * per_epoch), 1)
+    tenth = max(math.ceil(updates / 10), 1)
+    return Schedule(
+        updates_per_epoch=per_epoch,
+        updates=updates,
+        warmup=math.ceil(updates * optim.warmup_ratio),
+        eval_every=optim.eval_steps or tenth,
+        save_every=optim.save_steps or tenth,
+    )
+
+
+def training_arguments(
+    settings: TrainSettings,
+    plan: Schedule,
+    *,
+    folder: Path,
+    torch_device: torch.device,
+    dtype: torch.dtype,
+    evaluate: bool,
+) -> TrainingArguments:
+    """TrainingArguments for our loop. Everything that a library would switch on by itself is set explicitly."""
+    cuda = torch_device.type == "cuda"
+    return TrainingArguments(
+        output_dir=str(folder),
+        per_device_train_batch_size=settings.batch_size,
+        gradient_accumulation_steps=settings.gradient_accumulation,
+        max_steps=plan.updates,
+        learning_rate=learning_rate(settings, settings),
+        lr_scheduler_type=settings.schedule if settings.schedule != "constant" else "constant_with_warmup",
+        warmup_steps=plan.warmup,
+        weight_decay=settings.weight_decay,
+        max_grad_norm=settings.max_grad_norm,
+        neftune_noise_alpha=settings.neftune_alpha,
+        optim="adamw_torch",
+        bf16=cuda and dtype == torch.bfloat16,
+        fp16=cuda and dtype == torch.float16,
+        gradient_checkpointing=settings.gradient_checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False} if settings.gradient_checkpointing else None,
+        use_cpu=torch_device.type == "cpu",
+        seed=settings.seed,
+        data_seed=settings.seed,
+        logging_strategy="steps",
+        logging_steps=settings.log_steps,
+        logging_nan_inf_filter=False,
+        eval_strategy="steps" if evaluate else "no",
+        eval_steps=plan.eval_every if evaluate else None,
+        save_strategy="steps",
+        save_steps=plan.save_every,
+        save_total_limit=None,  # our own guard prunes, after the new checkpoint is complete
+        disable_tqdm=True,
+        report_to=list(settings.report_to) or "none",
+        remove_unused_columns=False,
+        dataloader_num_workers=0,
+        dataloader_pin_memory=cuda,
+        average_tokens_across_devices=True,
+        push_to_hub=False,
+    )

@@ -1,0 +1,75 @@
+"""The model that a training command trains, and what it leaves behind."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+from medicalgpt_cli.engine.data.rendering import stop_token_ids
+from medicalgpt_cli.engine.model.adapters import add_adapter, different_shape, save_adapter
+from medicalgpt_cli.engine.model.loading import load_model
+from medicalgpt_cli.engine.model.references import ResolvedModel
+from medicalgpt_cli.engine.model.tokenizer import save_tokenizer
+from medicalgpt_cli.engine.observer import Observer
+from medicalgpt_cli.engine.run.folder import RunFolder
+from medicalgpt_cli.errors import UsageError
+from medicalgpt_cli.settings.fields import flag_of
+from medicalgpt_cli.settings.stages import TrainSettings
+
+
+def load_trainable(settings: TrainSettings, resolved: ResolvedModel, observer: Observer) -> Any:
+    """The model with the weights that are to be trained requiring gradients.
+
+    LoRA over a base: a new adapter. LoRA on top of an adapter: that adapter is trained on, so that what is
+    saved is one ordinary adapter over the original base; its rank and scale stay what they were.
+    Full tuning: all weights, an adapter merged into them first. Full weights are held in fp32, which
+    AdamW's small steps need; the GPU computes in `--dtype` under autocast.
+    """
+    if settings.tuning == "full":
+        model = load_model(replace(settings, dtype="fp32"), resolved, trainable=True, observer=observer)
+        if resolved.adapter is not None:
+            model = model.merge_and_unload()
+            observer.on_notice("the adapter was merged into the weights, which are all trained")
+        return model.requires_grad_(True)
+    model = load_model(settings, resolved, trainable=True, observer=observer)
+    if resolved.adapter is None:
+        return add_adapter(model, settings, seed=settings.seed)
+    _keep_shape(settings, Path(resolved.adapter.path), observer)
+    return model
+
+
+def _keep_shape(settings: TrainSettings, adapter: Path, observer: Observer) -> None:
+    """An adapter that is trained on keeps its rank, scale and kind; asking for others is refused."""
+    differing = different_shape(adapter, settings)
+    asked = [name for name in differing if settings.origins.get(name, "default") != "default"]
+    if asked:
+        raise UsageError(
+            f"{flag_of(asked[0])} {getattr(settings, asked[0])}: the adapter to go on with has {differing[asked[0]]}",
+            "leave it out, or merge the adapter first (medgpt merge-lora) and start a new one",
+        )
+    for name, value in differing.items():
+        observer.on_notice(f"{flag_of(name)} is {value}, as in the adapter that training goes on with")
+
+
+def save_result(
+    settings: TrainSettings,
+    resolved: ResolvedModel,
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: RunFolder,
+) -> None:
+    """Write `model/`: the adapter or the weights, the tokenizer with its template, the generation settings."""
+    folder.new_model.mkdir(exist_ok=True)
+    if settings.tuning == "lora":
+        save_adapter(model, folder.new_model, resolved.base.path)
+    else:
+        model.save_pretrained(folder.new_model, safe_serialization=True)
+    save_tokenizer(tokenizer, folder.new_model)
+    ends = stop_token_ids(tokenizer, model.generation_config)
+    GenerationConfig(
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=ends, pad_token_id=tokenizer.pad_token_id
+    ).save_pretrained(folder.new_model)
+    folder.publish_model()

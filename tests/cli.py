@@ -1,0 +1,39 @@
+"""Running the real program in a real process."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+
+def medgpt(*arguments: object, env: dict[str, str] | None = None, **options) -> subprocess.CompletedProcess[str]:
+    """Run `medgpt …` offline and give its exit code, stdout and stderr."""
+    options.setdefault("timeout", 300)
+    return subprocess.run(command(*arguments), env=environment(env), capture_output=True, text=True, **options)
+
+
+def start(*arguments: object, env: dict[str, str] | None = None, **options) -> subprocess.Popen[str]:
+    """Start `medgpt …`, for tests that send it signals."""
+    options.setdefault("stdout", subprocess.PIPE)
+    options.setdefault("stderr", subprocess.PIPE)
+    return subprocess.Popen(command(*arguments), env=environment(env), text=True, **options)
+
+
+def command(*arguments: object) -> list[str]:
+    return [sys.executable, "-m", "medicalgpt_cli", *map(str, arguments)]
+
+
+def environment(more: dict[str, str] | None = None) -> dict[str, str]:
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("MEDGPT_")}
+    return {
+        **clean,
+        "PYTHONPATH": str(ROOT),
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+        "COLUMNS": "100",
+        **(more or {}),
+    }

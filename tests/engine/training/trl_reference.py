@@ -1,0 +1,91 @@
+"""TRL's SFTTrainer on the examples, order, initial adapter and schedule of a medgpt run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from tests.cli import medgpt
+
+
+def our_losses(
+    model: Path, data: Path, run: Path, *, steps: int, accumulation: int = 1, more: tuple[str, ...] = ()
+) -> list[float]:
+    """The loss of each update of `medgpt sft` without dropout, in a real process."""
+    done = medgpt(
+        *("sft", "--base-model", model, "--train-data", data, "--eval-fraction", "0", "--output-dir", run),
+        *("--lora-dropout", "0", "--max-steps", steps, "--gradient-accumulation", accumulation, "--use-cpu"),
+        *("--dtype", "fp32", *more),
+        timeout=3000,
+        env={"OMP_NUM_THREADS": "2"},
+    )
+    assert done.returncode == 0, done.stderr
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [line["loss"] for line in lines if "loss" in line]
+
+
+def trl_losses(model: Path, data: Path, folder: Path, run: Path, *, steps: int, accumulation: int = 1) -> list[float]:
+    """The same from TRL: its collator, its loss, its loop; our token ids in our order, our initial adapter."""
+    import datasets
+    import torch
+    from transformers import AutoModelForCausalLM
+    from trl import SFTConfig, SFTTrainer
+
+    from medicalgpt_cli.engine.data.formats import Counts, load_conversations
+    from medicalgpt_cli.engine.data.rendering import render_conversation
+    from medicalgpt_cli.engine.model.adapters import add_adapter
+    from medicalgpt_cli.engine.model.loading import load_tokenizer
+    from medicalgpt_cli.engine.model.references import resolve_models
+    from medicalgpt_cli.engine.observer import Observer
+    from medicalgpt_cli.engine.run.manifest import read, resumed_settings
+    from medicalgpt_cli.engine.training.batches import EpochSampler
+    from medicalgpt_cli.engine.training.trainer_args import learning_rate, schedule
+    from medicalgpt_cli.settings.stages import SftSettings
+
+    settings = resumed_settings(read(run), SftSettings(resume=run), run)
+    tokenizer = load_tokenizer(settings, resolve_models(settings))
+    counts = Counts()
+    examples = [
+        example
+        for conversation in load_conversations([str(data)], counts, Observer())
+        for example in render_conversation(tokenizer, conversation, settings.max_length, counts)
+    ]
+    rows: list[dict] = []
+    plan = schedule(settings, len(examples))
+    for epoch in range(-(-plan.updates // plan.updates_per_epoch)):
+        order = EpochSampler(
+            [len(one.input_ids) for one in examples], settings.batch_size, settings.seed, settings.group_by_length
+        )
+        order.set_epoch(epoch)
+        rows += [{"input_ids": examples[i].input_ids, "labels": examples[i].labels} for i in order]
+
+    net = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    net = add_adapter(net, settings, seed=settings.seed)
+    args = SFTConfig(
+        output_dir=str(folder),
+        per_device_train_batch_size=settings.batch_size,
+        gradient_accumulation_steps=accumulation,
+        max_steps=steps,
+        learning_rate=learning_rate(settings, settings),
+        lr_scheduler_type="cosine",
+        warmup_steps=plan.warmup,
+        weight_decay=settings.weight_decay,
+        max_grad_norm=settings.max_grad_norm,
+        train_sampling_strategy="sequential",
+        logging_steps=1,
+        bf16=False,
+        gradient_checkpointing=False,
+        use_cpu=True,
+        report_to="none",
+        save_strategy="no",
+        disable_tqdm=True,
+        max_length=None,
+        packing=False,
+        loss_type="nll",
+        dataset_kwargs={"skip_prepare_dataset": True},
+    )
+    trainer = SFTTrainer(
+        model=net, args=args, train_dataset=datasets.Dataset.from_list(rows), processing_class=tokenizer
+    )
+    trainer.train()
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
