@@ -70,7 +70,7 @@ def test_every_flag_of_the_examples_is_understood(example: str, tmp_path: Path) 
         words += ["--from-file", str(tmp_path / "absent.gguf")]
     done = medgpt(*words, cwd=tmp_path, env={"MEDGPT_HOME": str(tmp_path / "home")}, input="")
     assert "Traceback" not in done.stderr
-    for word in ("unknown option", "no such", "unexpected", "missing argument", "--help"):
+    for word in ("unknown option", "no such option", "unexpected", "missing argument", "--help"):
         assert word not in done.stderr.lower()
     assert done.returncode in (0, 2)
 

@@ -37,7 +37,6 @@ class Counts:
     """What happened to the rows: each skipped, merged or cut one by its reason, with a few places of each."""
 
     read: int = 0
-    used: int = 0
     skipped: Counter[str] = field(default_factory=Counter)
     merged: Counter[str] = field(default_factory=Counter)
     truncated: Counter[str] = field(default_factory=Counter)
@@ -45,6 +44,11 @@ class Counts:
     formats: dict[str, str] = field(default_factory=dict)  # file: format
     notices: list[str] = field(default_factory=list)
     places: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
+
+    @property
+    def used(self) -> int:
+        """Rows that are not skipped."""
+        return self.read - sum(self.skipped.values())
 
     def add_skip(self, reason: str, at: str) -> None:
         """A row (or a conversation that was used until now) is left out."""
@@ -84,7 +88,7 @@ _ROLES: dict[str, Role] = {
     "system": "system",
     "tool": "tool", "observation": "tool", "function": "tool",
 }  # fmt: skip
-_QUESTIONS = ("question", "query", "prompt", "instruction", "input")
+_QUESTIONS = ("question", "query", "ask", "prompt", "instruction", "input")
 _ANSWERS = ("answer", "response", "output", "reference", "response_chosen")
 _EXPECTED = (
     "messages, conversations, instruction + output, question + answer, prompt, text, or chosen + rejected"
@@ -141,7 +145,6 @@ def load_conversations(
         conversation = to_conversation(row, counts)
         if conversation is not None:
             found.append(conversation)
-    counts.used = len(found)
     if not found:
         raise DataError(f"{', '.join(sources)}: no conversation to learn from", _why_nothing(counts))
     _warn_about_duplicates(found, counts)
@@ -163,7 +166,6 @@ def load_prompts(sources: Sequence[str], counts: Counts, observer: Observer) -> 
             counts.add_skip("no question", row.at)
             continue
         found.append(Conversation(tuple(messages[: last + 1]), row.at, identifier, row.path))
-    counts.used = len(found)
     if not found:
         raise DataError(f"{', '.join(sources)}: no prompt", _why_nothing(counts))
     return found
@@ -188,6 +190,9 @@ def to_conversation(row: Row, counts: Counts) -> Conversation | None:
         return None
     if any(one["role"] == "assistant" and not one["content"].strip() for one in messages):
         counts.add_skip("an empty answer", row.at)
+        return None
+    if any(one["role"] == "user" and not one["content"].strip() for one in messages):
+        counts.add_skip("an empty question", row.at)
         return None
     return Conversation(tuple(messages), row.at, identifier, row.path)
 

@@ -11,6 +11,7 @@ import csv
 import gzip
 import io
 import json
+import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -232,16 +233,19 @@ def _open(path: Path) -> Iterator[IO[bytes]]:
         if suffix == ".zst":
             import zstandard
 
-            with path.open("rb") as raw, zstandard.ZstdDecompressor().stream_reader(raw) as file:
-                yield io.BufferedReader(file)
+            try:
+                with path.open("rb") as raw, zstandard.ZstdDecompressor().stream_reader(raw) as file:
+                    yield io.BufferedReader(file)
+            except zstandard.ZstdError:
+                raise DataError("not a Zstandard file, or a damaged one", "was the download complete?", at=str(path)) from None
         elif suffix == ".gz":
             with gzip.open(path, "rb") as file:
                 yield file
         else:
             with path.open("rb") as file:
                 yield file
-    except (gzip.BadGzipFile, EOFError) as problem:
-        word = "is cut short" if isinstance(problem, EOFError) else "is not a gzip file"
+    except (gzip.BadGzipFile, EOFError, zlib.error) as problem:
+        word = "is cut short" if isinstance(problem, EOFError) else "is not a gzip file, or a damaged one"
         raise DataError(f"the file {word}", "was the download complete?", at=str(path)) from None
     except OSError as problem:
         if isinstance(problem, FileNotFoundError | PermissionError | IsADirectoryError):
@@ -310,13 +314,18 @@ def _table_encoding(path: Path) -> str:
     for encoding in ("utf-8-sig", "gb18030"):
         decoder = codecs.getincrementaldecoder(encoding)()
         try:
+            odd = letters = 0
             with _open(path) as file:
                 while piece := file.read(1 << 20):
-                    decoder.decode(piece)
+                    foreign = [char for char in decoder.decode(piece) if char > "\x7f"]
+                    letters += len(foreign)
+                    odd += len(foreign) - len("".join(foreign).encode("gb2312", "ignore")) // 2
                 decoder.decode(b"", final=True)
-            return encoding
         except UnicodeDecodeError:
             continue
+        # GB18030 gives some character to nearly every byte: only everyday Chinese (GB 2312) speaks for it
+        if encoding == "utf-8-sig" or odd <= letters // 10:
+            return encoding
     raise DataError("neither UTF-8 nor GB18030", "save the table as UTF-8", at=str(path))
 
 
@@ -335,36 +344,37 @@ def _parse(text: str) -> Any:
     except json.JSONDecodeError as problem:
         error = _NotJson(f"not valid JSON (column {problem.colno})", _json_hint(text, problem.pos))
         error.line = problem.lineno
+    except (_DuplicateKey, _Constant) as problem:
+        error = _NotJson(str(problem), problem.hint)
+        error.line = None
+    except ValueError:  # Python reads no number of more than 4,300 digits
+        error = _NotJson("a number with too many digits", "write it as text")
+        error.line = None
     except RecursionError:
         error = _NotJson("nested too deeply", "a record is an object of texts, not a tree")
-        error.line = None
-    except _DuplicateKey as problem:
-        error = _NotJson(f"the key {problem.args[0]!r} stands twice", "keep one of them")
-        error.line = None
-    except _Constant as problem:
-        error = _NotJson(f"{problem.args[0]} is not JSON", "write null or leave the field out")
         error.line = None
     raise error from None
 
 
 class _DuplicateKey(Exception):
-    pass
+    hint = "keep one of them"
 
 
 class _Constant(Exception):
-    pass
+    hint = "write null or leave the field out"
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):
         keys = [key for key, _ in pairs]
-        raise _DuplicateKey(next(key for key in keys if keys.count(key) > 1))
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise _DuplicateKey(f"the key {twice[:30]!r} stands twice")
     return found
 
 
 def _no_constant(name: str) -> Any:
-    raise _Constant(name)
+    raise _Constant(f"{name} is not JSON")
 
 
 def _is_json(text: str) -> bool:

@@ -19,6 +19,7 @@ from medicalgpt_cli.errors import UsageError
 IGNORED = -100
 # A character that no text should hold (Unicode noncharacter); stands inside a defused special token.
 _GUARD = "\ufdd0"
+_OWN = "\ufdd1"  # behind a guard: the text itself held the guard's character
 
 
 @dataclass
@@ -103,6 +104,11 @@ def render_conversation(
             raise
         counts.add_skip("the chat template refuses this order of roles", conversation.at)
         return []
+    except _NotLearnable as reason:
+        counts.add_skip(str(reason), conversation.at)
+        return []
+    if any(turn.other_header for turn in turns):
+        counts.add_merge("answer learnt behind a header that the template leaves out of the history", conversation.at)
     if _folds_system(tokenizer, conversation.messages):
         counts.add_merge("system message put in front of the first question", conversation.at)
     example = _append_only(turns)
@@ -127,6 +133,7 @@ class _Turn:
     index: int
     prompt: list[int]
     target: list[int]
+    other_header: bool = False  # the generation prompt is not how the template renders an answer
 
 
 def _turns(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> list[_Turn]:
@@ -144,20 +151,38 @@ def _turn(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> _T
     whole_text = _render(tokenizer, messages, generation=False)
     prompt, whole = _encode(tokenizer, prompt_text), _encode(tokenizer, whole_text)
     end = _end_of_turn(tokenizer)
+    other_header = False
     if whole[: len(prompt)] == prompt:
         target = whole[len(prompt) :]
     elif whole_text.startswith(prompt_text):
         # A token runs over the border: at inference the prompt ends there, so the answer begins a token anew.
         target = _encode(tokenizer, whole_text.removeprefix(prompt_text))
+        if tokenizer.decode(prompt + target) != tokenizer.decode(whole):
+            raise _NotLearnable("the tokenizer does not give back the answer behind its prompt")
     else:
         # The generation prompt says more than the rendered history (an empty reasoning block, say):
         # what the model has to say after it is the answer itself.
-        target = _encode(tokenizer, _defuse(tokenizer, messages[-1]["content"]))
+        other_header = True
+        target = _encode(tokenizer, _defuse(tokenizer, _behind_header(prompt_text, messages[-1]["content"])))
     if end in target:
         target = target[: target.index(end) + 1]
     else:
         target = [*target, tokenizer.eos_token_id]
-    return _Turn(len(messages) - 1, prompt, target)
+    return _Turn(len(messages) - 1, prompt, target, other_header)
+
+
+def _behind_header(prompt_text: str, answer: str) -> str:
+    """The answer without the opening that the generation prompt already wrote (`<think>`, say)."""
+    for length in range(min(len(answer), 64), 0, -1):
+        if prompt_text.endswith(answer[:length]) and not answer[:length].isspace():
+            return answer[length:]
+    if prompt_text.rstrip().endswith("<think>"):
+        raise _NotLearnable("the template opens a reasoning block, and the answer has none")
+    return answer
+
+
+class _NotLearnable(Exception):
+    """A conversation whose target cannot be rendered as the model would write it; the reason is counted."""
 
 
 def _append_only(turns: Sequence[_Turn]) -> Example | None:
@@ -300,12 +325,15 @@ def _find_out(tokenizer: PreTrainedTokenizerBase) -> _Known:
 def _defuse(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
     """Put a guard inside every spelling of a special token, so that the tokenizer does not see it as one."""
     special = _known(tokenizer).special
+    text = text.replace(_GUARD, _GUARD + _OWN)
     return special.sub(lambda match: match[0][0] + _GUARD + match[0][1:], text) if special else text
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """Token ids of rendered text; the guards of `_defuse` fall away."""
-    return [token for piece in text.split(_GUARD) for token in _encode_piece(tokenizer, piece)]
+    first, *pieces = text.split(_GUARD)
+    pieces = [_GUARD + piece[1:] if piece.startswith(_OWN) else piece for piece in pieces]
+    return [token for piece in (first, *pieces) for token in _encode_piece(tokenizer, piece)]
 
 
 def _encode_piece(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from medicalgpt_cli.engine.model.references import ModelReference, ResolvedModel
@@ -15,7 +17,7 @@ from medicalgpt_cli.engine.observer import Observer
 from medicalgpt_cli.errors import EnvironmentFailure, UnsafeRefused, UsageError
 from medicalgpt_cli.settings.groups import DeviceSettings, ModelSettings
 
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def choose_device(device: DeviceSettings) -> torch.device:
@@ -45,7 +47,7 @@ def choose_dtype(device: DeviceSettings, torch_device: torch.device) -> torch.dt
     bf16 is slow without special instructions, and fp32 keeps greedy answers independent of the batch.
     """
     if device.dtype != "auto":
-        return _DTYPES[device.dtype]
+        return DTYPES[device.dtype]
     if torch_device.type != "cuda":
         return torch.float32
     return torch.bfloat16 if torch.cuda.get_device_capability(torch_device)[0] >= 8 else torch.float16
@@ -59,7 +61,7 @@ def load_tokenizer(
     Raises:
         UsageError: there is none, or it is not the one that the adapter was trained with.
     """
-    tokenizer = _read_tokenizer(resolved.tokenizer)
+    tokenizer = read_tokenizer(resolved.tokenizer)
     notice = apply_template(tokenizer, model.template)
     if notice and observer:
         observer.on_notice(notice)
@@ -74,7 +76,7 @@ def load_tokenizer(
     return tokenizer
 
 
-def _read_tokenizer(source: str) -> PreTrainedTokenizerBase:
+def read_tokenizer(source: str) -> PreTrainedTokenizerBase:
     path = Path(source)
     try:
         if path.suffix == ".gguf":
@@ -155,7 +157,8 @@ def load_base(
         options |= {"device_map": "balanced", "max_memory": free}
     with _explained(base):
         _refuse_unsafe(base)
-        loaded = AutoModelForCausalLM.from_pretrained(source, **options)
+        loaded, found = AutoModelForCausalLM.from_pretrained(source, output_loading_info=True, **options)
+    _must_be_complete(base.name, found["missing_keys"])
     return loaded if len(gpus) > 1 else _to_device(loaded, device)
 
 
@@ -166,22 +169,37 @@ def attach_adapter(model: Any, folder: Path, *, trainable: bool = False) -> Any:
         UsageError: the shapes differ: it was trained over another base or vocabulary.
         UnsafeRefused: the adapter is pickled.
     """
-    from peft import PeftModel
+    from peft import PeftModel, get_peft_model_state_dict
 
     if not (folder / "adapter_model.safetensors").is_file():
         if (folder / "adapter_model.bin").is_file():
             raise UnsafeRefused(f"{folder}: the adapter is pickled (adapter_model.bin)", "convert it to safetensors")
         raise UsageError(f"{folder} has no adapter_model.safetensors", "was the copy complete?")
+    misfit = UsageError(
+        f"the adapter in {folder} does not fit this base model: it was trained over another one",
+        "leave out --base-model: the adapter knows its base",
+    )
     try:
-        return PeftModel.from_pretrained(model, folder, is_trainable=trainable)
+        attached = PeftModel.from_pretrained(model, folder, is_trainable=trainable)
     except (RuntimeError, ValueError, KeyError) as problem:
         text = str(problem)
         if "size mismatch" in text or "not found in the base model" in text:
-            raise UsageError(
-                f"the adapter in {folder} does not fit this base model: it was trained over another one",
-                "leave out --base-model: the adapter knows its base",
-            ) from None
+            raise misfit from None
         raise
+    # PEFT only warns where the file and the model have different layers; the rest would stay untrained.
+    with safe_open(folder / "adapter_model.safetensors", "pt") as file:
+        if set(file.keys()) != set(get_peft_model_state_dict(attached, save_embedding_layers=False)):
+            raise misfit
+    return attached
+
+
+def _must_be_complete(name: str, missing: Collection[str]) -> None:
+    """Refuse files that lack weights: the library would fill them in with random numbers."""
+    if missing:
+        raise UsageError(
+            f"{name}: {len(missing)} weights are missing, the first is {sorted(missing)[0]}",
+            "is the copy complete, and is it a causal language model?",
+        )
 
 
 def _refuse_unsafe(base: ModelReference) -> None:

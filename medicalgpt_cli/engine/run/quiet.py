@@ -26,6 +26,7 @@ QUIET = {
     "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
     "TRL_EXPERIMENTAL_SILENCE": "1",
     "BITSANDBYTES_NOWELCOME": "1",
+    "TQDM_DISABLE": "1",  # bars of libraries that know no variable of their own (reading GGUF)
     # Data workers are forked after the tokenizer was used; without this, each fork is a warning.
     "TOKENIZERS_PARALLELISM": "false",
 }

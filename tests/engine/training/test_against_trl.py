@@ -15,7 +15,7 @@ def test_loss_curves_agree(layout: str, tmp_path: Path) -> None:
     tiny_model(tmp_path / "model")
     rows = [
         {"question": f"What is {n}?" + " Why?" * (n % 7), "answer": "The answer is " + "yes. " * (n % 5 + 1)}
-        for n in range(60)
+        for n in range(64)  # whole updates in each epoch
     ]
     data = write_jsonl(tmp_path / "train.jsonl", rows)
     run = tmp_path / "run"

@@ -1,0 +1,209 @@
+"""Folding an adapter into its base, with a proof that the result answers as the two did together."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerBase
+from transformers.utils import GENERATION_CONFIG_NAME
+
+from medicalgpt_cli.engine.model.loading import DTYPES, attach_adapter, choose_device, load_base, load_tokenizer
+from medicalgpt_cli.engine.model.references import ModelReference, ResolvedModel, resolve_models
+from medicalgpt_cli.engine.model.tokenizer import save_tokenizer
+from medicalgpt_cli.engine.observer import Observer
+from medicalgpt_cli.engine.run.files import staged
+from medicalgpt_cli.errors import MedgptError, UsageError
+from medicalgpt_cli.settings.stages import MergeLoraSettings
+
+TOLERANCE = 1e-4  # of fp32 logits, merged against base + adapter
+
+# What both are shown: English, Chinese, numbers, a list. The content does not matter, its variety does.
+SAMPLE = (
+    "The patient, aged 57, takes 5 mg of amlodipine once a day. Blood pressure: 142/88 mmHg.\n"
+    "患者咳嗽三天，体温38.5℃，建议多饮水并及时就医。\n"
+    "1. Rest  2. Fluids  3. Paracetamol 500 mg, at most 4 g a day"
+)
+
+
+def merge(settings: MergeLoraSettings, observer: Observer) -> dict[str, Any]:
+    """Write base + adapter as one ordinary model folder.
+
+    The weights are merged in fp32 and, without `--dtype`, stored in fp32: rounding them to the base's 16 bits
+    would change what the adapter taught. With `--dtype bf16` or `fp16` the cost of the rounding is measured.
+
+    Returns:
+        What `--json` prints: the folder, and the largest difference of fp32 logits against base + adapter
+        on sample text, of the merged weights (`in_memory`) and of the files read back (`on_disk`).
+
+    Raises:
+        UsageError: no adapter, an existing or overlapping output, a quantised base, another vocabulary.
+        MedgptError: the merged model does not compute what base + adapter do; nothing is left on disk.
+    """
+    resolved = resolve_models(settings)
+    output = Path(settings.output_dir or "")
+    _check_output(output, resolved)
+    adapter = _adapter_of(resolved)
+    kind = _check_kind(adapter)
+    tokenizer = load_tokenizer(settings, resolved, observer)
+    device = choose_device(settings)
+    stored = torch.float32 if settings.dtype == "auto" else DTYPES[settings.dtype]
+
+    with staged(output) as new:
+        model = _task(observer, "loading weights", lambda: _together(resolved, adapter, device))
+        _check_vocabulary(model, tokenizer)
+        ids = _sample(tokenizer, device)
+        expected = _logits(model, ids)
+        model = _task(observer, "merging", lambda: model.merge_and_unload(safe_merge=True))
+        if (Path(adapter.path) / GENERATION_CONFIG_NAME).is_file():
+            model.generation_config = GenerationConfig.from_pretrained(adapter.path)
+        in_memory = _difference(_logits(model, ids), expected)
+        _must_agree(in_memory, "the merged weights")
+        _task(observer, "writing", lambda: _write(model, tokenizer, new, stored, settings.shard_size))
+        del model
+        answered = _task(observer, "reading back", lambda: _logits(_read_back(new, device), ids))
+        on_disk = _difference(answered, expected)
+        if stored == torch.float32:
+            _must_agree(on_disk, "the files")
+    report = {
+        "folder": str(output),
+        "base": resolved.base.name,
+        "adapter": adapter.name,
+        "adapter_kind": kind,
+        "dtype": str(stored).removeprefix("torch."),
+        "tokens_compared": ids.shape[1],
+        "in_memory": in_memory,
+        "on_disk": on_disk,
+        "other_first_choice": int((answered.argmax(-1) != expected.argmax(-1)).sum()),
+        "tolerance": TOLERANCE,
+    }
+    _tell(report, observer)
+    return report
+
+
+# -- what is refused ---------------------------------------------------------------------------------------
+
+
+def _adapter_of(resolved: ResolvedModel) -> ModelReference:
+    if resolved.adapter is None:
+        raise UsageError(f"{resolved.base.name} has no adapter to merge", "name an adapter with --lora-model")
+    return resolved.adapter
+
+
+def _check_output(output: Path, resolved: ResolvedModel) -> None:
+    """The output is a new folder, and neither an input nor inside one."""
+    place = output.expanduser().resolve()
+    for role, source in (("base model", resolved.base), ("adapter", resolved.adapter)):
+        if source is None or source.folder is None:
+            continue
+        used = source.folder.resolve()
+        if place == used or used in place.parents:
+            raise UsageError(
+                f"--output-dir {output} is the folder of the {role}, or inside it", "name a new folder elsewhere"
+            )
+    if output.exists():
+        raise UsageError(f"--output-dir {output} exists already", "name a new folder; nothing is overwritten")
+
+
+def _check_kind(adapter: ModelReference) -> str:
+    """DoRA, rsLoRA or LoRA, for the report.
+
+    Raises:
+        UsageError: not an adapter of a language model.
+    """
+    from peft import PeftConfig
+
+    config: Any = PeftConfig.from_pretrained(adapter.path)
+    if config.task_type not in (None, "CAUSAL_LM"):
+        raise UsageError(
+            f"{adapter.name} is an adapter for {config.task_type}, not for a language model",
+            "name an adapter that sft or pretrain made",
+        )
+    if getattr(config, "use_dora", False):
+        return "DoRA"
+    return "rsLoRA" if getattr(config, "use_rslora", False) else str(config.peft_type.value)
+
+
+def _check_vocabulary(model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
+    rows = model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > rows:
+        raise UsageError(
+            f"the tokenizer has {len(tokenizer)} tokens, the model only {rows}",
+            "they do not belong together: check --tokenizer-path and --base-model",
+        )
+
+
+# -- merging and checking ----------------------------------------------------------------------------------
+
+
+def _together(resolved: ResolvedModel, adapter: ModelReference, device: torch.device) -> Any:
+    """Base and adapter in fp32: also an adapter that was trained on a quantised base goes on the full one."""
+    base = load_base(resolved.base, torch.float32, device)
+    if getattr(base, "is_quantized", False) or getattr(base.config, "quantization_config", None):
+        raise UsageError(
+            f"{resolved.base.name} is a quantised model: merging into it would round the adapter away",
+            "name the full-precision model with --base-model",
+        )
+    return attach_adapter(base, Path(adapter.path)).eval()
+
+
+def _sample(tokenizer: PreTrainedTokenizerBase, device: torch.device) -> torch.Tensor:
+    """Token ids (1, length) of the sample text behind the chat template's own beginning."""
+    messages = [{"role": "user", "content": SAMPLE}]
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    return torch.tensor([tokenizer(text, add_special_tokens=False)["input_ids"]], device=device)
+
+
+@torch.no_grad()
+def _logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
+    """(length, vocabulary) in fp32, on the processor."""
+    return model.eval()(input_ids=ids, use_cache=False).logits[0].float().cpu()
+
+
+def _difference(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((found - expected).abs().max())
+
+
+def _must_agree(difference: float, what: str) -> None:
+    if not difference <= TOLERANCE:  # also refuses NaN
+        raise MedgptError(
+            f"{what} do not compute what base and adapter do: logits differ by {difference:.2g} (at most {TOLERANCE:g})",
+            "nothing was written; please report this with the adapter's adapter_config.json",
+        )
+
+
+def _write(
+    model: Any, tokenizer: PreTrainedTokenizerBase, folder: Path, stored: torch.dtype, shard_size: str
+) -> None:
+    try:
+        model.to(stored).save_pretrained(folder, max_shard_size=shard_size)
+    except ValueError as problem:
+        if "shard" in str(problem) or "size" in str(problem):
+            raise UsageError(f"--shard-size {shard_size}: not a size", "for example 4GB or 500MB") from None
+        raise
+    save_tokenizer(tokenizer, folder)
+
+
+def _read_back(folder: Path, device: torch.device) -> Any:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, use_safetensors=True).to(device)
+
+
+def _tell(report: dict[str, Any], observer: Observer) -> None:
+    observer.on_notice(
+        f"checked on {report['tokens_compared']} tokens: fp32 logits of the merged model differ from base + adapter "
+        f"by at most {report['in_memory']:.1e} (allowed {TOLERANCE:g}), read back from disk by {report['on_disk']:.1e}"
+    )
+    if report["dtype"] != "float32":
+        observer.on_notice(
+            f"storing in {report['dtype']} rounded the weights: another likeliest token at "
+            f"{report['other_first_choice']} of {report['tokens_compared']} places; leave out --dtype for the exact model"
+        )
+
+
+def _task(observer: Observer, name: str, work: Any) -> Any:
+    observer.on_task_start(name)
+    try:
+        return work()
+    finally:
+        observer.on_task_end(name)
