@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from medicalgpt_cli.errors import UsageError
-from medicalgpt_cli.settings.fields import base_type, did_you_mean, flag_of, options_of
+from medicalgpt_cli.settings.fields import Option, base_type, did_you_mean, flag_of, options_of
 from medicalgpt_cli.settings.groups import Settings
 
 _ORIGINS = {"COMMANDLINE": "flag", "ENVIRONMENT": "environment", "DEFAULT_MAP": "recipe"}
@@ -70,12 +70,12 @@ def _parameter(command: str, settings_class: type[Settings], field: str) -> insp
         extra = typer.Argument(help=about.help, metavar=about.metavar, show_default=False)
     else:
         flag = flag_of(field) if about.negative is None else f"{flag_of(field)}/{about.negative}"
-        help_text = about.help if not about.choices else f"{about.help} [{'|'.join(about.choices)}]"
+        choices = f" One of: {', '.join(about.choices)}." if about.choices else ""
         extra = typer.Option(
             flag,
             *about.aliases,
-            help=help_text.replace("[", "\\["),
-            metavar=about.metavar,
+            help=about.help.replace("[", "\\[") + choices,
+            metavar=_metavar(plain, about),
             envvar=f"MEDGPT_{command}_{field}".upper().replace("-", "_"),
             show_envvar=False,
             show_default=default not in (None, [], False),
@@ -85,6 +85,13 @@ def _parameter(command: str, settings_class: type[Settings], field: str) -> insp
     return inspect.Parameter(
         field, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[annotation, extra]
     )
+
+
+def _metavar(plain: type, about: Option) -> str:
+    """What stands behind the flag in the help: nothing for a switch, else the kind of value."""
+    if plain is bool:
+        return " "
+    return about.metavar or {int: "N", float: "X"}.get(plain, "TEXT")
 
 
 def _recipe_parameter(settings_class: type[Settings]) -> inspect.Parameter:

@@ -155,12 +155,13 @@ class OptimSettings(Settings):
     max_grad_norm: float = opt(1.0, "Clip the gradient's norm to this.", above=0)
     neftune_alpha: float | None = opt(None, "Noise on the embeddings (NEFTune); 5 is usual.", above=0)
     gradient_checkpointing: bool = opt(False, "Recompute activations: less memory, about a third slower.")
-    group_by_length: bool = opt(True, "Put examples of similar length into a batch.",
-                                negative="--no-group-by-length")
-    padding_free: bool = opt(
-        True,
-        "Lay the examples of a batch end to end instead of padding them, where the model allows it.",
-        negative="--no-padding-free",
+    batch_order: str = opt(
+        "by-length", "Which examples meet in a batch: of similar length, or any.", choices=("by-length", "shuffled")
+    )
+    layout: str = opt(
+        "padding-free",
+        "Examples of a batch end to end where the model allows it, or padded to the longest.",
+        choices=("padding-free", "padded"),
     )
     eval_steps: int | None = opt(None, "Updates between measurements; a tenth of the run if not given.", min=1)
     save_steps: int | None = opt(None, "Updates between checkpoints; a tenth of the run if not given.", min=1)

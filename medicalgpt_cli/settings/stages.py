@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -49,6 +50,8 @@ class MergeLoraSettings(OutputSettings, ModelSettings):
             raise UsageError("--lora-model is missing", "name the adapter folder or the run folder to merge")
         if not self.output_dir:
             raise UsageError("--output-dir is missing", "name a new folder for the merged model")
+        if not re.fullmatch(r"[1-9][0-9]*[KMGT]B", self.shard_size, re.IGNORECASE):
+            raise UsageError(f"--shard-size {self.shard_size}: not a size", "for example 4GB or 500MB")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,6 +86,8 @@ class InferSettings(OutputSettings, SamplingSettings, ModelSettings):
             raise UsageError("--predictions-file is missing", "name a .json or .jsonl file, or - for stdout")
         if self.resume and self.overwrite:
             raise UsageError("--resume and --overwrite contradict each other", "give one of them")
+        if self.json and self.predictions_file == "-":
+            raise UsageError("--json and --predictions-file - both write to stdout", "leave one of them out")
         if self.resume and self.predictions_file == "-":
             raise UsageError("--resume needs a predictions file", "standard output cannot be resumed")
 

@@ -1,7 +1,7 @@
 """Rows to conversations: which format a row has, what its turns are, and what is done about odd ones.
 
-A row that contradicts its format ends the run with its file and line: it is a mistake to be mended. A row from
-which there is nothing to learn is skipped, counted and shown.
+A row that contradicts its format ends the run with its file and line: it is a mistake to be mended.
+A row from which there is nothing to learn is skipped, counted and shown.
 """
 
 from __future__ import annotations
@@ -104,7 +104,9 @@ def detect_format(value: Any, at: str) -> str:
     if isinstance(value, str):
         return "text"
     if not isinstance(value, dict):
-        raise DataError(f"a record has to be an object, this is {_kind(value)}", f"expected keys: {_EXPECTED}", at=at)
+        raise DataError(
+            f"a record has to be an object, this is {_kind(value)}", f"expected keys: {_EXPECTED}", at=at
+        )
     keys = set(value)
     if "rejected" in keys or "response_rejected" in keys:
         return "preference"
@@ -171,6 +173,38 @@ def load_prompts(sources: Sequence[str], counts: Counts, observer: Observer) -> 
     return found
 
 
+def load_texts(sources: Sequence[str], counts: Counts, observer: Observer) -> list[str]:
+    """Documents of text files and of `{"text": …}` records; empty ones are counted.
+
+    Raises:
+        DataError: a record has no text, or nothing is left.
+    """
+    found = []
+    for row in _rows(sources, counts, observer):
+        counts.read += 1
+        kind = detect_format(row.value, row.at)
+        if kind != "text":
+            raise DataError(f"a {kind} record among plain text", "one kind of data at a time", at=row.at)
+        counts.formats[row.path] = kind
+        value = row.value if isinstance(row.value, str) else row.value["text"]
+        if value is None or not _text(value, "text", row.at).strip():
+            counts.add_skip("no text", row.at)
+        else:
+            found.append(value)
+    if not found:
+        raise DataError(f"{', '.join(sources)}: no text", _why_nothing(counts))
+    return found
+
+
+def first_format(sources: Sequence[str]) -> str:
+    """The format of the first record, which decides what the sources are for."""
+    files, _ = expand_sources(sources)
+    for file in files:
+        for row in read_rows(file):
+            return detect_format(row.value, row.at)
+    raise DataError(f"{', '.join(sources)}: no record", "is it the right file?")
+
+
 def to_conversation(row: Row, counts: Counts) -> Conversation | None:
     """The conversation of a row; None where there is nothing to learn, which is counted."""
     if detect_format(row.value, row.at) in ("prompt", "mcq"):
@@ -210,7 +244,9 @@ def messages_of(row: Row, counts: Counts) -> tuple[list[Message], str | None]:
         counts.formats[row.path] = f"{known} + {kind}"
     if kind == "text":
         raise DataError(
-            "plain text has no questions and answers", "plain text is for pretraining; here conversations", at=at
+            "plain text has no questions and answers",
+            "plain text is for pretraining; here conversations",
+            at=at,
         )
     readers = {
         "messages": _from_messages,
@@ -226,7 +262,7 @@ def messages_of(row: Row, counts: Counts) -> tuple[list[Message], str | None]:
     return messages, None if identifier is None else str(identifier)
 
 
-# -- formats ---------------------------------------------------------------------------------------------------
+# -- formats -----------------------------------------------------------------------------------------------
 
 
 def _from_messages(value: dict[str, Any], at: str) -> list[Message]:
@@ -256,13 +292,19 @@ def _from_alpaca(value: dict[str, Any], at: str) -> list[Message]:
     more = value.get("input")
     if more is not None and _text(more, "input", at):
         question = f"{question}\n{more}" if question else more
-    messages += [_message("user", question, "instruction", at), _message("assistant", value["output"], "output", at)]
+    messages += [
+        _message("user", question, "instruction", at),
+        _message("assistant", value["output"], "output", at),
+    ]
     return _with_system(value, messages, at)
 
 
 def _from_pair(value: dict[str, Any], at: str) -> list[Message]:
     question, answer = _pair_keys(value)
-    messages = [_message("user", value[question], question, at), _message("assistant", value[answer], answer, at)]
+    messages = [
+        _message("user", value[question], question, at),
+        _message("assistant", value[answer], answer, at),
+    ]
     return _with_system(value, messages, at)
 
 
@@ -303,7 +345,11 @@ def _turns(turns: Any, name: str, role_key: str, text_key: str, at: str) -> list
         role = turn.get(role_key, turn.get("role", turn.get("from")))
         keys = [key for key in (text_key, "content", "value") if key in turn]
         if role is None or not keys:
-            raise DataError(f"turn {number} has no {role_key if role is None else text_key}", f"keys found: {', '.join(map(str, turn))}", at=at)
+            raise DataError(
+                f"turn {number} has no {role_key if role is None else text_key}",
+                f"keys found: {', '.join(map(str, turn))}",
+                at=at,
+            )
         if not isinstance(role, str) or role.lower() not in _ROLES:
             near = did_you_mean(str(role).lower(), _ROLES)
             hint = f"did you mean {near}?" if near else f"known roles: {', '.join(_ROLES)}"
@@ -335,11 +381,13 @@ def _text(value: Any, name: str, at: str) -> str:
     try:
         value.encode("utf-8")
     except UnicodeEncodeError:
-        raise DataError(f"{name} holds half a character (a lone surrogate)", "mend or remove this record", at=at) from None
+        raise DataError(
+            f"{name} holds half a character (a lone surrogate)", "mend or remove this record", at=at
+        ) from None
     return value
 
 
-# -- odd rows --------------------------------------------------------------------------------------------------
+# -- odd rows ----------------------------------------------------------------------------------------------
 
 
 def _join_same_role(messages: Iterable[Message], at: str, counts: Counts) -> list[Message]:
@@ -347,7 +395,10 @@ def _join_same_role(messages: Iterable[Message], at: str, counts: Counts) -> lis
     joined: list[Message] = []
     for message in messages:
         if joined and joined[-1]["role"] == message["role"]:
-            joined[-1] = {"role": message["role"], "content": f"{joined[-1]['content']}\n{message['content']}"}
+            joined[-1] = {
+                "role": message["role"],
+                "content": f"{joined[-1]['content']}\n{message['content']}",
+            }
             counts.add_merge(f"two {message['role']} turns in a row joined", at)
         else:
             joined.append(dict(message))
@@ -357,7 +408,9 @@ def _join_same_role(messages: Iterable[Message], at: str, counts: Counts) -> lis
 def _rows(sources: Sequence[str], counts: Counts, observer: Observer) -> Iterable[Row]:
     files, ignored = expand_sources(sources)
     if ignored:
-        counts.notices.append(f"{len(ignored)} files of unknown kind in the folders are left out, such as {ignored[0]}")
+        counts.notices.append(
+            f"{len(ignored)} files of unknown kind in the folders are left out, such as {ignored[0]}"
+        )
     for file in files:
         task = f"reading {getattr(file, 'name', file)}"
         observer.on_task_start(task, None, "rows")
@@ -368,7 +421,9 @@ def _rows(sources: Sequence[str], counts: Counts, observer: Observer) -> Iterabl
             yield row
         observer.on_task_end(task)
         if number == 0:
-            raise DataError(f"{getattr(file, 'name', file)}: the file holds no record", "is it the right file?")
+            raise DataError(
+                f"{getattr(file, 'name', file)}: the file holds no record", "is it the right file?"
+            )
 
 
 def _warn_about_duplicates(found: Sequence[Conversation], counts: Counts) -> None:
@@ -384,7 +439,17 @@ def _why_nothing(counts: Counts) -> str:
 
 
 def _unknown_keys(keys: set[str]) -> tuple[str, str]:
-    known = ("messages", "conversations", "instruction", "output", "question", "answer", "prompt", "text", "chosen")
+    known = (
+        "messages",
+        "conversations",
+        "instruction",
+        "output",
+        "question",
+        "answer",
+        "prompt",
+        "text",
+        "chosen",
+    )
     shown = ", ".join(sorted(map(str, keys))[:8])
     near = [(key, did_you_mean(str(key), known)) for key in sorted(map(str, keys))]
     guess = "; ".join(f"did you mean {b} for {a}?" for a, b in near if b and a != b)
@@ -392,5 +457,13 @@ def _unknown_keys(keys: set[str]) -> tuple[str, str]:
 
 
 def _kind(value: Any) -> str:
-    names = {type(None): "null", bool: "a truth value", int: "a number", float: "a number", str: "text", list: "a list", dict: "an object"}
+    names = {
+        type(None): "null",
+        bool: "a truth value",
+        int: "a number",
+        float: "a number",
+        str: "text",
+        list: "a list",
+        dict: "an object",
+    }
     return names.get(type(value), type(value).__name__)

@@ -22,6 +22,7 @@ from medicalgpt_cli.errors import DataError
 
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".txt", ".md")
 COMPRESSIONS = (".gz", ".zst")
+_LONGEST = 64 * 1024 * 1024  # bytes of one record
 
 
 @dataclass(frozen=True)
@@ -63,11 +64,15 @@ def expand_sources(sources: Sequence[str]) -> tuple[list[Path | HubDataset], lis
             known = [file for file in inside if _kind(file)]
             ignored += [str(file) for file in inside if not _kind(file)]
             if not known:
-                raise DataError(f"{source}: no data file in this folder", f"known endings: {', '.join(SUFFIXES)}")
+                raise DataError(
+                    f"{source}: no data file in this folder", f"known endings: {', '.join(SUFFIXES)}"
+                )
             found += known
         elif path.exists():
             if not _kind(path):
-                raise DataError(f"{source}: unknown ending", f"known endings: {', '.join(SUFFIXES)}, also .gz, .zst")
+                raise DataError(
+                    f"{source}: unknown ending", f"known endings: {', '.join(SUFFIXES)}, also .gz, .zst"
+                )
             found.append(path)
         elif _looks_like_hub_name(source):
             name, _, split = source.partition(":")
@@ -77,7 +82,9 @@ def expand_sources(sources: Sequence[str]) -> tuple[list[Path | HubDataset], lis
     return found, ignored
 
 
-def read_rows(source: Path | HubDataset, *, text_unit: str = "line", notices: list[str] | None = None) -> Iterator[Row]:
+def read_rows(
+    source: Path | HubDataset, *, text_unit: str = "line", notices: list[str] | None = None
+) -> Iterator[Row]:
     """The rows of one file, read as a stream.
 
     Args:
@@ -101,7 +108,7 @@ def read_rows(source: Path | HubDataset, *, text_unit: str = "line", notices: li
         yield from _json_rows(source)
 
 
-# -- kinds of files --------------------------------------------------------------------------------------------
+# -- kinds of files ----------------------------------------------------------------------------------------
 
 
 def _json_rows(path: Path) -> Iterator[Row]:
@@ -128,18 +135,85 @@ def _json_rows(path: Path) -> Iterator[Row]:
 
 
 def _array_rows(path: Path) -> Iterator[Row]:
-    text = "\n".join(text for _, text in _lines(path))
-    try:
-        values = _parse(text)
-    except DataError as problem:
-        # JSON lines whose first line is a list are an odd row, not an array.
-        first = text.split("\n", 1)[0]
-        line = problem.line or 1
-        if line > 1 and _is_json(first):
-            raise DataError("a line of this file is a list, not an object", problem.hint, at=f"{path}:1") from None
-        raise DataError(problem.message, problem.hint, at=f"{path}:{line}") from None
-    for number, value in enumerate(values, 1):
-        yield Row(str(path), number, value)
+    """The elements of one array, taken off the front of a sliding window."""
+    with _open(path) as file:
+        window = _Window(path, file)
+        window.position = window.text_from("[") + 1
+        number = 0
+        while (next_one := window.skip(" ,"[: 1 + (number > 0)])) not in ("]", ""):
+            number += 1
+            yield Row(str(path), number, window.take(f"{path}:{number}"))
+        if not next_one:
+            raise DataError(
+                "not valid JSON: the array is cut short", "was the download complete?", at=str(path)
+            )
+        window.position += 1
+        if window.skip(" "):
+            # a file of lists, a line each, is no array of records
+            raise DataError(
+                "not valid JSON: more behind the end of the array", "one array a file", at=f"{path}:1"
+            )
+
+
+class _Window:
+    """A part of a long JSON text. It grows until it holds the next value, and forgets what was taken."""
+
+    def __init__(self, path: Path, file: IO[bytes]):
+        self.path, self.file = path, file
+        self.decoder = codecs.getincrementaldecoder("utf-8-sig")()
+        self.text, self.position, self.line = "", 0, 1
+
+    def text_from(self, mark: str) -> int:
+        self.grow(1 << 16)
+        return self.text.index(mark)
+
+    def grow(self, size: int) -> bool:
+        """Read on; False where the file has ended."""
+        raw = self.file.read(size)
+        at = f"{self.path}:{self.line}"
+        if b"\x00" in raw:
+            raise DataError("NUL bytes in the text, on this line or behind it", "a torn write?", at=at)
+        try:
+            more = self.decoder.decode(raw, final=not raw)
+        except UnicodeDecodeError as problem:
+            line = self.line + raw.count(b"\n", 0, problem.start)
+            raise DataError(
+                f"not UTF-8{_other_encoding(raw)}", "convert the file to UTF-8", at=f"{self.path}:{line}"
+            ) from None
+        self.line += more.count("\n")
+        self.text, self.position = self.text[self.position :] + more, 0
+        return bool(raw)
+
+    def skip(self, letters: str) -> str:
+        """Move behind white space and `letters`; gives the character there, "" at the end of the file."""
+        while True:
+            rest = len(self.text)
+            while self.position < rest and (
+                self.text[self.position] in letters or self.text[self.position] in "\t\r\n"
+            ):
+                self.position += 1
+            if self.position < rest:
+                return self.text[self.position]
+            if not self.grow(1 << 16):
+                return ""
+
+    def take(self, at: str) -> Any:
+        """The value that begins here. The window doubles until it holds the whole of it."""
+        size = 1 << 16
+        while True:
+            try:
+                value, self.position = _DECODER.raw_decode(self.text, self.position)
+                return value
+            except (_DuplicateKey, _Constant, RecursionError):
+                break
+            except ValueError:  # perhaps only because the value goes on behind the window
+                if len(self.text) - self.position > _LONGEST or not self.grow(size):
+                    break
+                size *= 2
+        try:
+            return _parse(self.text[self.position :])
+        except DataError as problem:
+            raise DataError(problem.message, problem.hint, at=at) from None
 
 
 def _object_rows(path: Path) -> Iterator[Row]:
@@ -175,9 +249,11 @@ def _table_rows(path: Path, delimiter: str, notices: list[str] | None) -> Iterat
     encoding = _table_encoding(path)
     if encoding != "utf-8-sig" and notices is not None:
         notices.append(f"{path}: read as {encoding.upper()}, because it is not UTF-8")
-    csv.field_size_limit(64 * 1024 * 1024)
+    csv.field_size_limit(_LONGEST)
     with _open(path) as raw:
-        reader = csv.DictReader(io.TextIOWrapper(raw, encoding=encoding, newline=""), delimiter=delimiter, strict=True)
+        reader = csv.DictReader(
+            io.TextIOWrapper(raw, encoding=encoding, newline=""), delimiter=delimiter, strict=True
+        )
         try:
             for row in reader:
                 if None in row or None in row.values():
@@ -188,7 +264,9 @@ def _table_rows(path: Path, delimiter: str, notices: list[str] | None) -> Iterat
                     )
                 yield Row(str(path), reader.line_num, row)
         except csv.Error as problem:
-            raise DataError(f"not a valid table ({problem})", "check the quotes", at=f"{path}:{reader.line_num}") from None
+            raise DataError(
+                f"not a valid table ({problem})", "check the quotes", at=f"{path}:{reader.line_num}"
+            ) from None
 
 
 def _parquet_rows(path: Path) -> Iterator[Row]:
@@ -220,7 +298,7 @@ def _hub_rows(source: HubDataset) -> Iterator[Row]:
         yield Row(source.name, number, value)
 
 
-# -- bytes to text ---------------------------------------------------------------------------------------------
+# -- bytes to text -----------------------------------------------------------------------------------------
 
 _MAGIC = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "Zstandard", b"PK\x03\x04": "ZIP", b"PAR1": "Parquet"}
 
@@ -237,7 +315,9 @@ def _open(path: Path) -> Iterator[IO[bytes]]:
                 with path.open("rb") as raw, zstandard.ZstdDecompressor().stream_reader(raw) as file:
                     yield io.BufferedReader(file)
             except zstandard.ZstdError:
-                raise DataError("not a Zstandard file, or a damaged one", "was the download complete?", at=str(path)) from None
+                raise DataError(
+                    "not a Zstandard file, or a damaged one", "was the download complete?", at=str(path)
+                ) from None
         elif suffix == ".gz":
             with gzip.open(path, "rb") as file:
                 yield file
@@ -254,16 +334,22 @@ def _open(path: Path) -> Iterator[IO[bytes]]:
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    """(number, text) of each line, strictly UTF-8. Only a line feed ends a line: U+2028 may stand in a text."""
+    """(number, text) of each line, strictly UTF-8. Only a line feed ends a line, U+2028 does not."""
     with _open(path) as file:
-        for number, raw in enumerate(file, 1):
+        for number, raw in enumerate(iter(lambda: file.readline(_LONGEST + 1), b""), 1):
             at = f"{path}:{number}"
+            if len(raw) > _LONGEST:
+                raise DataError(f"a line of more than {_LONGEST // 2**20} MiB", "one record a line", at=at)
             if number == 1:
                 _refuse_other_kinds(path, raw)
             if raw.startswith(codecs.BOM_UTF8):
                 raw = raw[3:]  # also where two files were joined
             if b"\x00" in raw:
-                hint = "is it UTF-16? convert it to UTF-8" if raw.count(b"\x00") > len(raw) // 4 else "a torn write?"
+                hint = (
+                    "is it UTF-16? convert it to UTF-8"
+                    if raw.count(b"\x00") > len(raw) // 4
+                    else "a torn write?"
+                )
                 raise DataError("NUL bytes in the text", hint, at=at)
             try:
                 text = raw.decode("utf-8")
@@ -280,7 +366,9 @@ def _refuse_other_kinds(path: Path, head: bytes) -> None:
     at = f"{path}:1"
     for magic, name in _MAGIC.items():
         if head.startswith(magic):
-            raise DataError(f"this is a {name} file under another name", "unpack it, or give it its own ending", at=at)
+            raise DataError(
+                f"this is a {name} file under another name", "unpack it, or give it its own ending", at=at
+            )
     start = head.lstrip(codecs.BOM_UTF8 + b" \t\r\n")[:200].lower()
     if start.startswith((b"<!doctype html", b"<html")):
         raise DataError("this is a web page, not data", "the download saved an error page?", at=at)
@@ -293,9 +381,10 @@ def _refuse_other_kinds(path: Path, head: bytes) -> None:
 
 def _looks_utf16(head: bytes) -> bool:
     sample = head[:1024]
-    return sample.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or max(
-        sample[0::2].count(0), sample[1::2].count(0)
-    ) > len(sample) // 4
+    return (
+        sample.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+        or max(sample[0::2].count(0), sample[1::2].count(0)) > len(sample) // 4
+    )
 
 
 def _other_encoding(raw: bytes) -> str:
@@ -308,7 +397,7 @@ def _other_encoding(raw: bytes) -> str:
 
 
 def _table_encoding(path: Path) -> str:
-    """utf-8-sig or gb18030, by reading the table once: exports of Chinese spreadsheets are often the latter."""
+    """utf-8-sig or gb18030, by reading the table once: Chinese spreadsheets often export the latter."""
     with _open(path) as file:
         _refuse_other_kinds(path, file.readline())
     for encoding in ("utf-8-sig", "gb18030"):
@@ -329,7 +418,7 @@ def _table_encoding(path: Path) -> str:
     raise DataError("neither UTF-8 nor GB18030", "save the table as UTF-8", at=str(path))
 
 
-# -- JSON ------------------------------------------------------------------------------------------------------
+# -- JSON --------------------------------------------------------------------------------------------------
 
 
 class _NotJson(DataError):
@@ -340,7 +429,7 @@ class _NotJson(DataError):
 
 def _parse(text: str) -> Any:
     try:
-        return json.loads(text, parse_constant=_no_constant, object_pairs_hook=_no_duplicates)
+        return _DECODER.decode(text)
     except json.JSONDecodeError as problem:
         error = _NotJson(f"not valid JSON (column {problem.colno})", _json_hint(text, problem.pos))
         error.line = problem.lineno
@@ -377,12 +466,7 @@ def _no_constant(name: str) -> Any:
     raise _Constant(f"{name} is not JSON")
 
 
-def _is_json(text: str) -> bool:
-    try:
-        _parse(text)
-    except DataError:
-        return False
-    return True
+_DECODER = json.JSONDecoder(parse_constant=_no_constant, object_pairs_hook=_no_duplicates)
 
 
 def _json_hint(text: str, position: int) -> str:
@@ -396,7 +480,7 @@ def _json_hint(text: str, position: int) -> str:
     return "is the line cut short?" if position >= len(text.rstrip()) - 1 else "one JSON object a line"
 
 
-# -- paths -----------------------------------------------------------------------------------------------------
+# -- paths -------------------------------------------------------------------------------------------------
 
 
 def _kind(path: Path) -> str | None:
@@ -413,7 +497,12 @@ def _is_hidden(file: Path, root: Path) -> bool:
 
 def _looks_like_hub_name(source: str) -> bool:
     name = source.partition(":")[0]
-    return name.count("/") == 1 and not Path(source).suffix and not Path(name.split("/")[0]).exists() and name[0] not in "./~"
+    return (
+        name.count("/") == 1
+        and not Path(source).suffix
+        and not Path(name.split("/")[0]).exists()
+        and name[0] not in "./~"
+    )
 
 
 def _nearest(path: Path) -> str:

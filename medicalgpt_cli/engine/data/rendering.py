@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from jinja2.exceptions import TemplateError
 from transformers import GenerationConfig, PreTrainedTokenizerBase
@@ -32,7 +33,7 @@ class Example:
     id: str | None = None
 
 
-# -- prompts ---------------------------------------------------------------------------------------------------
+# -- prompts -----------------------------------------------------------------------------------------------
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> list[int]:
@@ -85,7 +86,7 @@ def fit_history(
     return kept, len(messages) - len(kept)
 
 
-# -- training --------------------------------------------------------------------------------------------------
+# -- training ----------------------------------------------------------------------------------------------
 
 
 def render_conversation(
@@ -98,32 +99,45 @@ def render_conversation(
     What does not fit `max_length` loses its oldest exchanges; all of that is counted in `counts`.
     """
     try:
-        turns = _turns(tokenizer, conversation.messages)
+        found = _examples(tokenizer, conversation, max_length, counts)
     except UsageError:
-        if tokenizer.chat_template is None:
+        if not tokenizer.chat_template:
             raise
         counts.add_skip("the chat template refuses this order of roles", conversation.at)
         return []
     except _NotLearnable as reason:
         counts.add_skip(str(reason), conversation.at)
         return []
+    for one in found:
+        one.at, one.id = conversation.at, conversation.id
+    return found
+
+
+def _examples(
+    tokenizer: PreTrainedTokenizerBase, conversation: Conversation, max_length: int, counts: Counts
+) -> list[Example]:
+    turns = _turns(tokenizer, conversation.messages)
     if any(turn.other_header for turn in turns):
-        counts.add_merge("answer learnt behind a header that the template leaves out of the history", conversation.at)
+        counts.add_merge(
+            "answer learnt behind a header that the template leaves out of the history", conversation.at
+        )
     if _folds_system(tokenizer, conversation.messages):
         counts.add_merge("system message put in front of the first question", conversation.at)
     example = _append_only(turns)
     if example is None and len(turns) > 1:
-        counts.add_merge("one example a turn: the template renders earlier turns differently", conversation.at)
+        counts.add_merge(
+            "one example a turn: the template renders earlier turns differently", conversation.at
+        )
         ends = [turn.index + 1 for turn in turns]
-        parts = [_fit_last(tokenizer, conversation.messages[:end], max_length, counts, conversation.at) for end in ends]
+        parts = [
+            _fit_last(tokenizer, conversation.messages[:end], max_length, counts, conversation.at)
+            for end in ends
+        ]
     elif example is None or len(example.input_ids) > max_length:
         parts = [_fit(tokenizer, conversation, turns, max_length, counts)]
     else:
         parts = [example]
-    found = [part for part in parts if part is not None]
-    for part in found:
-        part.at, part.id = conversation.at, conversation.id
-    return found
+    return [part for part in parts if part is not None]
 
 
 @dataclass(frozen=True)
@@ -146,7 +160,7 @@ def _turns(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> l
 
 
 def _turn(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> _Turn:
-    """The last message as a target: all that the template writes behind the prompt, up to the end of the turn."""
+    """The last message as a target: what the template writes behind the prompt, to the end of the turn."""
     prompt_text = _render(tokenizer, messages[:-1], generation=True)
     whole_text = _render(tokenizer, messages, generation=False)
     prompt, whole = _encode(tokenizer, prompt_text), _encode(tokenizer, whole_text)
@@ -173,9 +187,9 @@ def _turn(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> _T
 
 def _behind_header(prompt_text: str, answer: str) -> str:
     """The answer without the opening that the generation prompt already wrote (`<think>`, say)."""
-    for length in range(min(len(answer), 64), 0, -1):
-        if prompt_text.endswith(answer[:length]) and not answer[:length].isspace():
-            return answer[length:]
+    opening = re.match(r"<[^<>]+>\n*", answer)
+    if opening and prompt_text.endswith(opening[0]):
+        return answer.removeprefix(opening[0])
     if prompt_text.rstrip().endswith("<think>"):
         raise _NotLearnable("the template opens a reasoning block, and the answer has none")
     return answer
@@ -189,7 +203,7 @@ def _append_only(turns: Sequence[_Turn]) -> Example | None:
     """All turns in one example, if each prompt begins with the prompt and answer before it; else None."""
     if not turns:
         return None
-    for earlier, later in zip(turns[:-1], turns[1:], strict=True):
+    for earlier, later in pairwise(turns):
         said = earlier.prompt + earlier.target
         if later.prompt[: len(said)] != said:
             return None
@@ -217,7 +231,9 @@ def _fit(
         example = _append_only(_turns(tokenizer, kept))
         if example is not None and len(example.input_ids) <= max_length:
             counts.add_truncation(
-                "oldest exchanges dropped to fit --max-length", conversation.at, length - len(example.input_ids)
+                "oldest exchanges dropped to fit --max-length",
+                conversation.at,
+                length - len(example.input_ids),
             )
             return example
     return _fit_last(tokenizer, messages, max_length, counts, conversation.at)
@@ -226,7 +242,7 @@ def _fit(
 def _fit_last(
     tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], max_length: int, counts: Counts, at: str
 ) -> Example | None:
-    """The last answer behind as much of its history as fits; its own end is cut where it alone is too long."""
+    """The last answer behind as much of its history as fits; its end is cut where it alone is too long."""
     whole = _turn(tokenizer, messages)
     question, _ = fit_history(tokenizer, messages[:-1], max_length - len(whole.target))
     turn = _turn(tokenizer, [*question, messages[-1]])
@@ -244,12 +260,14 @@ def _fit_last(
     return Example(turn.prompt + target, [IGNORED] * len(turn.prompt) + target, at=at)
 
 
-# -- template and tokenizer ------------------------------------------------------------------------------------
+# -- template and tokenizer --------------------------------------------------------------------------------
 
 
 def _render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], *, generation: bool) -> str:
     if not tokenizer.chat_template:
-        raise UsageError("the model has no chat template", "give one: --template chatml, alpaca, plain or a file")
+        raise UsageError(
+            "the model has no chat template", "give one: --template chatml, alpaca, plain or a file"
+        )
     if _folds_system(tokenizer, messages):
         messages = _fold_system(messages)
     plain = [{"role": one["role"], "content": _defuse(tokenizer, one["content"])} for one in messages]

@@ -70,7 +70,10 @@ def save_adapter(model: Any, folder: Path, base: str) -> None:
     path = Path(base)
     model.peft_config["default"].base_model_name_or_path = str(path.resolve()) if path.exists() else base
     model.peft_config["default"].inference_mode = True
-    model.save_pretrained(folder, safe_serialization=True, selected_adapters=["default"])
+    # Left to decide by itself, PEFT would ask the hub whether the base's vocabulary is the same.
+    model.save_pretrained(
+        folder, safe_serialization=True, selected_adapters=["default"], save_embedding_layers=False
+    )
     (folder / "README.md").unlink(missing_ok=True)  # PEFT's model card template says nothing
 
 

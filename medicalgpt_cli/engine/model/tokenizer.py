@@ -27,11 +27,15 @@ TEMPLATES = {
     ),
     "chatml": (
         "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] }}"
-        "{% if m['role'] == 'assistant' %}{{ eos_token }}{% endif %}{{ '<|im_end|>\n' }}{% endfor %}"
+        "{% if m['role'] == 'assistant' and eos_token != '<|im_end|>' %}{{ eos_token }}{% endif %}"
+        "{{ '<|im_end|>\n' }}{% endfor %}"
         "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
     ),
 }
 FALLBACK = "plain"
+
+# What splits differently where merges, digits, spaces or normalisation are handled differently.
+_SAMPLE = "Take 1250mg  twice (b.i.d.) — COVID19, don't! 患者体温38.5℃，\n\n\tＡ naïve éè"
 
 
 def apply_template(tokenizer: PreTrainedTokenizerBase, template: str | None) -> str | None:
@@ -43,7 +47,10 @@ def apply_template(tokenizer: PreTrainedTokenizerBase, template: str | None) -> 
     Raises:
         UsageError: the tokenizer has another template already, or `template` names nothing.
     """
+    begin = "{{ bos_token }}" if _begins_with_bos(tokenizer) else ""
     wanted = None if template is None else _source(template)
+    if wanted in TEMPLATES.values():
+        wanted = begin + str(wanted)
     if tokenizer.chat_template:
         if wanted is not None and wanted != tokenizer.chat_template:
             raise UsageError(
@@ -51,10 +58,18 @@ def apply_template(tokenizer: PreTrainedTokenizerBase, template: str | None) -> 
                 "leave --template out; a model answers well only in the template that it learnt",
             )
         return None
-    tokenizer.chat_template = wanted or TEMPLATES[FALLBACK]
+    tokenizer.chat_template = wanted or begin + TEMPLATES[FALLBACK]
     if wanted:
         return None
-    return f"the model has no chat template; using {FALLBACK!r} (choose with --template {'|'.join(TEMPLATES)})"
+    return (
+        f"the model has no chat template; using {FALLBACK!r} (choose with --template {'|'.join(TEMPLATES)})"
+    )
+
+
+def _begins_with_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether this tokenizer puts a begin token in front of a text, so that a template has to do it, too."""
+    first = tokenizer("a")["input_ids"][:1]
+    return tokenizer.bos_token_id is not None and first == [tokenizer.bos_token_id]
 
 
 def _source(template: str) -> str:
@@ -62,7 +77,7 @@ def _source(template: str) -> str:
         return TEMPLATES[template]
     path = Path(template)
     if path.is_file():
-        return path.read_text(encoding="utf-8")
+        return _checked(path)
     near = did_you_mean(template, TEMPLATES)
     raise UsageError(
         f"--template {template}: no such template or file",
@@ -70,12 +85,33 @@ def _source(template: str) -> str:
     )
 
 
+def _checked(path: Path) -> str:
+    """The text of a template file; the same engine that will render it has to understand it."""
+    from jinja2 import TemplateSyntaxError
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    try:
+        source = path.read_text(encoding="utf-8")
+        environment = ImmutableSandboxedEnvironment(extensions=["jinja2.ext.loopcontrols"])
+        environment.parse(source.replace("{% generation %}", "").replace("{% endgeneration %}", ""))
+    except UnicodeDecodeError:
+        raise UsageError(f"--template {path}: not UTF-8 text", "name a Jinja file") from None
+    except TemplateSyntaxError as problem:
+        raise UsageError(
+            f"--template {path}:{problem.lineno}: {problem.message}", "name a Jinja file"
+        ) from None
+    if "messages" not in source:
+        raise UsageError(f"--template {path}: it never uses `messages`", "name a Jinja chat template")
+    return source
+
+
 def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """SHA-256 over vocabulary, special tokens and chat template: equal means equal token ids."""
+    """SHA-256 over vocabulary, special tokens, template and a sample's ids: equal means equal token ids."""
     parts = {
         "vocabulary": sorted(tokenizer.get_vocab().items(), key=lambda item: (item[1], item[0])),
         "special": {name: str(token) for name, token in sorted(tokenizer.special_tokens_map.items())},
         "template": tokenizer.chat_template,
+        "sample": tokenizer(_SAMPLE, add_special_tokens=False)["input_ids"],
     }
     return hashlib.sha256(json.dumps(parts, ensure_ascii=False).encode("utf-8", "surrogatepass")).hexdigest()
 

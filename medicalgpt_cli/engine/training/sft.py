@@ -207,12 +207,13 @@ def _start_event(
 def _collate(planned: SftPlan, model: Any, observer: Observer) -> Collate:
     """How a batch is laid out: end to end where the model gives the same logits for it, else padded."""
     settings = planned.settings
-    if settings.padding_free and settings.neftune_alpha is not None:
-        observer.on_notice("batches are padded: NEFTune scales its noise by the length of a row")
-    elif settings.padding_free and not attention.is_exact(model):
-        observer.on_notice("batches are padded: this model cannot keep the examples of one row apart")
-    elif settings.padding_free:
-        return end_to_end
+    if settings.layout == "padding-free":
+        if settings.neftune_alpha is not None:
+            observer.on_notice("batches are padded: NEFTune scales its noise by the length of a row")
+        elif not attention.is_exact(model):
+            observer.on_notice("batches are padded: this model cannot keep the examples of one row apart")
+        else:
+            return end_to_end
     return partial(padded, pad_id=planned.tokenizer.pad_token_id)
 
 
@@ -255,7 +256,7 @@ def _trainer(
         held_out_examples=data.held_out,
         collate=collate,
         tokenizer=planned.tokenizer,
-        by_length=settings.group_by_length,
+        by_length=settings.batch_order == "by-length",
         checkpoint_folder=folder.checkpoints,
         keep_checkpoints=settings.keep_checkpoints,
         callbacks=callbacks,

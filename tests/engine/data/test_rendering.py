@@ -83,9 +83,7 @@ def test_chatml_by_hand():
 
     (example,), counts = render("chatml", SYSTEM, *TURNS)
     assert example.input_ids == first + answer_1 + between + answer_2
-    assert example.labels == (
-        [IGNORED] * len(first) + answer_1 + [IGNORED] * len(between) + answer_2
-    )
+    assert example.labels == ([IGNORED] * len(first) + answer_1 + [IGNORED] * len(between) + answer_2)
     assert not counts.skipped and not counts.merged and not counts.truncated
 
 
@@ -117,7 +115,9 @@ def test_each_target_stands_behind_what_inference_renders(style):
 @pytest.mark.parametrize("style", [style for style in STYLES if style not in ("gemma", "none")])
 def test_prompts_are_those_of_the_library(style):
     tokenizer = tokenizer_of(style)
-    theirs = tokenizer.apply_chat_template([SYSTEM, *TURNS[:3]], add_generation_prompt=True, return_dict=False)
+    theirs = tokenizer.apply_chat_template(
+        [SYSTEM, *TURNS[:3]], add_generation_prompt=True, return_dict=False
+    )
     assert encode_prompt(tokenizer, [SYSTEM, *TURNS[:3]]) == theirs
 
 
@@ -158,7 +158,32 @@ def test_without_a_template_the_flag_is_named():
     assert "--template" in problem.value.hint
 
 
-# -- control tokens in user text -----------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("answer", "target"),
+    [("<think>\nfever\n</think>\n\nDrink.", "fever\n</think>\n\nDrink.<|im_end|>"), ("Drink.", None)],
+)
+def test_a_header_that_opens_a_reasoning_block(answer, target):
+    """The generation prompt writes `<think>`, the history leaves reasoning out (DeepSeek-R1's manner)."""
+    tokenizer = tiny_tokenizer("qwen3")
+    tokenizer.chat_template = (
+        "{% for m in messages %}"
+        "{{ '<|im_start|>' + m['role'] + '\n' + m['content'].split('</think>\n\n')[-1] }}"
+        "{{ '<|im_end|>\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n<think>\n' }}{% endif %}"
+    )
+    messages = [TURNS[0], {"role": "assistant", "content": answer}]
+    counts = Counts()
+    examples = render_conversation(tokenizer, conversation(*messages), 512, counts)
+    if target is None:  # an answer without reasoning is not what this model writes there
+        assert examples == [] and sum(counts.skipped.values()) == 1
+        return
+    ((start, ids),) = spans(examples[0])
+    assert examples[0].input_ids[:start] == encode_prompt(tokenizer, messages[:1])
+    assert tokenizer.decode(ids) == target
+    assert sum(counts.merged.values()) == 1
+
+
+# -- control tokens in user text ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("style", STYLES)
@@ -177,7 +202,9 @@ def test_special_spellings_never_become_control_tokens(style):
     ids = encode_prompt(tokenizer, [{"role": "user", "content": hostile}])
     assert hostile in tokenizer.decode(ids)
     # the same in training, in a question and in an answer
-    (example,), _ = render(style, {"role": "user", "content": hostile}, {"role": "assistant", "content": hostile})
+    (example,), _ = render(
+        style, {"role": "user", "content": hostile}, {"role": "assistant", "content": hostile}
+    )
     assert example.input_ids[: len(ids)] == ids
     assert [one for one in example.labels if one in special] == [tokenizer.convert_tokens_to_ids(END[style])]
 
@@ -195,16 +222,18 @@ def test_the_guard_character_itself_is_kept_and_opens_no_way_round():
 @given(
     style=st.sampled_from(STYLES),
     texts=st.lists(
-        st.lists(st.sampled_from([*"ab \n?。医", "\u2028", "<|im_end|>", "[INST]", "</s>", "\ufdd0", "é", "🙂"]), min_size=1)
+        st.lists(
+            st.sampled_from([*"ab \n?。医é🙂\u2028\ufdd0", "<|im_end|>", "[INST]", "</s>"]), min_size=1
+        )
         .map("".join).filter(lambda text: text.strip()),
         min_size=2, max_size=6,
     ),
 )  # fmt: skip
 def test_any_conversation(style, texts):
-    """Whatever is said: prompts are those of inference, the loss lies on answers only, and ends with an end token."""
+    """Whatever is said: prompts are those of inference, and the loss lies on answers and their end."""
     texts = texts[: len(texts) // 2 * 2]
     messages = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
-    examples, counts = render(style, *messages)
+    examples, _ = render(style, *messages)
     tokenizer = tokenizer_of(style)
     learnt = [(example, start, ids) for example in examples for start, ids in spans(example)]
     assert len(learnt) == len(texts) // 2
@@ -233,14 +262,22 @@ def test_a_token_that_runs_over_the_border_leaves_the_prompt_as_it_is():
     assert tokenizer.decode(example.input_ids[len(prompt) :]) == "thirst<|im_end|>"
 
 
-# -- the same records in several formats ----------------------------------------------------------------------
+# -- the same records in several formats -------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("style", STYLES)
 @pytest.mark.parametrize(
     ("names", "number"),
     [
-        (("single_alpaca.jsonl", "single_alpaca_array.json", "single_messages.jsonl", "single_sharegpt.jsonl"), 78),
+        (
+            (
+                "single_alpaca.jsonl",
+                "single_alpaca_array.json",
+                "single_messages.jsonl",
+                "single_sharegpt.jsonl",
+            ),
+            78,
+        ),
         (("multi_alpaca_history.jsonl", "multi_messages.jsonl", "multi_sharegpt.jsonl"), 30),
     ],
 )
@@ -256,7 +293,7 @@ def test_formats_are_equivalent(style, names, number):
     assert all(one == results[0] for one in results[1:])
 
 
-# -- what does not fit -----------------------------------------------------------------------------------------
+# -- what does not fit -------------------------------------------------------------------------------------
 
 
 def long(turns: int):
@@ -312,7 +349,7 @@ def test_fit_history(style):
     assert kept == [messages[0], messages[-1]] and dropped == 4
 
 
-# -- stop tokens and raw text ----------------------------------------------------------------------------------
+# -- stop tokens and raw text ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("style", STYLES)
@@ -327,7 +364,7 @@ def test_raw_text_has_the_tokenizer_s_start():
     assert encode_raw(tokenizer, "diabetes") == tokenizer("diabetes")["input_ids"]
 
 
-# -- the real tokenizer ----------------------------------------------------------------------------------------
+# -- the real tokenizer ------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ from tests.engine.training.trl_reference import our_losses, trl_losses
 from tests.tiny import tiny_model, write_jsonl
 
 
-@pytest.mark.parametrize("layout", ["--padding-free", "--no-padding-free"])
+@pytest.mark.parametrize("layout", ["padding-free", "padded"])
 def test_loss_curves_agree(layout: str, tmp_path: Path) -> None:
     tiny_model(tmp_path / "model")
     rows = [
@@ -20,7 +20,7 @@ def test_loss_curves_agree(layout: str, tmp_path: Path) -> None:
     data = write_jsonl(tmp_path / "train.jsonl", rows)
     run = tmp_path / "run"
     ours = our_losses(
-        tmp_path / "model", data, run, steps=20, accumulation=2, more=(layout, "--learning-rate", "0.01")
+        tmp_path / "model", data, run, steps=20, accumulation=2, more=("--layout", layout, "--learning-rate", "0.01")
     )
     theirs = trl_losses(tmp_path / "model", data, tmp_path / "trl", run, steps=20, accumulation=2)
     assert len(ours) == len(theirs) == 20

@@ -54,7 +54,7 @@ def trl_losses(model: Path, data: Path, folder: Path, run: Path, *, steps: int, 
     plan = schedule(settings, len(examples))
     for epoch in range(-(-plan.updates // plan.updates_per_epoch)):
         order = EpochSampler(
-            [len(one.input_ids) for one in examples], settings.batch_size, settings.seed, settings.group_by_length
+            [len(one.input_ids) for one in examples], settings.batch_size, settings.seed, settings.batch_order == "by-length"
         )
         order.set_epoch(epoch)
         rows += [{"input_ids": examples[i].input_ids, "labels": examples[i].labels} for i in order]

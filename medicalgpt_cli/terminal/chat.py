@@ -1,0 +1,178 @@
+"""Talking to a model in the terminal: the answer on stdout, everything else on stderr."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from medicalgpt_cli.engine.observer import Observer
+from medicalgpt_cli.errors import MedgptError
+from medicalgpt_cli.settings.stages import ChatSettings, InferSettings
+from medicalgpt_cli.terminal.console import messages, print_error
+
+if TYPE_CHECKING:
+    from medicalgpt_cli.engine.generation.conversation import Conversation
+
+_HELP = """\
+/system TEXT   set the system prompt (no text: remove it)     /reset        begin anew
+/save FILE     write the conversation as JSON                 /load FILE    take one up again
+/retry         another answer to the last question            /multi        a question of several lines
+/help          this list                                      /exit         leave (also Ctrl-D)
+Ctrl-C stops an answer. A line that begins with // is a question that begins with /."""
+
+
+def chat(settings: ChatSettings, observer: Observer) -> None:
+    """A conversation until the input ends. Typed at a terminal, or a question a line from a pipe."""
+    from medicalgpt_cli.engine.generation.conversation import Conversation
+
+    conversation = Conversation.open(settings, observer)
+    if settings.load:
+        conversation.load(settings.load)
+    at_terminal = sys.stdin.isatty() and sys.stdout.isatty()
+    if at_terminal:
+        _dim(f"{conversation.label} · /help for commands · Ctrl-D to leave")
+    lines = _typed("› ") if at_terminal else _piped()
+    for line in lines:
+        with _told():
+            if _handle(conversation, line, lines):
+                return
+
+
+def ask_single_questions(settings: InferSettings, observer: Observer) -> None:
+    """Each line is a question of its own; nothing is remembered."""
+    from medicalgpt_cli.engine.generation.conversation import Conversation
+
+    conversation = Conversation.open(settings, observer)
+    for line in _typed("? ") if sys.stdin.isatty() and sys.stdout.isatty() else _piped():
+        conversation.turns = []
+        ask = conversation.continue_text if settings.with_prompt is False else conversation.ask
+        with _told():
+            _answer(conversation, ask, line)
+
+
+def _handle(conversation: Conversation, line: str, lines: Iterator[str]) -> bool:
+    """Carry out a line; True to leave."""
+    if line.startswith("//"):
+        _answer(conversation, conversation.ask, line[1:])
+        return False
+    if not line.startswith("/"):
+        _answer(conversation, conversation.ask, line)
+        return False
+    word, _, rest = line.partition(" ")
+    rest = rest.strip()
+    if word == "/exit":
+        return True
+    if word == "/help":
+        _dim(_HELP)
+    elif word == "/system":
+        conversation.system = rest or None
+        _dim("system prompt set" if rest else "system prompt removed")
+    elif word == "/reset":
+        conversation.turns = []
+        _dim("a new conversation")
+    elif word in ("/save", "/load"):
+        _file(conversation, word, rest)
+    elif word == "/retry":
+        question = conversation.retry()
+        if question is None:
+            _dim("there is no question to answer again")
+        else:
+            _answer(conversation, conversation.ask, question)
+    elif word == "/multi":
+        _dim("end with an empty line")
+        _answer(conversation, conversation.ask, "\n".join(_until_blank(lines)))
+    else:
+        from medicalgpt_cli.settings.fields import did_you_mean
+
+        near = did_you_mean(word, ("/system", "/reset", "/save", "/load", "/retry", "/multi", "/help", "/exit"))
+        _dim(f"unknown command {word}" + (f"; did you mean {near}?" if near else "; /help lists them"))
+    return False
+
+
+def _file(conversation: Conversation, word: str, name: str) -> None:
+    if not name:
+        _dim(f"{word} needs a file name")
+    elif word == "/save":
+        conversation.save(Path(name).expanduser())
+        _dim(f"saved to {name}")
+    else:
+        conversation.load(Path(name).expanduser())
+        _dim(f"{len(conversation.turns)} turns taken up from {name}")
+
+
+def _answer(conversation: Conversation, ask: Callable[[str], Iterator[str]], question: str) -> None:
+    """Print an answer as it comes, then what it took. Ctrl-C ends the answer and keeps what was said."""
+    if not question.strip():
+        return
+    pieces = ask(question)
+    stopped = False
+
+    def stop(_number: int, _frame: Any) -> None:
+        nonlocal stopped
+        stopped = True
+
+    before = signal.signal(signal.SIGINT, stop)
+    try:
+        for piece in pieces:
+            sys.stdout.write(piece)
+            sys.stdout.flush()
+            if stopped:
+                break
+    finally:
+        pieces.close()
+        signal.signal(signal.SIGINT, before)
+        sys.stdout.write("\n")
+        sys.stdout.flush()
+    if conversation.dropped:
+        _dim(f"the context is full: the oldest {conversation.dropped} turns were left out")
+    last = conversation.last
+    if last is not None:
+        speed = last.completion_tokens / max(conversation.seconds, 1e-9)
+        ending = " · stopped" if stopped else " · cut at --max-new-tokens" if last.finish_reason == "length" else ""
+        _dim(f"{last.completion_tokens} tokens · {speed:.1f} tokens/s{ending}")
+
+
+@contextlib.contextmanager
+def _told() -> Iterator[None]:
+    """What goes wrong with one line is said, and the conversation goes on."""
+    try:
+        yield
+    except MedgptError as error:
+        print_error(error)
+
+
+def _typed(prompt: str) -> Iterator[str]:
+    """Lines typed at a terminal, with editing and a history that lives in memory only."""
+    from prompt_toolkit import PromptSession
+    from prompt_toolkit.history import InMemoryHistory
+
+    session: PromptSession[str] = PromptSession(history=InMemoryHistory())
+    while True:
+        try:
+            line = session.prompt(prompt)
+        except KeyboardInterrupt:
+            _dim("Ctrl-D or /exit to leave")
+            continue
+        except EOFError:
+            return
+        yield line
+
+
+def _piped() -> Iterator[str]:
+    for line in sys.stdin:
+        yield line.rstrip("\r\n")
+
+
+def _until_blank(lines: Iterator[str]) -> Iterator[str]:
+    for line in lines:
+        if not line.strip():
+            return
+        yield line
+
+
+def _dim(text: str) -> None:
+    messages().print(text, style="dim", markup=False, highlight=False)
