@@ -58,7 +58,7 @@ def test_jsonl_forms_keep_order_and_ids(place: Path):
 def test_standard_input_and_output(place: Path):
     done = infer(place, "--data-file", "-", "--predictions-file", "-", input="What is fever?\n感冒怎么办？\n")
     assert done.returncode == 0, done.stderr
-    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    rows = [json.loads(line) for line in done.stdout.split("\n") if line]
     assert [row["input"] for row in rows] == ["What is fever?", "感冒怎么办？"]
 
 
@@ -67,7 +67,7 @@ def test_raw_text_is_continued_and_differs_from_the_template(place: Path):
     for flag in ("--no-prompt", "--with-prompt"):
         done = infer(place, "--data-file", "in.txt", "--predictions-file", "-", flag)
         assert done.returncode == 0, done.stderr
-        outputs.append([json.loads(line) for line in done.stdout.splitlines()])
+        outputs.append([json.loads(line) for line in done.stdout.split("\n") if line])
     assert outputs[0][0]["prompt_tokens"] < outputs[1][0]["prompt_tokens"]
     assert outputs[0][0]["output"] != outputs[1][0]["output"]
 

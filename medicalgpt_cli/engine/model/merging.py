@@ -67,7 +67,7 @@ def merge(settings: MergeLoraSettings, observer: Observer) -> dict[str, Any]:
         ids = _sample(tokenizer, device)
         expected = _logits(model, ids)
         with _task(observer, "merging"):
-            model = model.merge_and_unload(safe_merge=True)
+            model = _fold(model)
         if (Path(adapter.path) / GENERATION_CONFIG_NAME).is_file():
             model.generation_config = GenerationConfig.from_pretrained(adapter.path)
         merged = _logits(model, ids)
@@ -161,6 +161,15 @@ def _together(resolved: ResolvedModel, adapter: ModelReference, device: torch.de
             "name the full-precision model with --base-model",
         )
     return attach_adapter(base, Path(adapter.path)).eval()
+
+
+def _fold(model: Any) -> Any:
+    try:
+        return model.merge_and_unload(safe_merge=True)
+    except ValueError:  # PEFT's word for weights that are not finite
+        raise UsageError(
+            "the adapter holds numbers that are not finite", "its training went wrong; take an earlier one"
+        ) from None
 
 
 def _sample(tokenizer: PreTrainedTokenizerBase, device: torch.device) -> torch.Tensor:

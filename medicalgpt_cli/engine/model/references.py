@@ -188,7 +188,7 @@ def _not_found(name: str) -> UsageError:
 
 
 def _names_around(name: str) -> list[str]:
-    """What could have been meant: pulled models, and folders and .gguf files here, in runs/ and beside `name`."""
+    """What could have been meant: pulled models; folders and .gguf files here, in runs/ and beside `name`."""
     places = [Path(), Path("runs"), Path(name).expanduser().parent]
     found = {str(one) for place in places for one in place.glob("*") if one.is_dir() or one.suffix == ".gguf"}
     return sorted(found) + [one.name for one in pulled_models().glob("*") if not one.name.startswith(".")]

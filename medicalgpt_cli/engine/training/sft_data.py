@@ -38,6 +38,8 @@ def load_sft_data(settings: SftSettings, tokenizer: PreTrainedTokenizerBase, obs
         training = without_held_out(training, held, counts)
     else:
         training, held = split(training, settings.eval_fraction, settings.seed)
+        held_counts.read, held_counts.formats = len(held), counts.formats
+        counts.read -= len(held)
 
     def render(conversations: list[Conversation], into: Counts, task: str) -> list[Example]:
         examples: list[Example] = []

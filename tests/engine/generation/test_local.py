@@ -92,7 +92,8 @@ def test_stream_gives_the_text_of_the_batch(loaded):
         backend = LocalBackend(*loaded, SamplingSettings(max_new_tokens=24))
         pieces = list(backend.stream(ids[i]))
         assert "".join(pieces) == answer.text
-        assert not any("\ufffd" in piece for piece in pieces[:-1])  # never half a character
+        # a piece never ends in half a character; invalid bytes of a random model stand inside
+        assert not any(piece.endswith("\ufffd") for piece in pieces[:-1])
         assert backend.last == answer
 
 

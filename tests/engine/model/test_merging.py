@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
+from medicalgpt_cli.engine.model import merging
 from medicalgpt_cli.engine.model.loading import load_model
 from medicalgpt_cli.engine.model.merging import TOLERANCE, merge
 from medicalgpt_cli.engine.model.references import resolve_models
@@ -95,16 +96,26 @@ def test_a_wrong_shard_size_is_refused_at_once(place: Path, size: str) -> None:
         merged_into(place, shard_size=size)
 
 
-def test_a_merge_that_fails_leaves_nothing(place: Path) -> None:
-    """Weights that are no numbers fail the check: neither the result nor a part of it stays."""
-    weights = load_file(place / "adapter" / "adapter_model.safetensors")
+def test_an_adapter_that_is_not_finite_is_refused_and_leaves_nothing(place: Path) -> None:
+    file = place / "adapter" / "adapter_model.safetensors"
+    weights = load_file(file)
     first = next(iter(weights))
-    save_file(
-        {**weights, first: weights[first] * float("nan")}, place / "adapter" / "adapter_model.safetensors"
-    )
-    with pytest.raises((MedgptError, ValueError)):
+    save_file({**weights, first: weights[first] * float("nan")}, file)
+    with pytest.raises(UsageError, match="not finite"):
         merged_into(place)
     assert sorted(one.name for one in place.iterdir()) == ["adapter", "base"]
+
+
+def test_noise_of_fp32_is_told_from_a_wrong_merge(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beyond the tolerance float64 decides; a difference that stays there is refused, and nothing is written."""
+    noise = merged_into(place)["in_memory"]
+    monkeypatch.setattr(merging, "TOLERANCE", noise * 0.9)
+    report = merged_into(place, output_dir=place / "again")
+    assert report["in_float64"] <= noise * 0.9 < report["in_memory"]
+    monkeypatch.setattr(merging, "TOLERANCE", 1e-12)
+    with pytest.raises(MedgptError, match="do not compute what base and adapter do"):
+        merged_into(place, output_dir=place / "never")
+    assert sorted(one.name for one in place.iterdir()) == ["adapter", "again", "base", "merged"]
 
 
 @pytest.mark.parametrize("output", ["base", "adapter", "base/merged", "adapter/new", "taken"])
