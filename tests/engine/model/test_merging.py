@@ -107,7 +107,7 @@ def test_an_adapter_that_is_not_finite_is_refused_and_leaves_nothing(place: Path
 
 
 def test_noise_of_fp32_is_told_from_a_wrong_merge(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Beyond the tolerance float64 decides; a difference that stays there is refused, and nothing is written."""
+    """Beyond the tolerance float64 decides; a difference that stays is refused, and nothing is written."""
     noise = merged_into(place)["in_memory"]
     monkeypatch.setattr(merging, "TOLERANCE", noise * 0.9)
     report = merged_into(place, output_dir=place / "again")
