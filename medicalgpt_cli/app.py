@@ -19,7 +19,10 @@ from medicalgpt_cli.errors import EnvironmentFailure, MedgptError, Stopped, Usag
 from medicalgpt_cli.settings.groups import OutputSettings
 
 # Underscores in flags are accepted: people paste commands from older scripts.
-_CONTEXT = {"token_normalize_func": lambda word: word.replace("_", "-"), "help_option_names": ["-h", "--help"]}
+_CONTEXT = {
+    "token_normalize_func": lambda word: word.replace("_", "-"),
+    "help_option_names": ["-h", "--help"],
+}
 
 app = typer.Typer(
     name="medgpt",
@@ -100,7 +103,9 @@ def main() -> None:
     except OSError as error:
         code = _fail(_environment(error), debug)
     except MemoryError:
-        code = _fail(EnvironmentFailure("out of memory", "a smaller --batch-size or --max-length helps"), debug)
+        code = _fail(
+            EnvironmentFailure("out of memory", "a smaller --batch-size or --max-length helps"), debug
+        )
     except Exception as error:
         code = _fail(_unexpected(error), debug)
     sys.exit(code if isinstance(code, int) else 0)

@@ -10,10 +10,14 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 
 
-def medgpt(*arguments: object, env: dict[str, str] | None = None, **options) -> subprocess.CompletedProcess[str]:
+def medgpt(
+    *arguments: object, env: dict[str, str] | None = None, **options
+) -> subprocess.CompletedProcess[str]:
     """Run `medgpt …` offline and give its exit code, stdout and stderr."""
     options.setdefault("timeout", 300)
-    return subprocess.run(command(*arguments), env=environment(env), capture_output=True, text=True, **options)
+    return subprocess.run(
+        command(*arguments), env=environment(env), capture_output=True, text=True, **options
+    )
 
 
 def start(*arguments: object, env: dict[str, str] | None = None, **options) -> subprocess.Popen[str]:

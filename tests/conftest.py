@@ -17,7 +17,9 @@ DATA = Path(__file__).parent / "data"
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--medgpt-data", metavar="DIR", help="the full data sets, for the slow tests")
-    parser.addoption("--medgpt-model", metavar="DIR", help="a real model (`medgpt pull smollm2-135m` prints where)")
+    parser.addoption(
+        "--medgpt-model", metavar="DIR", help="a real model (`medgpt pull smollm2-135m` prints where)"
+    )
 
 
 @pytest.fixture(scope="session")

@@ -128,7 +128,9 @@ def read_recipe(path: Path, settings_class: type[Settings]) -> Mapping[str, Any]
     except (yaml.YAMLError, UnicodeDecodeError) as problem:
         mark = getattr(problem, "problem_mark", None)
         at = f"{path}:{mark.line + 1}" if mark else str(path)
-        raise UsageError(f"{at}: not valid YAML", "a recipe is lines of the form `learning-rate: 1e-4`") from None
+        raise UsageError(
+            f"{at}: not valid YAML", "a recipe is lines of the form `learning-rate: 1e-4`"
+        ) from None
     if not isinstance(content, dict):
         raise UsageError(f"{path}: not a recipe", "a recipe is lines of the form `learning-rate: 1e-4`")
     known = options_of(settings_class)

@@ -17,7 +17,9 @@ def run(settings: InferSettings, observer: Observer) -> dict[str, Any] | None:
 
     result = run_infer(settings, observer)
     if result["failed"]:
-        observer.on_warning(f"{result['failed']} of {result['rows']} questions could not be answered: see their error")
+        observer.on_warning(
+            f"{result['failed']} of {result['rows']} questions could not be answered: see their error"
+        )
     observer.on_notice(
         f"{result['rows']} rows, {result['completion_tokens']} tokens, {result['tokens_per_second']:.1f} tokens/s"
         + ("" if result["file"] == "-" else f"  →  {result['file']}")

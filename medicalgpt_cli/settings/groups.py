@@ -118,9 +118,7 @@ class DataSettings(Settings):
     train_data: tuple[str, ...] = opt(
         (), "A file, folder or hub data set to learn from; can be repeated.", metavar="PATH"
     )
-    eval_data: tuple[str, ...] = opt(
-        (), "Held-out data to measure on; can be repeated.", metavar="PATH"
-    )
+    eval_data: tuple[str, ...] = opt((), "Held-out data to measure on; can be repeated.", metavar="PATH")
     eval_fraction: float = opt(
         0.05, "Share of the training data held out where no --eval-data is given.", min=0, max=0.5
     )
@@ -156,14 +154,18 @@ class OptimSettings(Settings):
     neftune_alpha: float | None = opt(None, "Noise on the embeddings (NEFTune); 5 is usual.", above=0)
     gradient_checkpointing: bool = opt(False, "Recompute activations: less memory, about a third slower.")
     batch_order: str = opt(
-        "by-length", "Which examples meet in a batch: of similar length, or any.", choices=("by-length", "shuffled")
+        "by-length",
+        "Which examples meet in a batch: of similar length, or any.",
+        choices=("by-length", "shuffled"),
     )
     layout: str = opt(
         "padding-free",
         "Examples of a batch end to end where the model allows it, or padded to the longest.",
         choices=("padding-free", "padded"),
     )
-    eval_steps: int | None = opt(None, "Updates between measurements; a tenth of the run if not given.", min=1)
+    eval_steps: int | None = opt(
+        None, "Updates between measurements; a tenth of the run if not given.", min=1
+    )
     save_steps: int | None = opt(None, "Updates between checkpoints; a tenth of the run if not given.", min=1)
     keep_checkpoints: int = opt(2, "How many checkpoints to keep.", min=1)
     log_steps: int = opt(1, "Updates between lines of metrics.jsonl.", min=1)
@@ -204,7 +206,9 @@ class SamplingSettings(Settings):
     top_k: int = opt(0, "Draw from this many likeliest tokens; 0 means all.", min=0)
     repetition_penalty: float = opt(1.0, "Above 1 makes tokens already used less likely.", above=0)
     no_repeat_ngram: int = opt(0, "Never repeat a run of this many tokens; 0 means off.", min=0)
-    stop: tuple[str, ...] = opt((), "Stop when the answer contains this text; can be repeated.", metavar="TEXT")
+    stop: tuple[str, ...] = opt(
+        (), "Stop when the answer contains this text; can be repeated.", metavar="TEXT"
+    )
     seed: int = opt(42, "Seed of the draw.", min=0)
     system_prompt: str | None = opt(None, "System message in front of each conversation.", metavar="TEXT")
     max_context: int | None = opt(
@@ -215,4 +219,6 @@ class SamplingSettings(Settings):
         super().check()
         if self.temperature == 0 and (self.top_p < 1 or self.top_k > 0):
             flag = "--top-p" if self.top_p < 1 else "--top-k"
-            raise UsageError(f"{flag} has no effect at temperature 0", "add --temperature 0.7, or leave it out")
+            raise UsageError(
+                f"{flag} has no effect at temperature 0", "add --temperature 0.7, or leave it out"
+            )

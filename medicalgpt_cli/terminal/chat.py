@@ -48,10 +48,8 @@ def ask_single_questions(settings: InferSettings, observer: Observer) -> None:
 
     conversation = Conversation.open(settings, observer)
     for line in _typed("? ") if sys.stdin.isatty() and sys.stdout.isatty() else _piped():
-        conversation.turns = []
-        ask = conversation.continue_text if settings.with_prompt is False else conversation.ask
         with _told():
-            _answer(conversation, ask, line)
+            _answer(conversation, conversation.answer_alone, line)
 
 
 def _handle(conversation: Conversation, line: str, lines: Iterator[str]) -> bool:
@@ -88,7 +86,9 @@ def _handle(conversation: Conversation, line: str, lines: Iterator[str]) -> bool
     else:
         from medicalgpt_cli.settings.fields import did_you_mean
 
-        near = did_you_mean(word, ("/system", "/reset", "/save", "/load", "/retry", "/multi", "/help", "/exit"))
+        near = did_you_mean(
+            word, ("/system", "/reset", "/save", "/load", "/retry", "/multi", "/help", "/exit")
+        )
         _dim(f"unknown command {word}" + (f"; did you mean {near}?" if near else "; /help lists them"))
     return False
 
@@ -132,7 +132,13 @@ def _answer(conversation: Conversation, ask: Callable[[str], Iterator[str]], que
     last = conversation.last
     if last is not None:
         speed = last.completion_tokens / max(conversation.seconds, 1e-9)
-        ending = " · stopped" if stopped else " · cut at --max-new-tokens" if last.finish_reason == "length" else ""
+        ending = (
+            " · stopped"
+            if stopped
+            else " · cut at --max-new-tokens"
+            if last.finish_reason == "length"
+            else ""
+        )
         _dim(f"{last.completion_tokens} tokens · {speed:.1f} tokens/s{ending}")
 
 

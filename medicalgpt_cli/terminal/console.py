@@ -1,4 +1,4 @@
-"""What medgpt says: results on stdout, everything else on stderr. Plain lines where stderr is not a terminal."""
+"""What medgpt says: results on stdout, everything else on stderr. Plain lines where it is no terminal."""
 
 from __future__ import annotations
 

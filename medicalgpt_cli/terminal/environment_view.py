@@ -25,16 +25,27 @@ def rows(found: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("medgpt", found["medgpt"]),
         ("python", found["python"]),
         ("system", found["system"]),
-        ("processor", f"{cpu['name']}, {cpu['cores']} cores ({' '.join(cpu['features']) or 'no known extension'})"),
+        (
+            "processor",
+            f"{cpu['name']}, {cpu['cores']} cores ({' '.join(cpu['features']) or 'no known extension'})",
+        ),
         ("memory", f"{size(memory['available'])} free of {size(memory['total'])}"),
     ]
     for gpu in found["gpus"]:
         native = "native bf16" if gpu["bf16"] else "no native bf16"
-        about = f"{gpu['name']}, {size(gpu['memory'])}, capability {gpu['capability']}, {native}, CUDA {gpu['cuda']}"
-        lines.append((f"gpu {gpu['number']}", about))
+        about = (
+            gpu["name"],
+            size(gpu["memory"]),
+            f"capability {gpu['capability']}",
+            native,
+            f"CUDA {gpu['cuda']}",
+        )
+        lines.append((f"gpu {gpu['number']}", ", ".join(about)))
     if not found["gpus"]:
         lines.append(("gpu", "none"))
-    lines.append(("disk", f"{size(disk['working_folder'])} free here, {size(disk['cache'])} free for the cache"))
+    lines.append(
+        ("disk", f"{size(disk['working_folder'])} free here, {size(disk['cache'])} free for the cache")
+    )
     lines.append(("model cache", found["cache"]))
     lines.extend(found["versions"].items())
     lines.extend(found["variables"].items())

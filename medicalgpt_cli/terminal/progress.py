@@ -7,6 +7,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ def sparkline(values: Sequence[float], width: int) -> str:
         return ""
     count = min(width, len(finite))
     edges = [round(index * len(finite) / count) for index in range(count + 1)]
-    means = [sum(finite[a:b]) / (b - a) for a, b in zip(edges, edges[1:], strict=False)]
+    means = [sum(finite[a:b]) / (b - a) for a, b in pairwise(edges)]
     low, high = min(means), max(means)
     if high - low < 1e-12:
         return _BARS[3] * count
@@ -58,7 +59,7 @@ class TrainingState:
     """What is known of a running training; fed by events, read by the panel and the plain lines."""
 
     def __init__(self, plan: Mapping[str, Any]):
-        """`plan`: stage, model, steps (the last one), from_step (0, or where a resume begins), device, before."""
+        """`plan` as the engine gives it; `steps` is the last step, `from_step` where a resume begins."""
         self.plan = plan
         self.total = int(plan.get("steps") or 0)
         self.step = int(plan.get("from_step") or 0)
@@ -108,7 +109,12 @@ class TrainingState:
     def metrics_line(self) -> str:
         """One log step as a plain line."""
         parts = [f"step {self.step}/{self.total}"]
-        for name, label in (("epoch", "epoch"), ("loss", "loss"), ("learning_rate", "lr"), ("grad_norm", "grad")):
+        for name, label in (
+            ("epoch", "epoch"),
+            ("loss", "loss"),
+            ("learning_rate", "lr"),
+            ("grad_norm", "grad"),
+        ):
             if self.latest.get(name) is not None:
                 parts.append(f"{label} {_number(name, self.latest[name])}")
         if self.latest.get("target_tokens_per_second") is not None:
@@ -118,7 +124,11 @@ class TrainingState:
     def eval_line(self) -> str:
         """The last measurement as a plain line."""
         parts = [f"step {self.eval['step']}"]
-        for name, label in (("loss", "held-out loss"), ("perplexity", "perplexity"), ("bits_per_byte", "bits/byte")):
+        for name, label in (
+            ("loss", "held-out loss"),
+            ("perplexity", "perplexity"),
+            ("bits_per_byte", "bits/byte"),
+        ):
             if self.eval.get(name) is not None:
                 parts.append(f"{label} {self.eval[name]:.4f}")
         return "  ".join(parts)
@@ -143,7 +153,9 @@ def panel(state: TrainingState, width: int, running: bool = True) -> RenderableT
 
     body = Table.grid(expand=True, padding=(0, 1, 0, 0))
     for kind in ("label", "value", "label", "value"):
-        body.add_column(no_wrap=True, style="dim" if kind == "label" else "", ratio=None if kind == "label" else 1)
+        body.add_column(
+            no_wrap=True, style="dim" if kind == "label" else "", ratio=None if kind == "label" else 1
+        )
     latest = state.latest
     body.add_row("elapsed", duration(state.elapsed), "time left", duration(state.left))
     body.add_row("epoch", _shown(latest, "epoch"), "learning rate", _shown(latest, "learning_rate"))
@@ -180,7 +192,14 @@ class Screen:
 
     def __init__(self, console: Console):
         from rich.live import Live
-        from rich.progress import BarColumn, Progress, SpinnerColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
+        from rich.progress import (
+            BarColumn,
+            Progress,
+            SpinnerColumn,
+            TaskProgressColumn,
+            TextColumn,
+            TimeRemainingColumn,
+        )
 
         self.training: TrainingState | None = None
         self._console = console
@@ -252,7 +271,9 @@ def data_lines(report: Mapping[str, Any]) -> list[str]:
     lines = []
     for part in data_parts(report):
         facts = [f"{value} {label}" for label, value in part.facts]
-        lines.append(f"{part.name}: {' · '.join(facts)}" + (f" ({', '.join(part.formats)})" if part.formats else ""))
+        lines.append(
+            f"{part.name}: {' · '.join(facts)}" + (f" ({', '.join(part.formats)})" if part.formats else "")
+        )
         lines.extend(f"· {number:,} {kind}: {reason}" for kind, reason, number, _ in part.reasons)
     return lines
 
@@ -261,7 +282,11 @@ def end_lines(result: Mapping[str, Any]) -> list[str]:
     """Held-out figures before and after, and where the report is."""
     lines = []
     before, after = result.get("before") or {}, result.get("after") or {}
-    for name, label in (("loss", "held-out loss"), ("perplexity", "perplexity"), ("bits_per_byte", "bits per byte")):
+    for name, label in (
+        ("loss", "held-out loss"),
+        ("perplexity", "perplexity"),
+        ("bits_per_byte", "bits per byte"),
+    ):
         if before.get(name) is not None and after.get(name) is not None:
             lines.append(f"{label:<14} {before[name]:.4f} → {after[name]:.4f}")
     if result.get("folder"):
@@ -282,5 +307,10 @@ def _shown(values: Mapping[str, float], name: str) -> str:
 
 
 def _number(name: str, value: float) -> str:
-    formats = {"learning_rate": "{:.2e}", "grad_norm": "{:.3g}", "epoch": "{:.2f}", "target_tokens_per_second": "{:,.0f}"}
+    formats = {
+        "learning_rate": "{:.2e}",
+        "grad_norm": "{:.3g}",
+        "epoch": "{:.2f}",
+        "target_tokens_per_second": "{:,.0f}",
+    }
     return formats.get(name, "{:.4f}").format(value)

@@ -39,7 +39,12 @@ def held_out_loss(base: str, adapter: str | None, data: str, max_length: int) ->
             nats -= float(chances[place - 1, token])
         tokens += len(target)
         size += len(tokenizer.decode(target, skip_special_tokens=True).encode())
-    return {"loss": nats / tokens, "bits_per_byte": nats / math.log(2) / size, "tokens": tokens, "bytes": size}
+    return {
+        "loss": nats / tokens,
+        "bits_per_byte": nats / math.log(2) / size,
+        "tokens": tokens,
+        "bytes": size,
+    }
 
 
 if __name__ == "__main__":

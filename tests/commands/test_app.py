@@ -92,7 +92,11 @@ def test_version() -> None:
         (("sft", "--train-data", "x", "--epochs", "many"), "--epochs", "--help"),
         (("sft",), "--train-data is missing", "medgpt data"),
         (("infer",), "--data-file is missing", "--interactive"),
-        (("infer", "--data-file", "a", "--predictions-file", "b", "--top-p", "0.5"), "--top-p", "--temperature"),
+        (
+            ("infer", "--data-file", "a", "--predictions-file", "b", "--top-p", "0.5"),
+            "--top-p",
+            "--temperature",
+        ),
         (("merge-lora",), "--lora-model is missing", "adapter"),
         (("sft", "--train-data", "x", "--recipe", "absent.yaml"), "absent.yaml", "YAML"),
     ],

@@ -122,7 +122,9 @@ def test_at_a_terminal_ctrl_c_stops_the_answer_and_not_the_program(place: Path):
     try:
         terminal.expect("/help for commands")
         terminal.expect("›")
-        terminal.type("感冒x\x7f怎么办\r")  # the backspace takes the x, whatever the width of what stands before
+        terminal.type(
+            "感冒x\x7f怎么办\r"
+        )  # the backspace takes the x, whatever the width of what stands before
         time.sleep(1.0)
         terminal.type("\x03")
         terminal.expect("stopped")

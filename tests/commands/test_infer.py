@@ -72,15 +72,43 @@ def test_raw_text_is_continued_and_differs_from_the_template(place: Path):
     assert outputs[0][0]["output"] != outputs[1][0]["output"]
 
 
+def test_a_model_without_a_template_continues_raw_text_by_default(place: Path):
+    tiny_model(place / "bare", style="none")
+    said = {}
+    for flags in ((), ("--no-prompt",), ("--with-prompt",)):
+        done = medgpt(
+            *(
+                "infer",
+                "--base-model",
+                "bare",
+                *SHORT,
+                "--data-file",
+                "in.txt",
+                "--predictions-file",
+                "-",
+                *flags,
+            ),
+            cwd=place,
+        )
+        assert done.returncode == 0, done.stderr
+        said[flags] = done.stdout
+        assert ("plain" in done.stderr) == (flags == ("--with-prompt",))  # the fallback template is named
+    assert said[()] == said[("--no-prompt",)] != said[("--with-prompt",)]
+
+
 def test_a_prompt_that_is_too_long_is_an_error_field(place: Path):
     write_jsonl(place / "long.jsonl", [{"prompt": "fever " * 900}, {"prompt": "What is fever?"}])
-    done = infer(place, "--data-file", "long.jsonl", "--predictions-file", "long.json", "--max-context", "200")
+    done = infer(
+        place, "--data-file", "long.jsonl", "--predictions-file", "long.json", "--max-context", "200"
+    )
     assert done.returncode == 0, done.stderr
     rows = json.loads((place / "long.json").read_text())
     assert "context 200" in rows[0]["error"] and rows[0]["output"] == ""
     assert rows[1]["output"]
     assert "1 of 2" in done.stderr
-    all_fail = infer(place, "--data-file", "long.jsonl", "--predictions-file", "all.json", "--max-context", "16")
+    all_fail = infer(
+        place, "--data-file", "long.jsonl", "--predictions-file", "all.json", "--max-context", "16"
+    )
     assert all_fail.returncode == 2
 
 
@@ -105,7 +133,10 @@ def test_an_existing_file_is_not_overwritten_without_a_word(place: Path):
     (place / "mine.json").write_text("precious")
     done = infer(place, "--data-file", "in.txt", "--predictions-file", "mine.json")
     assert done.returncode == 2 and (place / "mine.json").read_text() == "precious"
-    assert infer(place, "--data-file", "in.txt", "--predictions-file", "mine.json", "--overwrite").returncode == 0
+    assert (
+        infer(place, "--data-file", "in.txt", "--predictions-file", "mine.json", "--overwrite").returncode
+        == 0
+    )
     assert len(json.loads((place / "mine.json").read_text())) == 3
 
 
@@ -129,7 +160,8 @@ def killed_and_resumed(place: Path, name: str, kills: int, questions: int, seed:
     for kill in range(kills):
         more = ("--resume",) if kill else ()
         process = start(
-            *("infer", "--base-model", "model", *options, "--predictions-file", f"{name}.jsonl", *more), cwd=place
+            *("infer", "--base-model", "model", *options, "--predictions-file", f"{name}.jsonl", *more),
+            cwd=place,
         )
         lines = partial.read_bytes().count(b"\n") if partial.exists() else 0
         wanted = lines + draw.randint(1, max(questions // (kills + 2), 1))
@@ -158,7 +190,15 @@ def test_killed_five_times_and_resumed(place: Path, seed: int):
 
 def test_a_resume_of_another_run_is_refused(place: Path):
     process = start(
-        *("infer", "--base-model", "model", "--data-file", "once-in.jsonl", "--predictions-file", "other.jsonl"),
+        *(
+            "infer",
+            "--base-model",
+            "model",
+            "--data-file",
+            "once-in.jsonl",
+            "--predictions-file",
+            "other.jsonl",
+        ),
         *("--batch-size", "1"),
         cwd=place,
     )

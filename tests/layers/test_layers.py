@@ -8,7 +8,16 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[2] / "medicalgpt_cli"
-FLOORS = {"errors": 0, "settings": 1, "engine": 2, "terminal": 3, "serving": 3, "commands": 4, "app": 5, "__main__": 6}
+FLOORS = {
+    "errors": 0,
+    "settings": 1,
+    "engine": 2,
+    "terminal": 3,
+    "serving": 3,
+    "commands": 4,
+    "app": 5,
+    "__main__": 6,
+}
 HEAVY = {"torch", "transformers", "trl", "peft", "datasets", "gradio", "accelerate", "bitsandbytes"}
 FRONT_ENDS = {"typer", "rich", "gradio", "prompt_toolkit"}
 

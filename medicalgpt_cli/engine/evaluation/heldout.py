@@ -18,9 +18,7 @@ def target_bytes(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase
     """UTF-8 bytes of the text that the targets spell; control tokens count as none."""
     total = 0
     for example in examples:
-        spelled = [
-            label for label in example.labels[1:] if label != IGNORED
-        ]
+        spelled = [label for label in example.labels[1:] if label != IGNORED]
         total += len(tokenizer.decode(spelled, skip_special_tokens=True).encode("utf-8", "replace"))
     return total
 

@@ -11,6 +11,7 @@ from typing import Any
 from medicalgpt_cli.engine.data.formats import Counts, Message, messages_of
 from medicalgpt_cli.engine.data.readers import Row
 from medicalgpt_cli.engine.data.rendering import encode_prompt, encode_raw, fit_history
+from medicalgpt_cli.engine.generation.infer import uses_template
 from medicalgpt_cli.engine.generation.local import Answer, LocalBackend
 from medicalgpt_cli.engine.model.loading import load_model, load_tokenizer
 from medicalgpt_cli.engine.model.references import resolve_models
@@ -28,14 +29,20 @@ class Conversation:
         self.turns: list[Message] = []
         self.dropped = 0  # turns left out of the last prompt because the context was full
         self.seconds = 0.0  # that the last answer took
+        self.raw = False  # whether `answer_alone` continues raw text instead of using the template
 
     @classmethod
     def open(cls, settings: ChatSettings | InferSettings, observer: Observer) -> Conversation:
         """Load the model of the settings."""
         resolved = resolve_models(settings)
-        tokenizer = load_tokenizer(settings, resolved, observer)
+        single = isinstance(settings, InferSettings)
+        plain = settings.with_prompt is True if single else True
+        tokenizer = load_tokenizer(settings, resolved, observer, plain_template=plain)
         model = load_model(settings, resolved, observer=observer)
-        return cls(LocalBackend(model, tokenizer, settings), resolved.label, settings.system_prompt)
+        opened = cls(LocalBackend(model, tokenizer, settings), resolved.label, settings.system_prompt)
+        if single and not uses_template(tokenizer, settings):
+            opened.raw = True
+        return opened
 
     @property
     def messages(self) -> list[Message]:
@@ -58,7 +65,8 @@ class Conversation:
         if len(prompt) >= self.backend.context:
             self.turns.pop()
             raise UsageError(
-                f"the question has {len(prompt)} tokens, the context {self.backend.context}", "ask a shorter one"
+                f"the question has {len(prompt)} tokens, the context {self.backend.context}",
+                "ask a shorter one",
             )
         yield from self._stream(prompt)
 
@@ -80,6 +88,11 @@ class Conversation:
         began = time.monotonic()
         yield from self.backend.stream(encode_raw(self.backend.tokenizer, text))
         self.seconds = time.monotonic() - began
+
+    def answer_alone(self, text: str) -> Iterator[str]:
+        """Answer a question without a history, in the template or as raw text."""
+        self.turns = []
+        return self.continue_text(text) if self.raw else self.ask(text)
 
     def retry(self) -> str | None:
         """Take back the last question and its answer; gives the question, or None if there is none."""

@@ -39,7 +39,7 @@ def run_infer(settings: InferSettings, observer: Observer) -> dict[str, Any]:
     """
     questions = read_questions(settings.data_file)
     resolved = resolve_models(settings)
-    tokenizer = load_tokenizer(settings, resolved, observer)
+    tokenizer = load_tokenizer(settings, resolved, observer, plain_template=settings.with_prompt is True)
     prompts = [encode_question(tokenizer, question, settings) for question in questions]
     output = _output(settings, questions, resolved, tokenizer)
     model = load_model(settings, resolved, observer=observer)
@@ -79,19 +79,28 @@ def run_infer(settings: InferSettings, observer: Observer) -> dict[str, Any]:
     }
 
 
-def encode_question(tokenizer: PreTrainedTokenizerBase, question: Question, settings: InferSettings) -> list[int]:
+def encode_question(
+    tokenizer: PreTrainedTokenizerBase, question: Question, settings: InferSettings
+) -> list[int]:
     """Token ids of a question: in the chat template, or the raw text with `--no-prompt`.
 
     Raises:
         UsageError: raw text was asked for, but the question is a conversation.
     """
-    if settings.with_prompt is False:
+    if not uses_template(tokenizer, settings):
         if not isinstance(question.input, str):
-            raise UsageError(f"{question.at}: a conversation cannot be continued as raw text", "leave --no-prompt out")
+            raise UsageError(
+                f"{question.at}: a conversation cannot be continued as raw text", "add --with-prompt"
+            )
         if settings.system_prompt:
-            raise UsageError("--system-prompt goes with the chat template", "leave out --no-prompt or the system prompt")
+            raise UsageError("--system-prompt goes with the chat template", "add --with-prompt")
         return encode_raw(tokenizer, question.input)
     return encode_prompt(tokenizer, with_system(question.messages, settings.system_prompt))
+
+
+def uses_template(tokenizer: PreTrainedTokenizerBase, settings: InferSettings) -> bool:
+    """Whether questions go into the chat template; where nothing was said, if the model has one."""
+    return bool(tokenizer.chat_template) if settings.with_prompt is None else settings.with_prompt
 
 
 def with_system(messages: Any, system_prompt: str | None) -> list[Any]:
@@ -137,17 +146,31 @@ class _StandardOutput:
 
 
 def _output(
-    settings: InferSettings, questions: list[Question], resolved: ResolvedModel, tokenizer: PreTrainedTokenizerBase
+    settings: InferSettings,
+    questions: list[Question],
+    resolved: ResolvedModel,
+    tokenizer: PreTrainedTokenizerBase,
 ) -> Any:
     if settings.predictions_file == "-":
         return _StandardOutput({})
-    free = {"json", "debug", "resume", "overwrite", "batch_size", "predictions_file", "data_file", "interactive"}
+    free = {
+        "json",
+        "debug",
+        "resume",
+        "overwrite",
+        "batch_size",
+        "predictions_file",
+        "data_file",
+        "interactive",
+    }
     chosen = {name: str(getattr(settings, name)) for name in options_of(settings) if name not in free}
     asked = [(question.id, question.messages) for question in questions]
     identity = {
         "questions": _hash(asked),
         "settings": _hash(chosen),
-        "model": _hash([resolved.base.path, resolved.adapter and resolved.adapter.path, fingerprint(tokenizer)]),
+        "model": _hash(
+            [resolved.base.path, resolved.adapter and resolved.adapter.path, fingerprint(tokenizer)]
+        ),
     }
     return PredictionFile(
         Path(settings.predictions_file), identity, resume=settings.resume, overwrite=settings.overwrite

@@ -75,7 +75,9 @@ class LocalBackend:
             room = self.context - len(prompt)
             if room < 1 or not prompt:
                 message = (
-                    f"the prompt has {len(prompt)} tokens, the context {self.context}" if prompt else "empty prompt"
+                    f"the prompt has {len(prompt)} tokens, the context {self.context}"
+                    if prompt
+                    else "empty prompt"
                 )
                 on_done(index, Answer("", [], "error", len(prompt), 0, message))
                 continue
@@ -123,7 +125,9 @@ class LocalBackend:
         longest = max(len(row.prompt) for row in rows)
         pad = self.tokenizer.pad_token_id
         ids = torch.tensor([[pad] * (longest - len(row.prompt)) + row.prompt for row in rows], device=device)
-        mask = torch.tensor([[0] * (longest - len(r.prompt)) + [1] * len(r.prompt) for r in rows], device=device)
+        mask = torch.tensor(
+            [[0] * (longest - len(r.prompt)) + [1] * len(r.prompt) for r in rows], device=device
+        )
         positions = (mask.cumsum(-1) - 1).clamp(min=0)
         cache = DynamicCache(config=self.model.config)
         fed = ids

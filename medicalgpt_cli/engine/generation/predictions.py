@@ -30,17 +30,23 @@ class PredictionFile:
             UsageError: the file exists, or the interrupted run was another one.
         """
         if path.suffix not in (".json", ".jsonl"):
-            raise UsageError(f"--predictions-file {path}: the ending decides the format", "name it .json or .jsonl")
+            raise UsageError(
+                f"--predictions-file {path}: the ending decides the format", "name it .json or .jsonl"
+            )
         self.path, self.partial = path, path.with_name(path.name + ".partial")
         self.rows: dict[int, dict[str, Any]] = {}
         if path.exists() and not overwrite:
-            word = "it is complete; nothing is left to do" if resume else "nothing is overwritten without a word"
+            word = (
+                "it is complete; nothing is left to do" if resume else "nothing is overwritten without a word"
+            )
             raise UsageError(f"{path} exists already ({word})", "name another file, or add --overwrite")
         path.parent.mkdir(parents=True, exist_ok=True)
         if resume and self.partial.exists():
             self._take_up(identity)
         elif self.partial.exists() and not overwrite:
-            raise UsageError(f"{self.partial} is left from an interrupted run", "go on with --resume, or --overwrite")
+            raise UsageError(
+                f"{self.partial} is left from an interrupted run", "go on with --resume, or --overwrite"
+            )
         else:
             atomic_write(self.partial, _line({"format": _FORMAT, **identity}))
         self._file = self.partial.open("ab")

@@ -34,7 +34,9 @@ def read_questions(source: str) -> list[Question]:
         question = _question(row, len(found) + 1)
         if question.id in seen:
             raise DataError(
-                f"the id {question.id!r} stands twice (first at {seen[question.id]})", "ids have to differ", at=row.at
+                f"the id {question.id!r} stands twice (first at {seen[question.id]})",
+                "ids have to differ",
+                at=row.at,
             )
         seen[question.id] = row.at
         found.append(question)
@@ -49,7 +51,9 @@ def _question(row: Row, number: int) -> Question:
     messages, identifier = messages_of(row, Counts())
     last = max((i for i, one in enumerate(messages) if one["role"] == "user"), default=None)
     if last is None:
-        raise DataError("no question", 'expected "prompt", "question", "instruction" or "messages"', at=row.at)
+        raise DataError(
+            "no question", 'expected "prompt", "question", "instruction" or "messages"', at=row.at
+        )
     asked = tuple(messages[: last + 1])
     alone = len(asked) == 1
     return Question(identifier or str(number), asked[0]["content"] if alone else list(asked), asked, row.at)

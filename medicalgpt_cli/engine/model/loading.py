@@ -56,15 +56,22 @@ def choose_dtype(device: DeviceSettings, torch_device: torch.device) -> torch.dt
 
 
 def load_tokenizer(
-    model: ModelSettings, resolved: ResolvedModel, observer: Observer | None = None
+    model: ModelSettings,
+    resolved: ResolvedModel,
+    observer: Observer | None = None,
+    *,
+    plain_template: bool = True,
 ) -> PreTrainedTokenizerBase:
-    """The tokenizer with a chat template and a padding token.
+    """The tokenizer with a padding token and its chat template.
+
+    Args:
+        plain_template: give a model that has no template the plain one, and say so.
 
     Raises:
         UsageError: there is none, or it is not the one that the adapter was trained with.
     """
     tokenizer = read_tokenizer(resolved.tokenizer)
-    notice = apply_template(tokenizer, model.template)
+    notice = apply_template(tokenizer, model.template, fallback=plain_template)
     if notice and observer:
         observer.on_notice(notice)
     if tokenizer.eos_token_id is None:

@@ -38,7 +38,9 @@ FALLBACK = "plain"
 _SAMPLE = "Take 1250mg  twice (b.i.d.) — COVID19, don't! 患者体温38.5℃，\n\n\tＡ naïve éè"
 
 
-def apply_template(tokenizer: PreTrainedTokenizerBase, template: str | None) -> str | None:
+def apply_template(
+    tokenizer: PreTrainedTokenizerBase, template: str | None, *, fallback: bool = True
+) -> str | None:
     """Give a tokenizer without a chat template the one asked for, or the plain one.
 
     Returns:
@@ -57,6 +59,8 @@ def apply_template(tokenizer: PreTrainedTokenizerBase, template: str | None) -> 
                 f"--template {template}: the model has a chat template of its own",
                 "leave --template out; a model answers well only in the template that it learnt",
             )
+        return None
+    if wanted is None and not fallback:
         return None
     tokenizer.chat_template = wanted or begin + TEMPLATES[FALLBACK]
     if wanted:

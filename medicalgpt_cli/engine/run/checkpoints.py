@@ -69,7 +69,7 @@ def problem(checkpoint: Path | str) -> str | None:
 
 
 def newest_complete(folder: Path | str) -> Path | None:
-    """The complete checkpoint with the highest step below `folder`, every hash checked; None if there is none."""
+    """The complete checkpoint of the highest step, every hash checked; None if there is none."""
     for checkpoint in reversed(_all(folder)):
         if problem(checkpoint) is None:
             return checkpoint
@@ -83,7 +83,7 @@ def incomplete(folder: Path | str) -> dict[str, str]:
 
 
 def prune(folder: Path | str, keep: int, protect: Collection[Path | str] = ()) -> None:
-    """Delete all but the `keep` newest checkpoints (and those to `protect`), and what killed saves have left."""
+    """Delete all but the `keep` newest checkpoints and those to `protect`, and what killed saves left."""
     folder = Path(folder)
     protected = {Path(one).name for one in protect}
     for checkpoint in _all(folder)[: -keep if keep else None]:

@@ -32,7 +32,7 @@ def chart(title: str, lines: Sequence[Line], note: str = "") -> str:
         return ""
     xs = [x for line in lines for x, _ in line.points]
     ys = [y for line in lines for _, y in line.points]
-    x_ticks = ticks(min(xs), max(xs), 5, whole=True)
+    x_ticks = ticks(min(xs), max(xs), 6, whole=True)
     y_ticks = ticks(min(ys), max(ys), 5)
     x_low, x_high = min(xs), max(max(xs), min(xs) + 1)
     y_low, y_high = min(y_ticks[0], min(ys)), max(y_ticks[-1], max(ys))
@@ -46,21 +46,69 @@ def chart(title: str, lines: Sequence[Line], note: str = "") -> str:
     for tick in y_ticks:
         _, y = place(x_low, tick)
         parts.append(f'<line class="grid" x1="{_LEFT}" y1="{y}" x2="{_WIDTH - _RIGHT}" y2="{y}"/>')
-        parts.append(f'<text class="tick" x="{_LEFT - 7}" y="{y + 4}" text-anchor="end">{number(tick)}</text>')
+        parts.append(
+            f'<text class="tick" x="{_LEFT - 7}" y="{y + 4}" text-anchor="end">{number(tick)}</text>'
+        )
     base = _HEIGHT - _BOTTOM
     parts.append(f'<line class="axis" x1="{_LEFT}" y1="{base}" x2="{_WIDTH - _RIGHT}" y2="{base}"/>')
     for tick in x_ticks:
         if x_low <= tick <= x_high:
             x, _ = place(tick, y_low)
             parts.append(f'<line class="axis" x1="{x}" y1="{base}" x2="{x}" y2="{base + 4}"/>')
-            parts.append(f'<text class="tick" x="{x}" y="{base + 17}" text-anchor="middle">{number(tick)}</text>')
+            parts.append(
+                f'<text class="tick" x="{x}" y="{base + 17}" text-anchor="middle">{number(tick)}</text>'
+            )
     parts.append(f'<text class="tick" x="{_WIDTH - _RIGHT}" y="{_HEIGHT - 3}" text-anchor="end">step</text>')
     for line in lines:
         parts += _drawn(line, place)
-    legend = "".join(f'<span class="key {line.style}">{html.escape(line.name)}</span>' for line in lines if line.name)
-    caption = f"<figcaption><b>{html.escape(title)}</b>{legend}<small>{html.escape(note)}</small></figcaption>"
-    label = html.escape(f"{title}, from step {number(min(xs))} to {number(max(xs))}", quote=True)
-    svg = f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{label}">{"".join(parts)}</svg>'
+    return _figure(
+        title,
+        note,
+        "".join(parts),
+        f"from step {number(min(xs))} to {number(max(xs))}",
+        "".join(
+            f'<span class="key {line.style}">{html.escape(line.name)}</span>' for line in lines if line.name
+        ),
+    )
+
+
+def bars(title: str, values: Sequence[tuple[str, int]], note: str = "", unit: str = "") -> str:
+    """A histogram; `values` are (label, count). Empty text where there is nothing to count."""
+    largest = max((count for _, count in values), default=0)
+    if not largest:
+        return ""
+    base, room = _HEIGHT - _BOTTOM, (_WIDTH - _LEFT - _RIGHT) / len(values)
+    y_ticks = ticks(0, largest, 5, whole=True)
+    parts = []
+    for tick in y_ticks:
+        y = round(base - tick / y_ticks[-1] * (base - _TOP), 1)
+        parts.append(f'<line class="grid" x1="{_LEFT}" y1="{y}" x2="{_WIDTH - _RIGHT}" y2="{y}"/>')
+        parts.append(
+            f'<text class="tick" x="{_LEFT - 7}" y="{y + 4}" text-anchor="end">{number(tick)}</text>'
+        )
+    for index, (label, count) in enumerate(values):
+        tall = count / y_ticks[-1] * (base - _TOP)
+        x, y = _LEFT + index * room + 1, base - tall
+        parts.append(
+            f'<rect class="bar" x="{x:.1f}" y="{y:.1f}" width="{room - 2:.1f}" height="{tall:.1f}">'
+            f"<title>{html.escape(label)}: {count:,}</title></rect>"
+        )
+    parts.append(f'<line class="axis" x1="{_LEFT}" y1="{base}" x2="{_WIDTH - _RIGHT}" y2="{base}"/>')
+    for index in range(0, len(values), max(1, len(values) // 5)):
+        x, first = _LEFT + index * room, values[index][0].split("–")[0]
+        parts.append(f'<text class="tick" x="{x:.1f}" y="{base + 17}">{html.escape(first)}</text>')
+    parts.append(
+        f'<text class="tick" x="{_WIDTH - _RIGHT}" y="{_HEIGHT - 3}" text-anchor="end">{unit}</text>'
+    )
+    return _figure(title, note, "".join(parts), f"{len(values)} bars, the largest {largest:,}")
+
+
+def _figure(title: str, note: str, drawing: str, about: str, legend: str = "") -> str:
+    caption = (
+        f"<figcaption><b>{html.escape(title)}</b>{legend}<small>{html.escape(note)}</small></figcaption>"
+    )
+    label = html.escape(f"{title}, {about}", quote=True)
+    svg = f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{label}">{drawing}</svg>'
     return f"<figure>{caption}{svg}</figure>"
 
 
@@ -82,7 +130,7 @@ def ticks(low: float, high: float, count: int, whole: bool = False) -> list[floa
         low, high = low - (abs(low) * 0.1 or 0.5), high + (abs(high) * 0.1 or 0.5)
     raw = (high - low) / max(count - 1, 1)
     power = 10.0 ** math.floor(math.log10(raw))
-    step = next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power >= raw * 0.999)
+    step = next(factor * power for factor in (1, 2, 2.5, 5, 10, 20) if factor * power >= raw * 0.999)
     if whole:
         step = max(1.0, float(math.ceil(step)))
     first = math.floor(low / step)

@@ -76,7 +76,7 @@ def publish(temporary: Path | str, final: Path | str) -> Path:
 
 @contextlib.contextmanager
 def staged(final: Path | str) -> Iterator[Path]:
-    """A new folder beside `final` to write into; it becomes `final` if the block ends well, else it goes away.
+    """A new folder beside `final` to write into; it becomes `final` if the block ends well, else it goes.
 
     Raises:
         UsageError: `final` exists; nothing is overwritten.

@@ -21,7 +21,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from medicalgpt_cli.engine.run import manifest
-from medicalgpt_cli.engine.run.files import TEMPORARY, atomic_write, publish
+from medicalgpt_cli.engine.run.files import TEMPORARY, atomic_write, publish, remove_tree
 from medicalgpt_cli.errors import UsageError
 from medicalgpt_cli.settings.fields import options_of
 
@@ -116,9 +116,13 @@ class RunFolder:
         run = cls(path)
         known = run.read()
         if known["stage"] != stage:
-            raise UsageError(f"{path} is a {known['stage']} run", f"go on with `medgpt {known['stage']} --resume {path}`")
+            raise UsageError(
+                f"{path} is a {known['stage']} run", f"go on with `medgpt {known['stage']} --resume {path}`"
+            )
         if known["status"] == "done":
-            raise UsageError(f"{path} is finished", "start a new run on top of it: --lora-model or --base-model")
+            raise UsageError(
+                f"{path} is finished", "start a new run on top of it: --lora-model or --base-model"
+            )
         run._acquire()
         run.update(status="running", finished=None, resumed=[*known.get("resumed", []), manifest.now()])
         return run
@@ -141,8 +145,17 @@ class RunFolder:
         self.update(**parts)
 
     def publish_model(self) -> Path:
-        """Give the finished `new_model` folder its name `model`: synced, renamed, never half there."""
-        return publish(self.new_model, self.model)
+        """Give the finished `new_model` folder its name `model`: synced, renamed, never half there.
+
+        A model that is there already was left by a kill between this and `finish`; it gives way.
+        """
+        aside = self.path / f"old-model{TEMPORARY}"
+        remove_tree(aside)
+        if self.model.exists():
+            self.model.rename(aside)
+        published = publish(self.new_model, self.model)
+        remove_tree(aside)
+        return published
 
     def close(self) -> None:
         """Let other processes work in the folder."""
@@ -168,7 +181,7 @@ class RunFolder:
 
 
 def recipe_text(stage: str, settings: Any) -> str:
-    """The settings as YAML that `medgpt <stage> --recipe` reads. Settings that are off (None, []) are comments."""
+    """The settings as YAML that `medgpt <stage> --recipe` reads; those that are off (None, []) are comments."""
     import yaml
 
     lines = [f"# medgpt {stage} --recipe recipe.yaml"]

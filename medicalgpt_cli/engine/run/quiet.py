@@ -30,7 +30,17 @@ QUIET = {
     # Data workers are forked after the tokenizer was used; without this, each fork is a warning.
     "TOKENIZERS_PARALLELISM": "false",
 }
-_LOGGERS = ("bitsandbytes", "transformers", "datasets", "accelerate", "peft", "trl", "torch", "httpx", "filelock")
+_LOGGERS = (
+    "bitsandbytes",
+    "transformers",
+    "datasets",
+    "accelerate",
+    "peft",
+    "trl",
+    "torch",
+    "httpx",
+    "filelock",
+)
 
 
 def quieten() -> None:

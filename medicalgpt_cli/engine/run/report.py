@@ -11,14 +11,19 @@ from string import Template
 from typing import Any
 
 from medicalgpt_cli.engine.run import metrics
-from medicalgpt_cli.engine.run.curves import Line, chart, smoothed
+from medicalgpt_cli.engine.run.curves import Line, bars, chart, smoothed
 from medicalgpt_cli.engine.run.files import atomic_write
 from medicalgpt_cli.engine.run.folder import RunFolder
 from medicalgpt_cli.engine.run.summary import data_parts
 
 # (key of a measurement, what it is called); in all of them less is better
 _MEASURES = (("loss", "held-out loss"), ("perplexity", "perplexity"), ("bits_per_byte", "bits per byte"))
-_STAGES = {"sft": "Instruction tuning", "pretrain": "Pretraining", "reward": "Reward model", "rl": "Reinforcement learning"}
+_STAGES = {
+    "sft": "Instruction tuning",
+    "pretrain": "Pretraining",
+    "reward": "Reward model",
+    "rl": "Reinforcement learning",
+}
 
 
 def write_report(run: RunFolder) -> Path:
@@ -30,7 +35,7 @@ def page(manifest: Mapping[str, Any], records: Sequence[Mapping[str, Any]], name
     """The whole page. Every text that comes from outside is escaped."""
     sections = (
         _headline(manifest, records, name),
-        _curves(records),
+        _curves(manifest, records),
         _answers(manifest),
         _data(manifest),
         _settings(manifest),
@@ -44,9 +49,9 @@ def page(manifest: Mapping[str, Any], records: Sequence[Mapping[str, Any]], name
 
 def _headline(manifest: Mapping[str, Any], records: Sequence[Mapping[str, Any]], name: str) -> str:
     result = manifest.get("result") or {}
-    before = result.get("before") or (manifest.get("before") or {}).get("metrics") or {}
+    before = _before(manifest)
     after = result.get("after") or {}
-    cards = [_card(label, before.get(key), after.get(key)) for key, label in _MEASURES]
+    cards = [_card(key, label, before.get(key), after.get(key)) for key, label in _MEASURES]
     steps = result.get("steps") or max((record.get("step", 0) for record in records), default=0)
     facts = [f"{steps:,} steps" if steps else "", _duration(result.get("seconds"))]
     speed = result.get("tokens_per_second") or _mean(metrics.series(records, "target_tokens_per_second"))
@@ -62,38 +67,60 @@ def _headline(manifest: Mapping[str, Any], records: Sequence[Mapping[str, Any]],
     )
 
 
-def _card(label: str, before: float | None, after: float | None) -> str:
+def _before(manifest: Mapping[str, Any]) -> Mapping[str, float]:
+    """The held-out measurement from before the first step; a run that did not end has it all the same."""
+    result = manifest.get("result") or {}
+    return result.get("before") or (manifest.get("before") or {}).get("metrics") or {}
+
+
+def _card(key: str, label: str, before: float | None, after: float | None) -> str:
     if before is None and after is None:
         return ""
     change = ""
     if before and after is not None:
         percent = 100 * (after - before) / before
-        change = f'<div class="{"good" if percent < 0 else "bad"}">{percent:+.1f} %</div>'.replace("-", "−", 1)
-    old = f'<span class="from">{_figure(before)} → </span>' if before is not None and after is not None else ""
-    value = _figure(after if after is not None else before)
-    return f'<div class="card"><div class="name">{label}</div><div class="value">{old}{value}</div>{change}</div>'
+        text = f"{percent:+.1f} %".replace("-", "−")
+        change = f'<div class="{"good" if percent < 0 else "bad"}">{text}</div>'
+    digits = 2 if key == "perplexity" else 4
+    old = f'<span class="from">{before:,.{digits}f} → </span>' if None not in (before, after) else ""
+    value = f"{after if after is not None else before:,.{digits}f}"
+    figures = f'<div class="name">{label}</div><div class="value">{old}{value}</div>'
+    return f'<div class="card">{figures}{change}</div>'
 
 
-def _curves(records: Sequence[Mapping[str, Any]]) -> str:
-    loss = metrics.series(records, "loss")
-    smooth = smoothed(loss) if len(loss) > 20 else []
-    lines = [
-        Line("each log step" if smooth else "training", loss, "faint" if smooth else "main"),
-        Line("smoothed", smooth),
-        Line("held out", metrics.series(records, "eval_loss"), "second", markers=True),
+def _curves(manifest: Mapping[str, Any], records: Sequence[Mapping[str, Any]]) -> str:
+    before = _before(manifest)
+
+    def held_out(key: str) -> Line:
+        """The measurements during training, behind the one before the first step."""
+        first = [(0, before[key])] if before.get(key) is not None else []
+        return Line("held out", [*first, *metrics.series(records, f"eval_{key}")], "second", markers=True)
+
+    drawn = [
+        chart("Loss", [*_noisy("training", records, "loss"), held_out("loss")], "nats a target token"),
+        chart("Bits per byte", [held_out("bits_per_byte")], "of the answers"),
+        chart("Learning rate", [Line("", metrics.series(records, "learning_rate"))]),
+        chart("Gradient norm", _noisy("", records, "grad_norm"), "before clipping"),
+        chart("Speed", _noisy("", records, "target_tokens_per_second"), "target tokens a second"),
     ]
-    charts = [chart("Loss", lines, "nats a target token")]
-    charts.append(
-        chart("Bits per byte", [Line("held out", metrics.series(records, "eval_bits_per_byte"), "second", True)])
-    )
-    for key, title, note in (
-        ("learning_rate", "Learning rate", ""),
-        ("grad_norm", "Gradient norm", "before clipping"),
-        ("target_tokens_per_second", "Speed", "target tokens/s"),
-    ):
-        charts.append(chart(title, [Line("", metrics.series(records, key))], note))
-    drawn = "".join(charts) or '<p class="soft">No step was logged.</p>'
-    return f'<section><h2>Curves</h2><div class="curves">{drawn}</div></section>'
+    for part in data_parts(manifest.get("data") or {}):
+        if part.name.startswith("training"):
+            lengths = [(f"{bar['from']:,}–{bar['to']:,}", bar["count"]) for bar in part.histogram]
+            drawn.append(bars("Lengths", lengths, "training examples", "tokens"))
+    if not any(drawn[:-1]):
+        drawn.insert(0, '<p class="soft">No step was logged.</p>')
+    return f'<section><h2>Curves</h2><div class="curves">{"".join(drawn)}</div></section>'
+
+
+def _noisy(name: str, records: Sequence[Mapping[str, Any]], key: str) -> list[Line]:
+    """A curve that jumps from step to step: its running mean, in front of the values themselves."""
+    points = metrics.series(records, key)
+    if len(points) <= 20:
+        return [Line(name, points)]
+    return [
+        Line("each log step" if name else "", points, "faint"),
+        Line("smoothed" if name else "", smoothed(points)),
+    ]
 
 
 def _answers(manifest: Mapping[str, Any]) -> str:
@@ -103,11 +130,8 @@ def _answers(manifest: Mapping[str, Any]) -> str:
     blocks = []
     for sample in samples:
         reference = sample.get("reference")
-        details = (
-            f'<details class="reference"><summary>reference answer</summary><div>{_escape(reference)}</div></details>'
-            if reference
-            else ""
-        )
+        told = f"<summary>reference answer</summary><div>{_escape(reference)}</div>"
+        details = f'<details class="reference">{told}</details>' if reference else ""
         blocks.append(
             f'<div class="answers"><div class="question">{_escape(sample.get("question", ""))}</div>'
             f'<div class="pair"><div class="before"><b>before</b>{_text(sample.get("before"))}</div>'
@@ -125,7 +149,7 @@ def _data(manifest: Mapping[str, Any]) -> str:
         formats = f" <small>({_escape(', '.join(part.formats))})</small>" if part.formats else ""
         blocks.append(f"<h3>{_escape(part.name.capitalize())}</h3><p>{_escape(facts)}{formats}</p>")
         rows = [
-            (kind, (f"{count:,}", "number"), reason, ", ".join(positions))
+            ((kind, "kind"), (f"{count:,}", "number"), reason, ", ".join(positions))
             for kind, reason, count, positions in part.reasons
         ]
         if rows:
@@ -140,12 +164,17 @@ def _settings(manifest: Mapping[str, Any]) -> str:
     chosen, defaults = [], []
     for name, entry in manifest.get("settings", {}).items():
         value = entry["value"]
-        shown = ", ".join(map(str, value)) if isinstance(value, list) else {True: "yes", False: "no"}.get(value, value)
+        shown = (
+            ", ".join(map(str, value))
+            if isinstance(value, list)
+            else {True: "yes", False: "no"}.get(value, value)
+        )
         row = (name.replace("_", "-"), "–" if shown in (None, "") else str(shown), entry["origin"])
         (defaults if entry["origin"] == "default" else chosen).append(row)
     head = ("setting", "value", "from")
     first = _table(chosen, head, "chosen") if chosen else '<p class="soft">All settings are defaults.</p>'
-    rest = f"<details><summary>{len(defaults)} settings at their defaults</summary>{_table(defaults, head)}</details>"
+    summary = f"<summary>{len(defaults)} settings at their defaults</summary>"
+    rest = f"<details>{summary}{_table(defaults, head)}</details>"
     return f"<section><h2>Settings</h2>{first}{rest if defaults else ''}</section>"
 
 
@@ -153,15 +182,16 @@ def _origin_of_the_model(manifest: Mapping[str, Any]) -> str:
     rows = [*_flat("", manifest.get("parents") or {}), *_flat("", manifest.get("fingerprints") or {})]
     if not rows:
         return ""
-    shown = [(label, value) for label, value in rows]
-    return f"<section><h2>Where it comes from</h2><details><summary>parents and fingerprints</summary>{_table(shown)}</details></section>"
+    return _folded("Where it comes from", "parents and fingerprints", rows)
 
 
 def _environment(environment: Mapping[str, Any]) -> str:
-    if not environment:
-        return ""
     rows = list(_flat("", environment))
-    return f"<section><h2>Environment</h2><details><summary>versions and machine</summary>{_table(rows)}</details></section>"
+    return _folded("Environment", "versions and machine", rows) if rows else ""
+
+
+def _folded(title: str, summary: str, rows: Sequence[Sequence[Any]]) -> str:
+    return f"<section><h2>{title}</h2><details><summary>{summary}</summary>{_table(rows)}</details></section>"
 
 
 def _flat(prefix: str, value: Any) -> Iterable[tuple[str, str]]:
@@ -196,10 +226,6 @@ def _escape(text: Any) -> str:
 
 def _text(answer: str | None) -> str:
     return _escape(answer) if answer else '<span class="soft">(nothing)</span>'
-
-
-def _figure(value: float) -> str:
-    return f"{value:,.2f}" if value >= 10 else f"{value:.4f}"
 
 
 def _duration(seconds: float | None) -> str:

@@ -24,31 +24,30 @@ class DataPart:
     name: str
     facts: list[tuple[str, str]]  # (label, number)
     formats: list[str]
-    reasons: list[tuple[str, str, int, list[str]]]  # (skipped|merged|truncated, reason, rows, example positions)
+    reasons: list[
+        tuple[str, str, int, list[str]]
+    ]  # (skipped|merged|truncated, reason, rows, example positions)
     notices: list[str]
+    histogram: list[Mapping[str, int]]  # {"from", "to", "count"}: examples by length in tokens
 
 
 def data_parts(report: Mapping[str, Any]) -> list[DataPart]:
-    """One entry a part of the data (training, held out), or one in all where the report is of a single part."""
+    """One entry a part of the data (training, held out), or a single one where there are no parts."""
     named = {name: part for name, part in report.items() if name in _PARTS and isinstance(part, Mapping)}
     return [_part(_PARTS[name], part) for name, part in named.items()] or [_part("data", report)]
 
 
 def _part(name: str, report: Mapping[str, Any]) -> DataPart:
-    counts = report.get("counts", report)
     facts = []
     for key, label in _FACTS:
-        value = report.get(key, counts.get(key))
+        value = report.get(key)
         if isinstance(value, int) and (value or key in ("read", "used")):
             facts.append((label, f"{value:,}"))
     reasons = []
     for kind in ("skipped", "merged", "truncated"):
-        for reason, rows in (counts.get(kind) or {}).items():
-            positions = (counts.get("positions") or counts.get("at") or {}).get(reason, [])
-            if isinstance(rows, Mapping):
-                positions = rows.get("positions") or rows.get("at") or rows.get("examples") or positions
-                rows = rows.get("count", 0)
-            reasons.append((kind, reason, int(rows), [str(position) for position in positions]))
-    formats = counts.get("formats") or {}
-    known = sorted(set(formats.values() if isinstance(formats, Mapping) else formats))
-    return DataPart(name, facts, known, reasons, list(counts.get("notices") or []))
+        for reason, rows in (report.get(kind) or {}).items():
+            reasons.append((kind, reason, rows, list((report.get("places") or {}).get(reason, []))))
+    formats = sorted(set((report.get("formats") or {}).values()))
+    return DataPart(
+        name, facts, formats, reasons, list(report.get("notices") or []), list(report.get("histogram") or [])
+    )

@@ -224,7 +224,12 @@ def _measure(planned: SftPlan, model: Any, collate: Collate, observer: Observer)
         return {"metrics": {}, "answers": []}
     with attention.for_batches(model, collate is end_to_end):
         measured = held_out(
-            model, data.held_out, planned.tokenizer, collate, batch_size=settings.batch_size, observer=observer
+            model,
+            data.held_out,
+            planned.tokenizer,
+            collate,
+            batch_size=settings.batch_size,
+            observer=observer,
         )
     answers = answer_questions(
         model, planned.tokenizer, data.questions, settings.eval_answer_tokens, observer

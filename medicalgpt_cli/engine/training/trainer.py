@@ -81,7 +81,9 @@ class MedgptTrainer(Trainer):
             raise TrainingFailed(
                 f"the loss became {float(loss)} at update {self.state.global_step + 1}",
                 "lower --learning-rate"
-                + (f"; the last good checkpoint is {newest}" if newest else "; no checkpoint was written yet"),
+                + (
+                    f"; the last good checkpoint is {newest}" if newest else "; no checkpoint was written yet"
+                ),
             )
         return loss
 

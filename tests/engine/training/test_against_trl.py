@@ -20,7 +20,12 @@ def test_loss_curves_agree(layout: str, tmp_path: Path) -> None:
     data = write_jsonl(tmp_path / "train.jsonl", rows)
     run = tmp_path / "run"
     ours = our_losses(
-        tmp_path / "model", data, run, steps=20, accumulation=2, more=("--layout", layout, "--learning-rate", "0.01")
+        tmp_path / "model",
+        data,
+        run,
+        steps=20,
+        accumulation=2,
+        more=("--layout", layout, "--learning-rate", "0.01"),
     )
     theirs = trl_losses(tmp_path / "model", data, tmp_path / "trl", run, steps=20, accumulation=2)
     assert len(ours) == len(theirs) == 20

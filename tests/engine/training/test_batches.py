@@ -129,7 +129,9 @@ def test_a_model_with_a_state_along_the_row_is_refused():
     from transformers import MambaConfig, MambaForCausalLM
 
     torch.manual_seed(0)
-    mamba = MambaForCausalLM(MambaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=1, state_size=4)).eval()
+    mamba = MambaForCausalLM(
+        MambaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=1, state_size=4)
+    ).eval()
     assert not attention.is_exact(mamba)
 
 

@@ -29,10 +29,23 @@ def test_loss_curve_equals_trl_over_100_steps(real_model: Path, full_data: Path,
 
 def test_held_out_figures_equal_plain_transformers(real_model: Path, full_data: Path, tmp_path: Path) -> None:
     dev = tmp_path / "dev.jsonl"
-    dev.write_text("\n".join((full_data / "eval" / "medquad_en_dev.jsonl").read_text().splitlines()[:60]) + "\n")
+    dev.write_text(
+        "\n".join((full_data / "eval" / "medquad_en_dev.jsonl").read_text().splitlines()[:60]) + "\n"
+    )
     done = medgpt(
         *("sft", "--base-model", real_model, "--train-data", full_data / "sft" / "medquad_en_alpaca.jsonl"),
-        *("--eval-data", dev, "--max-length", "256", "--max-steps", "30", "--batch-size", "2", "--dtype", "fp32"),
+        *(
+            "--eval-data",
+            dev,
+            "--max-length",
+            "256",
+            "--max-steps",
+            "30",
+            "--batch-size",
+            "2",
+            "--dtype",
+            "fp32",
+        ),
         *("--eval-steps", "1000", "--use-cpu", "--output-dir", tmp_path / "run", "--json"),
         timeout=3000,
     )

@@ -117,7 +117,9 @@ def test_a_killed_run_goes_on_to_the_same_weights(whole, place: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert newest.name in done.stderr  # it says what it left out
     assert_same(weights(place / "killed"), weights(whole[0]))
-    steps = [json.loads(line)["step"] for line in (place / "killed" / "metrics.jsonl").open() if '"loss"' in line]
+    steps = [
+        json.loads(line)["step"] for line in (place / "killed" / "metrics.jsonl").open() if '"loss"' in line
+    ]
     assert steps == list(range(1, 33))
 
 
@@ -203,10 +205,23 @@ def test_full_tuning_writes_an_ordinary_model(place: Path) -> None:
 def test_early_stopping_keeps_the_best_weights(place: Path) -> None:
     """The held-out answers contradict the training ones, so learning soon makes the held-out loss worse."""
     rows = [json.loads(line) for line in (place / "dev.jsonl").open()]
-    write_jsonl(place / "contrary.jsonl", [{**row, "answer": "不建议饮酒，酒精会影响血压控制。"} for row in rows])
+    write_jsonl(
+        place / "contrary.jsonl", [{**row, "answer": "不建议饮酒，酒精会影响血压控制。"} for row in rows]
+    )
     done = medgpt(
         *("sft", "--base-model", "model", "--train-data", "train.jsonl", "--eval-data", "contrary.jsonl"),
-        *(*QUICK, "--epochs", "20", "--eval-steps", "2", "--early-stopping", "2", "--output-dir", "early", "--json"),
+        *(
+            *QUICK,
+            "--epochs",
+            "20",
+            "--eval-steps",
+            "2",
+            "--early-stopping",
+            "2",
+            "--output-dir",
+            "early",
+            "--json",
+        ),
         cwd=place,
     )
     assert done.returncode == 0, done.stderr
@@ -219,7 +234,9 @@ def test_early_stopping_keeps_the_best_weights(place: Path) -> None:
 
 
 def test_a_loss_that_is_no_number_ends_with_code_5(place: Path) -> None:
-    done = sft(place, "--tuning", "full", "--learning-rate", "1e30", "--output-dir", "nan", "--max-grad-norm", "1e30")
+    done = sft(
+        place, "--tuning", "full", "--learning-rate", "1e30", "--output-dir", "nan", "--max-grad-norm", "1e30"
+    )
     assert done.returncode == 5, done.stderr
     assert "--learning-rate" in done.stderr and "Traceback" not in done.stderr
     assert json.loads((place / "nan" / "run.json").read_text())["status"] == "failed"

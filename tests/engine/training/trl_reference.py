@@ -24,7 +24,9 @@ def our_losses(
     return [line["loss"] for line in lines if "loss" in line]
 
 
-def trl_losses(model: Path, data: Path, folder: Path, run: Path, *, steps: int, accumulation: int = 1) -> list[float]:
+def trl_losses(
+    model: Path, data: Path, folder: Path, run: Path, *, steps: int, accumulation: int = 1
+) -> list[float]:
     """The same from TRL: its collator, its loss, its loop; our token ids in our order, our initial adapter."""
     import datasets
     import torch
@@ -54,7 +56,10 @@ def trl_losses(model: Path, data: Path, folder: Path, run: Path, *, steps: int, 
     plan = schedule(settings, len(examples))
     for epoch in range(-(-plan.updates // plan.updates_per_epoch)):
         order = EpochSampler(
-            [len(one.input_ids) for one in examples], settings.batch_size, settings.seed, settings.batch_order == "by-length"
+            [len(one.input_ids) for one in examples],
+            settings.batch_size,
+            settings.seed,
+            settings.batch_order == "by-length",
         )
         order.set_epoch(epoch)
         rows += [{"input_ids": examples[i].input_ids, "labels": examples[i].labels} for i in order]
