@@ -24,6 +24,10 @@ def place(tmp_path_factory) -> Path:
     return folder
 
 
+def user(text: str) -> dict[str, str]:
+    return {"role": "user", "content": text}
+
+
 def infer(place: Path, *more: object, **options):
     return medgpt("infer", "--base-model", "model", *SHORT, *more, cwd=place, **options)
 
@@ -45,8 +49,8 @@ def test_jsonl_forms_keep_order_and_ids(place: Path):
         {"id": "a", "prompt": "What is fever?"},
         {"question": "Longer " * 20},
         {"id": 7, "instruction": "感冒怎么办？"},
-        {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes"}, {"role": "user", "content": "So?"}]},
-    ]  # fmt: skip
+        {"messages": [user("Hi"), {"role": "assistant", "content": "Yes"}, user("So?")]},
+    ]
     write_jsonl(place / "in.jsonl", rows)
     done = infer(place, "--data-file", "in.jsonl", "--predictions-file", "out.jsonl", "--batch-size", "3")
     assert done.returncode == 0, done.stderr

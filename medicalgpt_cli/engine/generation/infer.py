@@ -6,7 +6,6 @@ import hashlib
 import json
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,6 @@ from medicalgpt_cli.engine.model.tokenizer import fingerprint
 from medicalgpt_cli.engine.observer import Observer
 from medicalgpt_cli.errors import UsageError
 from medicalgpt_cli.settings.fields import options_of
-from medicalgpt_cli.settings.groups import SamplingSettings
 from medicalgpt_cli.settings.stages import InferSettings
 
 

@@ -6,6 +6,7 @@ Without it the row would need a dense mask of (total length)² (sdpa), and most 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -41,7 +42,7 @@ def padding_free_attention(
     """
     bounds = cu_seq_lens_q.tolist()
     pieces = []
-    for start, end in zip(bounds[:-1], bounds[1:], strict=True):
+    for start, end in itertools.pairwise(bounds):
         length = end - start
         window = None
         if sliding_window is not None and length > sliding_window:

@@ -91,8 +91,6 @@ def run_sft(settings: SftSettings, observer: Observer) -> dict[str, Any]:
         Stopped: a signal came; a checkpoint was saved and the hint says how to go on.
     """
     planned = plan_sft(settings, observer)
-    settings, resolved, tokenizer = planned.settings, planned.resolved, planned.tokenizer
-    data, plan = planned.data, planned.schedule
     with _open_folder(planned) as folder:
         try:
             return _train_in(folder, planned, observer)
@@ -126,7 +124,7 @@ def _open_folder(planned: SftPlan) -> RunFolder:
 
 
 def _train_in(folder: RunFolder, planned: SftPlan, observer: Observer) -> dict[str, Any]:
-    settings, data, plan = planned.settings, planned.data, planned.schedule
+    settings, plan = planned.settings, planned.schedule
     set_seed(settings.seed)
     model = load_trainable(settings, planned.resolved, observer)
     measure = partial(_measure, planned, model, _collate(planned, model, observer), observer)
