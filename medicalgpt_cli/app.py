@@ -16,7 +16,8 @@ from medicalgpt_cli import __version__
 from medicalgpt_cli.commands.bridge import command_function
 from medicalgpt_cli.commands.catalogue import COMMANDS, Command
 from medicalgpt_cli.errors import EnvironmentFailure, MedgptError, Stopped, UsageError
-from medicalgpt_cli.settings.groups import OutputSettings
+from medicalgpt_cli.settings.groups import DeviceSettings, OutputSettings
+from medicalgpt_cli.settings.stages import TrainSettings
 
 # Underscores in flags are accepted: people paste commands from older scripts.
 _CONTEXT = {
@@ -70,10 +71,13 @@ for _command in COMMANDS:
 
 def _run(command: Command, settings: OutputSettings) -> None:
     """Run a subcommand: settings in, a result (a plain dict) out."""
+    from medicalgpt_cli.engine.run.devices import show_only
     from medicalgpt_cli.engine.run.quiet import quieten
     from medicalgpt_cli.terminal.console import TerminalObserver
 
     quieten()
+    if isinstance(settings, DeviceSettings):
+        show_only(settings.gpu_numbers, single=isinstance(settings, TrainSettings))
     with TerminalObserver(quiet=settings.json) as observer:
         result = importlib.import_module(command.module).run(settings, observer)
     if settings.json and result is not None:

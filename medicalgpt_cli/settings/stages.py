@@ -24,6 +24,17 @@ from medicalgpt_cli.settings.groups import (
 class TrainSettings(RunSettings, OptimSettings, AdapterSettings, DataSettings, ModelSettings):
     """What all training commands share."""
 
+    def check(self) -> None:
+        super().check()
+        if len(self.gpu_numbers) > 1:
+            raise UsageError(
+                f"--gpus {self.gpus}: this version trains on one GPU", "name one; inference takes several"
+            )
+        if self.early_stopping is not None and not self.eval_data and self.eval_fraction == 0:
+            raise UsageError(
+                "--early-stopping needs held-out data", "give --eval-data, or --eval-fraction above 0"
+            )
+
 
 @dataclass(frozen=True, kw_only=True)
 class SftSettings(TrainSettings):

@@ -37,11 +37,11 @@ def one_line(text: str) -> str:
 
 
 def say(console: Console, label: str, text: str, style: str) -> None:
-    """One line `label: text`; in colour, and never broken by us, whatever its length."""
+    """One line `label: text`. A terminal gets colour and breaks between words; a file gets one whole line."""
     from rich.text import Text
 
     line = Text.assemble((f"{label}:", style), " ", one_line(text))
-    console.print(line, soft_wrap=True)
+    console.print(line, soft_wrap=not console.is_terminal)
 
 
 def print_error(error: MedgptError) -> None:
@@ -165,7 +165,7 @@ class TerminalObserver(Observer):
             from medicalgpt_cli.terminal.progress import panel
 
             self._draw().training = None
-            self._console.print(panel(self._training, self._console.width, running=False))
+            self._console.print(panel(self._training, self._console.width - 3, running=False))
         self._training = None
 
     # -- drawing -------------------------------------------------------------------------------------------
@@ -195,7 +195,7 @@ class TerminalObserver(Observer):
         if not self._quiet:
             from rich.text import Text
 
-            self._console.print(Text(one_line(text), style=style), soft_wrap=True)
+            self._console.print(Text(one_line(text), style=style), soft_wrap=not self._console.is_terminal)
 
     def _plain_only(self, line: Any) -> None:
         if not self._drawing:

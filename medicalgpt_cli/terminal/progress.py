@@ -238,13 +238,16 @@ class Screen:
 
     def _render(self) -> RenderableType:
         from rich.console import Group
+        from rich.constrain import Constrain
 
+        # The terminal echoes Ctrl-C as ^C at the end of the last line; there must be room for it.
+        width = self._console.width - 3
         parts: list[RenderableType] = []
         if self.training is not None:
-            parts.append(panel(self.training, self._console.width))
+            parts.append(panel(self.training, width))
         if self._ids:
             parts.append(self._bars)
-        return Group(*parts)
+        return Constrain(Group(*parts), width)
 
 
 def start_lines(plan: Mapping[str, Any]) -> list[str]:

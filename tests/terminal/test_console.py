@@ -56,6 +56,13 @@ def test_a_long_line_is_not_broken() -> None:
     assert len(file.getvalue().splitlines()) == 1
 
 
+def test_a_terminal_breaks_between_words() -> None:
+    console, file = screen(terminal=True, width=40)
+    TerminalObserver(console=console).on_notice("consultation " * 8)
+    lines = file.getvalue().splitlines()
+    assert len(lines) > 1 and all(line.split()[-1] == "consultation" for line in lines)
+
+
 def test_with_json_nothing_is_said() -> None:
     console, file = screen()
     train(TerminalObserver(quiet=True, console=console))

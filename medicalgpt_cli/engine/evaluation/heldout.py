@@ -32,13 +32,14 @@ def held_out(
     *,
     batch_size: int,
     observer: Observer | None = None,
-) -> dict[str, float]:
+    should_stop: Callable[[], bool] = lambda: False,
+) -> dict[str, float] | None:
     """Mean loss over every target token of `examples`, however they are batched.
 
     Returns:
         loss: nats a target token. perplexity: exp(loss).
         bits_per_byte: total loss in bits over the UTF-8 bytes of the target text; it stays comparable when
-        the vocabulary changes. tokens, bytes: what was measured on.
+        the vocabulary changes. tokens, bytes: what was measured on. None where `should_stop` said so.
     """
     device = next(model.parameters()).device
     training = model.training
@@ -50,6 +51,8 @@ def held_out(
         observer.on_task_start(task, len(by_length), "examples")
     try:
         for start in range(0, len(by_length), batch_size):
+            if should_stop():
+                return None
             piece = by_length[start : start + batch_size]
             batch = {name: value.to(device) for name, value in collate(piece).items()}
             total += float(target_loss(model, batch))

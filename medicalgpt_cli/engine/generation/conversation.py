@@ -27,7 +27,9 @@ class Conversation:
     def __init__(self, backend: LocalBackend, label: str, system: str | None):
         self.backend, self.label, self.system = backend, label, system
         self.turns: list[Message] = []
-        self.dropped = 0  # turns left out of the last prompt because the context was full
+        self.asked: str | None = None  # the last question, also where it got no answer
+        self.draws = 0  # answers to it that were drawn so far
+        self.dropped = 0  # messages left out of the last prompt because the context was full
         self.seconds = 0.0  # that the last answer took
         self.raw = False  # whether `answer_alone` continues raw text instead of using the template
 
@@ -50,30 +52,41 @@ class Conversation:
         return [*front, *self.turns]
 
     def ask(self, question: str) -> Iterator[str]:
-        """The answer piece by piece. It enters the history when it ends, also where it is stopped early.
+        """The answer piece by piece. It enters the history when it ends, also where it is stopped early;
+        a question that got no word of an answer leaves the history as it was.
 
         The oldest turns are left out of the prompt where the context is too small for them.
 
         Raises:
-            UsageError: the question alone fills the context; the history is as before.
+            UsageError: the question alone fills the context, or the template refuses the conversation.
         """
-        self.turns.append({"role": "user", "content": question})
-        tokenizer = self.backend.tokenizer
-        room = max(self.backend.context - self.backend.sampling.max_new_tokens, self.backend.context // 2)
-        kept, self.dropped = fit_history(tokenizer, self.messages, room)
-        prompt = encode_prompt(tokenizer, kept)
-        if len(prompt) >= self.backend.context:
-            self.turns.pop()
-            raise UsageError(
-                f"the question has {len(prompt)} tokens, the context {self.backend.context}",
-                "ask a shorter one",
-            )
-        yield from self._stream(prompt)
+        self.asked, self.draws = question, 0
+        return self._answer(question)
 
-    def _stream(self, prompt: list[int]) -> Iterator[str]:
-        began = time.monotonic()
-        said = ""
-        pieces = self.backend.stream(prompt)
+    def retry(self) -> Iterator[str] | None:
+        """Another answer to the last question, in the place of the one before; None if nothing was asked.
+
+        Where answers are drawn (`--temperature`), each attempt is another draw.
+        """
+        question = self.asked
+        last = next((i for i in reversed(range(len(self.turns))) if self.turns[i]["role"] == "user"), None)
+        if last is not None and self.asked in (None, self.turns[last]["content"]):
+            question = self.turns[last]["content"]
+            del self.turns[last:]
+        if question is None:
+            return None
+        self.asked, self.draws = question, self.draws + 1
+        return self._answer(question)
+
+    def reset(self) -> None:
+        """Forget what was said; the system prompt stays."""
+        self.turns, self.asked, self.draws = [], None, 0
+
+    def _answer(self, question: str) -> Iterator[str]:
+        asked: Message = {"role": "user", "content": question}
+        prompt = self._prompt([*self.messages, asked])
+        began, said = time.monotonic(), ""
+        pieces = self.backend.stream(prompt, number=self.draws)
         try:
             for piece in pieces:
                 said += piece
@@ -81,26 +94,35 @@ class Conversation:
         finally:
             pieces.close()
             self.seconds = time.monotonic() - began
-            self.turns.append({"role": "assistant", "content": said})
+            if said:
+                self.turns += [asked, {"role": "assistant", "content": said}]
+
+    def _prompt(self, messages: list[Message]) -> list[int]:
+        """Token ids of what fits; half the context at most is kept free for the answer."""
+        context = self.backend.context
+        room = max(context - self.backend.sampling.max_new_tokens, context // 2)
+        kept, self.dropped = fit_history(self.backend.tokenizer, messages, room)
+        prompt = encode_prompt(self.backend.tokenizer, kept)
+        if len(prompt) >= context:
+            raise UsageError(f"the question has {len(prompt)} tokens, the context {context}", "ask a shorter one")
+        return prompt
 
     def continue_text(self, text: str) -> Iterator[str]:
-        """Continue raw text, outside the conversation."""
+        """Continue raw text, outside the conversation.
+
+        Raises:
+            UsageError: the text alone fills the context.
+        """
+        prompt = encode_raw(self.backend.tokenizer, text)
+        if not 0 < len(prompt) < self.backend.context:
+            raise UsageError(f"the text has {len(prompt)} tokens, the context {self.backend.context}", "shorten it")
         began = time.monotonic()
-        yield from self.backend.stream(encode_raw(self.backend.tokenizer, text))
-        self.seconds = time.monotonic() - began
-
-    def answer_alone(self, text: str) -> Iterator[str]:
-        """Answer a question without a history, in the template or as raw text."""
-        self.turns = []
-        return self.continue_text(text) if self.raw else self.ask(text)
-
-    def retry(self) -> str | None:
-        """Take back the last question and its answer; gives the question, or None if there is none."""
-        while self.turns:
-            turn = self.turns.pop()
-            if turn["role"] == "user":
-                return turn["content"]
-        return None
+        pieces = self.backend.stream(prompt)
+        try:
+            yield from pieces
+        finally:
+            pieces.close()
+            self.seconds = time.monotonic() - began
 
     @property
     def last(self) -> Answer | None:
@@ -110,11 +132,16 @@ class Conversation:
         """Write the conversation as a line that `medgpt sft` reads.
 
         Raises:
-            UsageError: the file exists.
+            UsageError: nothing was said yet, the file exists, or it cannot be written.
         """
+        if not self.turns:
+            raise UsageError("there is nothing to save yet", "ask a question first")
         if path.exists():
             raise UsageError(f"{path} exists already", "name another file")
-        atomic_write(path, json.dumps({"messages": self.messages}, ensure_ascii=False) + "\n")
+        try:
+            atomic_write(path, json.dumps({"messages": self.messages}, ensure_ascii=False) + "\n")
+        except OSError as problem:
+            raise UsageError(f"{path}: {problem.strerror}", "name another file") from None
 
     def load(self, path: Path) -> None:
         """Take up a saved conversation; one that cannot be read leaves this one as it is."""
@@ -122,9 +149,10 @@ class Conversation:
             value: Any = json.loads(path.read_text(encoding="utf-8"))
         except OSError as problem:
             raise UsageError(f"{path}: {problem.strerror}", "check the path") from None
-        except ValueError:
+        except (ValueError, RecursionError):
             raise DataError(f"{path} is not a saved conversation", "`/save FILE` writes one") from None
         messages, _ = messages_of(Row(str(path), 1, value), Counts())
         system = messages[0]["content"] if messages and messages[0]["role"] == "system" else None
+        self.reset()
         self.turns = [one for one in messages if one["role"] != "system"]
         self.system = system or self.system

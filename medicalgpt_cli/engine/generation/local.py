@@ -55,6 +55,7 @@ class LocalBackend:
         self.model, self.tokenizer, self.sampling = model, tokenizer, sampling
         self.stop_ids = frozenset(stop_token_ids(tokenizer, model.generation_config))
         self.context = context_length(model, sampling)
+        self.processors = _processors(sampling)
         self.last: Answer | None = None
 
     def answer_batch(
@@ -88,8 +89,14 @@ class LocalBackend:
             if reason:
                 on_done(row.index, self._answer(row, reason))
 
-    def stream(self, prompt: Sequence[int]) -> Iterator[str]:
+    def stream(self, prompt: Sequence[int], *, number: int = 0) -> Iterator[str]:
         """Answer one prompt piece by piece; the whole is in `last` afterwards. Close it to stop early.
+
+        There is a piece for each token, empty where the token completes no character, so that whoever listens
+        can stop at any token.
+
+        Args:
+            number: what makes the draw its own beside the seed.
 
         Raises:
             ValueError: the prompt fills the context.
@@ -97,19 +104,19 @@ class LocalBackend:
         room = self.context - len(prompt)
         if room < 1:
             raise ValueError(f"the prompt has {len(prompt)} tokens, the context {self.context}")
-        row = _Row(0, list(prompt), min(self.sampling.max_new_tokens, room), self._generator(0), [])
-        shown = ""
+        row = _Row(0, list(prompt), min(self.sampling.max_new_tokens, room), self._generator(number), [])
+        shown = 0
+        self.last = None
         try:
             for _, text, reason in self._run([row]):
-                safe = text if reason else _without_beginnings(text, self.sampling.stop)
-                if len(safe) > len(shown):
-                    yield safe[len(shown) :]
-                    shown = safe
                 if reason:
                     self.last = self._answer(row, reason)
-        except GeneratorExit:
-            self.last = self._answer(row, "stop")
-            raise
+                safe = self.last.text if self.last else _certain(text, self.sampling.stop)
+                piece = safe[shown:]
+                shown += len(piece)
+                yield piece
+        finally:
+            self.last = self.last or self._answer(row, "stop")  # whoever listened has stopped it
 
     # -- the loop ----------------------------------------------------------------------------------------------
 
@@ -141,12 +148,12 @@ class LocalBackend:
                 use_cache=True,
                 logits_to_keep=1,
             ).logits[:, -1]
-            chosen = [self._choose(row, scores) for row, scores in zip(rows, logits.float(), strict=True)]
+            chosen = self._choose(rows, logits.float())
             kept, left = [], []
             for place, (row, token) in enumerate(zip(rows, chosen, strict=True)):
                 reason = self._add(row, token)
                 text = self._text(row) if needs_text else ""
-                if reason is None and any(stop in text for stop in self.sampling.stop):
+                if any(stop in text for stop in self.sampling.stop):
                     reason = "stop"
                 yield row, _cut_at(text, self.sampling.stop), reason
                 if reason is None:
@@ -154,7 +161,7 @@ class LocalBackend:
                     left.append(row)
             if len(kept) < len(rows) and kept:
                 select = torch.tensor(kept, device=device)
-                cache.batch_select_indices(select)
+                cache.reorder_cache(select)  # every kind of layer has this one, also on several devices
                 mask = mask[select]
                 positions = positions[select]
             rows = left
@@ -170,24 +177,19 @@ class LocalBackend:
         row.said.append(token)
         return "length" if len(row.said) >= row.limit else None
 
-    def _choose(self, row: _Row, scores: torch.Tensor) -> int:
-        """The next token of a row. `scores`: (vocabulary,) logits."""
-        sampling = self.sampling
+    def _choose(self, rows: Sequence[_Row], scores: torch.Tensor) -> list[int]:
+        """The next token of each row. `scores`: (rows, vocabulary) logits."""
+        if not self.processors:
+            return scores.argmax(-1).tolist()
+        return [self._choose_one(row, one[None]) for row, one in zip(rows, scores, strict=True)]
+
+    def _choose_one(self, row: _Row, scores: torch.Tensor) -> int:
+        """A token of one row, whose length is its own. `scores`: (1, vocabulary)."""
         seen = torch.tensor([row.prompt + row.said], device=scores.device)
-        penalties = LogitsProcessorList()
-        if sampling.repetition_penalty != 1.0:
-            penalties.append(RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty))
-        if sampling.no_repeat_ngram:
-            penalties.append(NoRepeatNGramLogitsProcessor(sampling.no_repeat_ngram))
-        if sampling.temperature == 0:
-            return int(penalties(seen, scores[None])[0].argmax())
-        warpers = LogitsProcessorList([*penalties, TemperatureLogitsWarper(sampling.temperature)])
-        if sampling.top_k:
-            warpers.append(TopKLogitsWarper(sampling.top_k))
-        if sampling.top_p < 1:
-            warpers.append(TopPLogitsWarper(sampling.top_p))
-        chances = warpers(seen, scores[None]).softmax(-1)[0].cpu()
-        return int(torch.multinomial(chances, 1, generator=row.generator))
+        scores = self.processors(seen, scores)
+        if row.generator is None:
+            return int(scores.argmax())
+        return int(torch.multinomial(scores.softmax(-1)[0].cpu(), 1, generator=row.generator))
 
     def _generator(self, number: int) -> torch.Generator | None:
         """Each row draws from its own stream, so its answer does not depend on its batch."""
@@ -199,7 +201,7 @@ class LocalBackend:
         return self.tokenizer.decode(row.said, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
     def _answer(self, row: _Row, reason: str) -> Answer:
-        text = _cut_at(self._text(row), self.sampling.stop)
+        text = _cut_at(self._text(row), self.sampling.stop).rstrip("\ufffd")  # a character cut in half
         return Answer(text, list(row.said), reason, len(row.prompt), len(row.said))
 
 
@@ -210,17 +212,31 @@ def context_length(model: Any, sampling: SamplingSettings) -> int:
     return min(own, sampling.max_context or own)
 
 
+def _processors(sampling: SamplingSettings) -> LogitsProcessorList:
+    """What changes the scores before a token is chosen, in the order of transformers' `generate`."""
+    chain = LogitsProcessorList()
+    if sampling.repetition_penalty != 1.0:
+        chain.append(RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty))
+    if sampling.no_repeat_ngram:
+        chain.append(NoRepeatNGramLogitsProcessor(sampling.no_repeat_ngram))
+    if sampling.temperature > 0:
+        chain.append(TemperatureLogitsWarper(sampling.temperature))
+    if sampling.top_k:
+        chain.append(TopKLogitsWarper(sampling.top_k))
+    if sampling.top_p < 1:
+        chain.append(TopPLogitsWarper(sampling.top_p))
+    return chain
+
+
 def _cut_at(text: str, stops: Sequence[str]) -> str:
     """The text before the first stop text in it."""
     places = [text.find(stop) for stop in stops if stop in text]
     return text[: min(places)] if places else text
 
 
-def _without_beginnings(text: str, stops: Sequence[str]) -> str:
+def _certain(text: str, stops: Sequence[str]) -> str:
     """What of an unfinished text is certain: no half character, and no beginning of a stop text at its end."""
     text = text.rstrip("\ufffd")
-    for stop in stops:
-        for length in range(min(len(stop) - 1, len(text)), 0, -1):
-            if text.endswith(stop[:length]):
-                return text[: len(text) - length]
-    return text
+    beginnings = (stop[:length] for stop in stops for length in range(1, len(stop)))
+    uncertain = max((len(one) for one in beginnings if text.endswith(one)), default=0)
+    return text[: len(text) - uncertain].rstrip("\ufffd")

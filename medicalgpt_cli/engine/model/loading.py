@@ -23,23 +23,18 @@ _SMALLER = "--dtype bf16, or --use-cpu"
 
 
 def choose_device(device: DeviceSettings) -> torch.device:
-    """The first device that a command uses.
+    """The first device that a command uses. Only the devices of `--gpus` are visible (run/devices.py).
 
     Raises:
         EnvironmentFailure: `--gpus` names a device that is not there.
     """
-    if device.gpu_numbers:
-        present = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        missing = [number for number in device.gpu_numbers if number >= present]
-        if missing:
-            raise EnvironmentFailure(
-                f"--gpus {device.gpus}: there is no device {missing[0]} ({present} GPUs are visible)",
-                "--use-cpu runs without a GPU; `medgpt env` shows what is visible",
-            )
-        return torch.device("cuda", device.gpu_numbers[0])
-    if not device.use_cpu and torch.cuda.is_available():
-        return torch.device("cuda", 0)
-    return torch.device("cpu")
+    present = torch.cuda.device_count() if torch.cuda.is_available() and not device.use_cpu else 0
+    if present < len(device.gpu_numbers):
+        raise EnvironmentFailure(
+            f"--gpus {device.gpus}: {present} of these {len(device.gpu_numbers)} GPUs are there",
+            "--use-cpu runs without a GPU; `medgpt env` shows what is visible",
+        )
+    return torch.device("cuda", 0) if present else torch.device("cpu")
 
 
 def choose_dtype(device: DeviceSettings, torch_device: torch.device) -> torch.dtype:
@@ -160,7 +155,7 @@ def load_model(
     task = "loading weights"
     observer.on_task_start(task, None, "")
     try:
-        loaded = load_base(resolved.base, dtype, device, model.gpu_numbers if not trainable else ())
+        loaded = load_base(resolved.base, dtype, device, len(model.gpu_numbers))
         if resolved.adapter is not None:
             recorded = resolved.adapter.base
             if recorded is not None and recorded.path != resolved.base.path:
@@ -176,10 +171,8 @@ def load_model(
     return loaded
 
 
-def load_base(
-    base: ModelReference, dtype: torch.dtype, device: torch.device, gpus: tuple[int, ...] = ()
-) -> Any:
-    """The weights of a base model on `device`, or spread over several GPUs."""
+def load_base(base: ModelReference, dtype: torch.dtype, device: torch.device, gpus: int = 1) -> Any:
+    """The weights of a base model on `device`, or its layers spread over the first `gpus` GPUs."""
     options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": False}
     source = base.path
     if base.kind == "gguf":
@@ -189,14 +182,14 @@ def load_base(
         options |= {"gguf_file": Path(base.path).name, "quantization_config": GgufConfig(dequantize=True)}
     else:
         options["use_safetensors"] = True
-    if len(gpus) > 1:
-        free = {number: torch.cuda.mem_get_info(number)[0] for number in gpus}
+    if gpus > 1:
+        free = {number: torch.cuda.mem_get_info(number)[0] for number in range(gpus)}
         options |= {"device_map": "balanced", "max_memory": free}
     with _explained(base):
         _refuse_unsafe(base)
         loaded, found = AutoModelForCausalLM.from_pretrained(source, output_loading_info=True, **options)
     _must_be_complete(base.name, found["missing_keys"])
-    return loaded if len(gpus) > 1 else _to_device(loaded, device)
+    return loaded if gpus > 1 else _to_device(loaded, device)
 
 
 def attach_adapter(model: Any, folder: Path, *, trainable: bool = False) -> Any:

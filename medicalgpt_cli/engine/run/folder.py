@@ -181,7 +181,7 @@ class RunFolder:
 
 
 def recipe_text(stage: str, settings: Any) -> str:
-    """The settings as YAML that `medgpt <stage> --recipe` reads; those that are off (None, []) are comments."""
+    """The settings as YAML that `medgpt <stage> --recipe` reads; those that are off are comments."""
     import yaml
 
     lines = [f"# medgpt {stage} --recipe recipe.yaml"]

@@ -94,11 +94,19 @@ def run_sft(settings: SftSettings, observer: Observer) -> dict[str, Any]:
     with _open_folder(planned) as folder:
         try:
             return _train_in(folder, planned, observer)
-        except Stopped:
-            raise
+        except Stopped as stopped:
+            folder.finish("stopped")
+            raise Stopped(stopped.message, _how_to_go_on(folder), exit_code=stopped.exit_code) from None
+        except KeyboardInterrupt:
+            folder.finish("stopped")
+            raise Stopped("stopped at once, without another checkpoint", _how_to_go_on(folder)) from None
         except BaseException:
             folder.finish("failed")
             raise
+
+
+def _how_to_go_on(folder: RunFolder) -> str:
+    return f"go on with: medgpt sft --resume {folder.path}"
 
 
 def _open_folder(planned: SftPlan) -> RunFolder:
@@ -142,10 +150,8 @@ def _train_in(folder: RunFolder, planned: SftPlan, observer: Observer) -> dict[s
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         seconds, step = time.monotonic() - began, trainer.state.global_step
     if stop.received is not None and step < plan.updates:
-        folder.finish("stopped", {"steps": step})
         raise Stopped(
             f"stopped by {stop.name} after update {step} of {plan.updates}; a checkpoint is saved",
-            f"go on with: medgpt sft --resume {folder.path}",
             exit_code=stop.exit_code,
         )
     best = trainer.best_checkpoint()
@@ -263,4 +269,5 @@ def _trainer(
         checkpoint_folder=folder.checkpoints,
         keep_checkpoints=settings.keep_checkpoints,
         callbacks=callbacks,
+        stop=stop,
     )

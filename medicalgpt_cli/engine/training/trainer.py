@@ -15,7 +15,7 @@ from medicalgpt_cli.engine.evaluation.heldout import held_out
 from medicalgpt_cli.engine.run import checkpoints
 from medicalgpt_cli.engine.run.files import remove_tree
 from medicalgpt_cli.engine.training.batches import EpochSampler, ExampleDataset
-from medicalgpt_cli.engine.training.callbacks import EarlyStopping, best_step
+from medicalgpt_cli.engine.training.callbacks import EarlyStopping, StopOnSignal, best_step
 from medicalgpt_cli.engine.training.losses import target_loss
 from medicalgpt_cli.errors import TrainingFailed
 
@@ -42,6 +42,7 @@ class MedgptTrainer(Trainer):
         checkpoint_folder: Path,
         keep_checkpoints: int,
         callbacks: list[Any],
+        stop: StopOnSignal,
     ):
         super().__init__(
             model=model,
@@ -53,6 +54,7 @@ class MedgptTrainer(Trainer):
         )
         self.remove_callback(PrinterCallback)  # the observer speaks
         self.held_out_examples, self.tokenizer, self.by_length = held_out_examples, tokenizer, by_length
+        self.stop = stop
         self.checkpoint_folder, self.keep_checkpoints = checkpoint_folder, keep_checkpoints
         self.keep_best = any(isinstance(callback, EarlyStopping) for callback in callbacks)
         # Our batches carry shifted labels; their count normalises the loss, and the loss says so.
@@ -95,7 +97,11 @@ class MedgptTrainer(Trainer):
             self.tokenizer,
             self.data_collator,
             batch_size=self.args.per_device_train_batch_size,
+            should_stop=lambda: self.stop.received is not None,
         )
+        if measured is None:  # a signal came: save and leave, without a figure for this update
+            self.control.should_save = self.control.should_training_stop = True
+            return {}
         metrics = {
             f"{metric_key_prefix}_{name}": measured[name] for name in ("loss", "perplexity", "bits_per_byte")
         }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import torch
 from transformers import TrainingArguments
 
+from medicalgpt_cli.errors import EnvironmentFailure
 from medicalgpt_cli.settings.groups import AdapterSettings, OptimSettings
 from medicalgpt_cli.settings.stages import TrainSettings
 
@@ -55,6 +57,12 @@ def training_arguments(
     evaluate: bool,
 ) -> TrainingArguments:
     """TrainingArguments for our loop. Everything that a library would switch on by itself is set explicitly."""
+    for tracker in settings.report_to:
+        if importlib.util.find_spec(tracker) is None:
+            raise EnvironmentFailure(
+                f"--report-to {tracker}: {tracker} is not installed",
+                f"pip install {tracker}, or leave it out",
+            )
     cuda = torch_device.type == "cuda"
     return TrainingArguments(
         output_dir=str(folder),

@@ -10,7 +10,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from medicalgpt_cli.engine.data.rendering import stop_token_ids
 from medicalgpt_cli.engine.model.adapters import add_adapter, different_shape, save_adapter
-from medicalgpt_cli.engine.model.loading import load_model
+from medicalgpt_cli.engine.model.loading import choose_device, load_model
 from medicalgpt_cli.engine.model.references import ResolvedModel
 from medicalgpt_cli.engine.model.tokenizer import save_tokenizer
 from medicalgpt_cli.engine.observer import Observer
@@ -29,6 +29,11 @@ def load_trainable(settings: TrainSettings, resolved: ResolvedModel, observer: O
     AdamW's small steps need; the GPU computes in `--dtype` under autocast.
     """
     if settings.tuning == "full":
+        if settings.dtype in ("bf16", "fp16") and choose_device(settings).type == "cpu":
+            raise UsageError(
+                f"--dtype {settings.dtype}: a processor tunes all weights in fp32",
+                "leave --dtype out, or train a LoRA adapter",
+            )
         model = load_model(replace(settings, dtype="fp32"), resolved, trainable=True, observer=observer)
         if resolved.adapter is not None:
             model = model.merge_and_unload()

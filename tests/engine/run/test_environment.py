@@ -54,6 +54,7 @@ quieten()
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from datasets import Dataset
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
+model.save_pretrained(sys.argv[1] + "-saved")
 tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
 Dataset.from_dict({"x": list(range(2000))}).map(lambda row: {"y": len(tokenizer("a").input_ids)})
 from huggingface_hub import constants
