@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,10 +32,9 @@ def chat(settings: ChatSettings, observer: Observer) -> None:
     conversation = Conversation.open(settings, observer)
     if settings.load:
         conversation.load(settings.load)
-    at_terminal = sys.stdin.isatty() and sys.stdout.isatty()
-    if at_terminal:
+    if _at_terminal():
         _dim(f"{conversation.label} · /help for commands · Ctrl-D to leave")
-    lines = _typed("› ") if at_terminal else _piped()
+    lines = _lines("› ")
     for line in lines:
         with _told():
             if _handle(conversation, line, lines):
@@ -47,18 +46,16 @@ def ask_single_questions(settings: InferSettings, observer: Observer) -> None:
     from medicalgpt_cli.engine.generation.conversation import Conversation
 
     conversation = Conversation.open(settings, observer)
-    for line in _typed("? ") if sys.stdin.isatty() and sys.stdout.isatty() else _piped():
+    for line in _lines("? "):
         with _told():
-            _answer(conversation, conversation.answer_alone, line)
+            if line.strip():
+                _answer(conversation, conversation.answer_alone(line))
 
 
 def _handle(conversation: Conversation, line: str, lines: Iterator[str]) -> bool:
     """Carry out a line; True to leave."""
-    if line.startswith("//"):
-        _answer(conversation, conversation.ask, line[1:])
-        return False
-    if not line.startswith("/"):
-        _answer(conversation, conversation.ask, line)
+    if not line.startswith("/") or line.startswith("//"):
+        _ask(conversation, line.removeprefix("/"))
         return False
     word, _, rest = line.partition(" ")
     rest = rest.strip()
@@ -70,19 +67,19 @@ def _handle(conversation: Conversation, line: str, lines: Iterator[str]) -> bool
         conversation.system = rest or None
         _dim("system prompt set" if rest else "system prompt removed")
     elif word == "/reset":
-        conversation.turns = []
+        conversation.reset()
         _dim("a new conversation")
     elif word in ("/save", "/load"):
         _file(conversation, word, rest)
     elif word == "/retry":
-        question = conversation.retry()
-        if question is None:
+        pieces = conversation.retry()
+        if pieces is None:
             _dim("there is no question to answer again")
         else:
-            _answer(conversation, conversation.ask, question)
+            _answer(conversation, pieces)
     elif word == "/multi":
         _dim("end with an empty line")
-        _answer(conversation, conversation.ask, "\n".join(_until_blank(lines)))
+        _ask(conversation, "\n".join(_until_blank(lines)))
     else:
         from medicalgpt_cli.settings.fields import did_you_mean
 
@@ -101,15 +98,18 @@ def _file(conversation: Conversation, word: str, name: str) -> None:
         _dim(f"saved to {name}")
     else:
         conversation.load(Path(name).expanduser())
-        _dim(f"{len(conversation.turns)} turns taken up from {name}")
+        _dim(f"{len(conversation.turns)} messages taken up from {name}")
 
 
-def _answer(conversation: Conversation, ask: Callable[[str], Iterator[str]], question: str) -> None:
+def _ask(conversation: Conversation, question: str) -> None:
+    if question.strip():
+        _answer(conversation, conversation.ask(question))
+
+
+def _answer(conversation: Conversation, pieces: Iterator[str]) -> None:
     """Print an answer as it comes, then what it took. Ctrl-C ends the answer and keeps what was said."""
-    if not question.strip():
-        return
-    pieces = ask(question)
     stopped = False
+    show = _harmless if sys.stdout.isatty() else str
 
     def stop(_number: int, _frame: Any) -> None:
         nonlocal stopped
@@ -118,7 +118,7 @@ def _answer(conversation: Conversation, ask: Callable[[str], Iterator[str]], que
     before = signal.signal(signal.SIGINT, stop)
     try:
         for piece in pieces:
-            sys.stdout.write(piece)
+            sys.stdout.write(show(piece))
             sys.stdout.flush()
             if stopped:
                 break
@@ -128,7 +128,7 @@ def _answer(conversation: Conversation, ask: Callable[[str], Iterator[str]], que
         sys.stdout.write("\n")
         sys.stdout.flush()
     if conversation.dropped:
-        _dim(f"the context is full: the oldest {conversation.dropped} turns were left out")
+        _dim(f"the context is full: the oldest {conversation.dropped} messages were left out")
     last = conversation.last
     if last is not None:
         speed = last.completion_tokens / max(conversation.seconds, 1e-9)
@@ -151,6 +151,19 @@ def _told() -> Iterator[None]:
         print_error(error)
 
 
+def _harmless(text: str) -> str:
+    """Text that cannot drive the terminal, whatever the model says."""
+    return "".join(letter if letter.isprintable() or letter in "\n\t" else "�" for letter in text)
+
+
+def _at_terminal() -> bool:
+    return sys.stdin.isatty() and sys.stdout.isatty()
+
+
+def _lines(prompt: str) -> Iterator[str]:
+    return _typed(prompt) if _at_terminal() else _piped()
+
+
 def _typed(prompt: str) -> Iterator[str]:
     """Lines typed at a terminal, with editing and a history that lives in memory only."""
     from prompt_toolkit import PromptSession
@@ -169,8 +182,12 @@ def _typed(prompt: str) -> Iterator[str]:
 
 
 def _piped() -> Iterator[str]:
-    for line in sys.stdin:
-        yield line.rstrip("\r\n")
+    """Lines of a pipe. Both ends speak UTF-8, whatever the locale."""
+    from medicalgpt_cli.engine.data.readers import text_lines
+
+    sys.stdout.reconfigure(encoding="utf-8")
+    for _, line in text_lines(sys.stdin.buffer, "<stdin>"):
+        yield line
 
 
 def _until_blank(lines: Iterator[str]) -> Iterator[str]:

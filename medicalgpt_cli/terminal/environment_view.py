@@ -48,5 +48,5 @@ def rows(found: Mapping[str, Any]) -> list[tuple[str, str]]:
     )
     lines.append(("model cache", found["cache"]))
     lines.extend(found["versions"].items())
-    lines.extend(found["variables"].items())
+    lines.extend((name, value or "(empty)") for name, value in found["variables"].items())
     return lines

@@ -123,7 +123,7 @@ def _json_rows(path: Path) -> Iterator[Row]:
         if not text.strip():
             continue
         try:
-            value = _parse(text)
+            value = parse_json(text)
         except DataError as problem:
             if whole_file and line == 1:  # an object that runs over several lines
                 yield from _object_rows(path)
@@ -211,7 +211,7 @@ class _Window:
                     break
                 size *= 2
         try:
-            return _parse(self.text[self.position :])
+            return parse_json(self.text[self.position :])
         except DataError as problem:
             raise DataError(problem.message, problem.hint, at=at) from None
 
@@ -219,7 +219,7 @@ class _Window:
 def _object_rows(path: Path) -> Iterator[Row]:
     text = "\n".join(text for _, text in _lines(path))
     try:
-        value = _parse(text)
+        value = parse_json(text)
     except DataError as problem:
         raise DataError(problem.message, problem.hint, at=f"{path}:{problem.line or 1}") from None
     inner = value.get("data") if isinstance(value, dict) else None
@@ -334,36 +334,44 @@ def _open(path: Path) -> Iterator[IO[bytes]]:
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    """(number, text) of each line, strictly UTF-8. Only a line feed ends a line, U+2028 does not."""
     with _open(path) as file:
-        for number, raw in enumerate(iter(lambda: file.readline(_LONGEST + 1), b""), 1):
-            at = f"{path}:{number}"
-            if len(raw) > _LONGEST:
-                raise DataError(f"a line of more than {_LONGEST // 2**20} MiB", "one record a line", at=at)
-            if number == 1:
-                _refuse_other_kinds(path, raw)
-            if raw.startswith(codecs.BOM_UTF8):
-                raw = raw[3:]  # also where two files were joined
-            if b"\x00" in raw:
-                hint = (
-                    "is it UTF-16? convert it to UTF-8"
-                    if raw.count(b"\x00") > len(raw) // 4
-                    else "a torn write?"
-                )
-                raise DataError("NUL bytes in the text", hint, at=at)
-            try:
-                text = raw.decode("utf-8")
-            except UnicodeDecodeError as problem:
-                raise DataError(
-                    f"not UTF-8 (byte {problem.start + 1} of the line){_other_encoding(raw)}",
-                    "convert the file, for example: iconv -f GB18030 -t UTF-8",
-                    at=at,
-                ) from None
-            yield number, text.rstrip("\r\n")
+        yield from text_lines(file, str(path))
 
 
-def _refuse_other_kinds(path: Path, head: bytes) -> None:
-    at = f"{path}:1"
+def text_lines(file: IO[bytes], name: str) -> Iterator[tuple[int, str]]:
+    """(number, text) of each line, strictly UTF-8. Only a line feed ends a line, U+2028 does not.
+
+    Raises:
+        DataError: what stands there is no text; `name` stands in front of the line's number.
+    """
+    for number, raw in enumerate(iter(lambda: file.readline(_LONGEST + 1), b""), 1):
+        at = f"{name}:{number}"
+        if len(raw) > _LONGEST:
+            raise DataError(f"a line of more than {_LONGEST // 2**20} MiB", "one record a line", at=at)
+        if number == 1:
+            _refuse_other_kinds(name, raw)
+        if raw.startswith(codecs.BOM_UTF8):
+            raw = raw[3:]  # also where two files were joined
+        if b"\x00" in raw:
+            hint = (
+                "is it UTF-16? convert it to UTF-8"
+                if raw.count(b"\x00") > len(raw) // 4
+                else "a torn write?"
+            )
+            raise DataError("NUL bytes in the text", hint, at=at)
+        try:
+            text = raw.decode("utf-8")
+        except UnicodeDecodeError as problem:
+            raise DataError(
+                f"not UTF-8 (byte {problem.start + 1} of the line){_other_encoding(raw)}",
+                "convert the file, for example: iconv -f GB18030 -t UTF-8",
+                at=at,
+            ) from None
+        yield number, text.rstrip("\r\n")
+
+
+def _refuse_other_kinds(source: str, head: bytes) -> None:
+    at = f"{source}:1"
     for magic, name in _MAGIC.items():
         if head.startswith(magic):
             raise DataError(
@@ -399,7 +407,7 @@ def _other_encoding(raw: bytes) -> str:
 def _table_encoding(path: Path) -> str:
     """utf-8-sig or gb18030, by reading the table once: Chinese spreadsheets often export the latter."""
     with _open(path) as file:
-        _refuse_other_kinds(path, file.readline())
+        _refuse_other_kinds(str(path), file.readline())
     for encoding in ("utf-8-sig", "gb18030"):
         decoder = codecs.getincrementaldecoder(encoding)()
         try:
@@ -427,7 +435,8 @@ class _NotJson(DataError):
     line: int | None = None
 
 
-def _parse(text: str) -> Any:
+def parse_json(text: str) -> Any:
+    """A JSON value: no key twice, no NaN. Raises DataError without a position."""
     try:
         return _DECODER.decode(text)
     except json.JSONDecodeError as problem:

@@ -82,6 +82,11 @@ class Conversation:
         """Forget what was said; the system prompt stays."""
         self.turns, self.asked, self.draws = [], None, 0
 
+    def answer_alone(self, text: str) -> Iterator[str]:
+        """Answer a question without a history, in the template or as raw text."""
+        self.reset()
+        return self.continue_text(text) if self.raw else self.ask(text)
+
     def _answer(self, question: str) -> Iterator[str]:
         asked: Message = {"role": "user", "content": question}
         prompt = self._prompt([*self.messages, asked])
@@ -104,7 +109,9 @@ class Conversation:
         kept, self.dropped = fit_history(self.backend.tokenizer, messages, room)
         prompt = encode_prompt(self.backend.tokenizer, kept)
         if len(prompt) >= context:
-            raise UsageError(f"the question has {len(prompt)} tokens, the context {context}", "ask a shorter one")
+            raise UsageError(
+                f"the question has {len(prompt)} tokens, the context {context}", "ask a shorter one"
+            )
         return prompt
 
     def continue_text(self, text: str) -> Iterator[str]:
@@ -115,7 +122,9 @@ class Conversation:
         """
         prompt = encode_raw(self.backend.tokenizer, text)
         if not 0 < len(prompt) < self.backend.context:
-            raise UsageError(f"the text has {len(prompt)} tokens, the context {self.backend.context}", "shorten it")
+            raise UsageError(
+                f"the text has {len(prompt)} tokens, the context {self.backend.context}", "shorten it"
+            )
         began = time.monotonic()
         pieces = self.backend.stream(prompt)
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -113,14 +114,13 @@ def _figure(title: str, note: str, drawing: str, about: str, legend: str = "") -
 
 
 def smoothed(points: Points) -> list[tuple[float, float]]:
-    """The running mean of a noisy curve, over a fiftieth of its length but at least five points."""
-    decay = 1 - 1 / max(5.0, len(points) / 50)
-    mean = weight = 0.0
+    """The mean of a noisy curve around each point, over a twentieth of its length; it does not lag behind."""
+    reach = max(2, len(points) // 40)
+    sums = [0.0, *itertools.accumulate(y for _, y in points)]
     result = []
-    for x, y in points:
-        mean = decay * mean + (1 - decay) * y
-        weight = decay * weight + (1 - decay)  # corrects the start, where the mean still remembers 0
-        result.append((x, mean / weight))
+    for index, (x, _) in enumerate(points):
+        near = min(reach, index, len(points) - 1 - index)  # as many on both sides, also at the ends
+        result.append((x, (sums[index + near + 1] - sums[index - near]) / (2 * near + 1)))
     return result
 
 

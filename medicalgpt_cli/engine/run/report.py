@@ -149,7 +149,7 @@ def _data(manifest: Mapping[str, Any]) -> str:
         formats = f" <small>({_escape(', '.join(part.formats))})</small>" if part.formats else ""
         blocks.append(f"<h3>{_escape(part.name.capitalize())}</h3><p>{_escape(facts)}{formats}</p>")
         rows = [
-            ((kind, "kind"), (f"{count:,}", "number"), reason, ", ".join(positions))
+            ((kind, "kind"), (f"{count:,}", "number"), reason, ", ".join(positions[:3]))
             for kind, reason, count, positions in part.reasons
         ]
         if rows:
@@ -233,7 +233,9 @@ def _duration(seconds: float | None) -> str:
         return ""
     minutes, second = divmod(round(seconds), 60)
     hours, minute = divmod(minutes, 60)
-    return f"{hours} h {minute} min" if hours else f"{minute} min {second} s"
+    if hours:
+        return f"{hours} h {minute} min"
+    return f"{minute} min {second} s" if minute else f"{second} s"
 
 
 def _time(stamp: str | None) -> str:

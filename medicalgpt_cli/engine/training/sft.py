@@ -28,6 +28,7 @@ from medicalgpt_cli.engine.training.sft_data import SftData, load_sft_data
 from medicalgpt_cli.engine.training.trainer import Collate, MedgptTrainer
 from medicalgpt_cli.engine.training.trainer_args import (
     Schedule,
+    check_surroundings,
     learning_rate,
     schedule,
     training_arguments,
@@ -72,6 +73,7 @@ def plan_sft(settings: SftSettings, observer: Observer) -> SftPlan:
     """
     if settings.resume:
         settings = resumed_settings(read_manifest(settings.resume), settings, settings.resume)
+    check_surroundings(settings)
     resolved = resolve_models(settings)
     tokenizer = load_tokenizer(settings, resolved)
     data = load_sft_data(settings, tokenizer, observer)

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from transformers import TrainingArguments
 
+from medicalgpt_cli.engine.model.loading import choose_device
 from medicalgpt_cli.errors import EnvironmentFailure
 from medicalgpt_cli.settings.groups import AdapterSettings, OptimSettings
 from medicalgpt_cli.settings.stages import TrainSettings
@@ -30,6 +31,21 @@ class Schedule:
 
 def learning_rate(optim: OptimSettings, adapter: AdapterSettings) -> float:
     return optim.learning_rate or DEFAULT_LEARNING_RATE[adapter.tuning]
+
+
+def check_surroundings(settings: TrainSettings) -> None:
+    """See that devices and trackers are there, before anything is read.
+
+    Raises:
+        EnvironmentFailure: one of them is not.
+    """
+    choose_device(settings)
+    for tracker in settings.report_to:
+        if importlib.util.find_spec(tracker) is None:
+            raise EnvironmentFailure(
+                f"--report-to {tracker}: {tracker} is not installed",
+                f"pip install {tracker}, or leave it out",
+            )
 
 
 def schedule(optim: OptimSettings, examples: int) -> Schedule:
@@ -57,12 +73,6 @@ def training_arguments(
     evaluate: bool,
 ) -> TrainingArguments:
     """TrainingArguments for our loop. Everything that a library would switch on by itself is set explicitly."""
-    for tracker in settings.report_to:
-        if importlib.util.find_spec(tracker) is None:
-            raise EnvironmentFailure(
-                f"--report-to {tracker}: {tracker} is not installed",
-                f"pip install {tracker}, or leave it out",
-            )
     cuda = torch_device.type == "cuda"
     return TrainingArguments(
         output_dir=str(folder),

@@ -38,7 +38,7 @@ def test_device_and_format() -> None:
     assert cpu.type == "cpu"
     assert choose_dtype(DeviceSettings(), cpu) == torch.float32
     assert choose_dtype(DeviceSettings(dtype="bf16"), cpu) == torch.bfloat16
-    with pytest.raises(EnvironmentFailure, match="no device 97"):
+    with pytest.raises(EnvironmentFailure, match="--gpus 97: 0 of these 1 GPUs"):
         choose_device(DeviceSettings(gpus="97"))
 
 

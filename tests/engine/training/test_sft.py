@@ -233,6 +233,14 @@ def test_early_stopping_keeps_the_best_weights(place: Path) -> None:
     assert measured[-1] > min(measured)
 
 
+def test_a_device_or_tracker_that_is_missing_is_said_first(place: Path) -> None:
+    for flags in (("--gpus", "7"), ("--report-to", "nosuchtracker")):
+        done = sft(place, *flags, "--output-dir", "nothing")
+        assert done.returncode == 3, done.stderr
+        assert " ".join(flags) in done.stderr
+        assert not (place / "nothing").exists()
+
+
 def test_a_loss_that_is_no_number_ends_with_code_5(place: Path) -> None:
     done = sft(
         place, "--tuning", "full", "--learning-rate", "1e30", "--output-dir", "nan", "--max-grad-norm", "1e30"
