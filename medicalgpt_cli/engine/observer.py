@@ -10,8 +10,7 @@ from typing import Any
 class Observer:
     """Ignores every event; subclasses override what they want to see.
 
-    Messages and names never hold patient text: no row's content goes through an observer, except
-    `on_answer` and `on_samples`, whose purpose is to show an answer to the person who asked for it.
+    Nothing that goes through an observer holds patient text: no row's content, no answer.
     """
 
     def on_notice(self, text: str) -> None:

@@ -98,6 +98,7 @@ def run_sft(settings: SftSettings, observer: Observer) -> dict[str, Any]:
             return _train_in(folder, planned, observer)
         except Stopped as stopped:
             folder.finish("stopped")
+            write_report(folder)
             raise Stopped(stopped.message, _how_to_go_on(folder), exit_code=stopped.exit_code) from None
         except KeyboardInterrupt:
             folder.finish("stopped")
