@@ -164,9 +164,9 @@ class OptimSettings(Settings):
         choices=("padding-free", "padded"),
     )
     eval_steps: int | None = opt(
-        None, "Updates between measurements; a tenth of the run if not given.", min=1
+        None, "Updates between measurements; a tenth of the run, at least 20.", min=1
     )
-    save_steps: int | None = opt(None, "Updates between checkpoints; a tenth of the run if not given.", min=1)
+    save_steps: int | None = opt(None, "Updates between checkpoints; a tenth of the run, at least 10.", min=1)
     keep_checkpoints: int = opt(2, "How many checkpoints to keep.", min=1)
     log_steps: int = opt(1, "Updates between lines of metrics.jsonl.", min=1)
     early_stopping: int | None = opt(
@@ -222,3 +222,5 @@ class SamplingSettings(Settings):
             raise UsageError(
                 f"{flag} has no effect at temperature 0", "add --temperature 0.7, or leave it out"
             )
+        if "" in self.stop:
+            raise UsageError("--stop is empty", "give the text to stop at")

@@ -66,6 +66,44 @@ def test_standard_input_and_output(place: Path):
     assert [row["input"] for row in rows] == ["What is fever?", "感冒怎么办？"]
 
 
+@pytest.mark.parametrize(
+    ("text", "inputs"),
+    [
+        ('{"id": "x", "prompt": "What is fever?"}\n\n{"question": "Why?"}\n', ["What is fever?", "Why?"]),
+        ('[\n {"prompt": "What is fever?"},\n {"prompt": "Why?"}\n]\n', ["What is fever?", "Why?"]),
+        ("[a] What is fever?\r\nWhy?", ["[a] What is fever?", "Why?"]),
+    ],
+)
+def test_standard_input_is_read_as_what_it_is(place: Path, text: str, inputs: list[str]):
+    done = infer(
+        place, "--data-file", "-", "--predictions-file", "-", input=text, env={"PYTHONIOENCODING": "ascii"}
+    )
+    assert done.returncode == 0, done.stderr
+    assert [json.loads(line)["input"] for line in done.stdout.split("\n") if line] == inputs
+
+
+def test_a_conversation_that_the_template_refuses_is_an_error_field(place: Path):
+    tiny_model(place / "strict", style="gemma", seed=3)
+    opened = [{"role": "assistant", "content": "Hello"}, {"role": "user", "content": "Hi"}]
+    write_jsonl(place / "roles.jsonl", [{"messages": opened}, {"prompt": "What is fever?"}])
+    done = medgpt(
+        *(
+            "infer",
+            "--base-model",
+            "strict",
+            "--data-file",
+            "roles.jsonl",
+            "--predictions-file",
+            "roles.json",
+        ),
+        *SHORT,
+        cwd=place,
+    )
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((place / "roles.json").read_text())
+    assert "roles" in rows[0]["error"] and rows[1]["output"] and "error" not in rows[1]
+
+
 def test_raw_text_is_continued_and_differs_from_the_template(place: Path):
     outputs = []
     for flag in ("--no-prompt", "--with-prompt"):
@@ -192,6 +230,28 @@ def test_killed_five_times_and_resumed(place: Path, seed: int):
     killed_and_resumed(place, f"five{seed}", kills=5, questions=400, seed=seed)
 
 
+def test_ctrl_c_says_how_to_go_on(place: Path):
+    write_jsonl(place / "many.jsonl", [{"prompt": f"Question {n}?"} for n in range(400)])
+    options = (
+        "infer",
+        "--base-model",
+        "model",
+        "--data-file",
+        "many.jsonl",
+        "--predictions-file",
+        "many.json",
+    )
+    process = start(*options, "--batch-size", "1", cwd=place)
+    partial = place / "many.json.partial"
+    while process.poll() is None and (not partial.exists() or partial.read_bytes().count(b"\n") < 3):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "answers are in many.json.partial" in said and "--resume" in said and "Traceback" not in said
+    assert not (place / "many.json").exists()
+
+
 def test_a_resume_of_another_run_is_refused(place: Path):
     process = start(
         *(
@@ -214,4 +274,4 @@ def test_a_resume_of_another_run_is_refused(place: Path):
     options = ("--data-file", "once-in.jsonl", "--predictions-file", "other.jsonl")
     assert infer(place, *options).returncode == 2  # what is left is not thrown away without a word
     done = infer(place, *options, "--resume", "--max-new-tokens", "3")
-    assert done.returncode == 2 and "settings" in done.stderr
+    assert done.returncode == 2 and "--max-new-tokens changed" in done.stderr

@@ -354,9 +354,7 @@ def text_lines(file: IO[bytes], name: str) -> Iterator[tuple[int, str]]:
             raw = raw[3:]  # also where two files were joined
         if b"\x00" in raw:
             hint = (
-                "is it UTF-16? convert it to UTF-8"
-                if raw.count(b"\x00") > len(raw) // 4
-                else "a torn write?"
+                "is it UTF-16? convert it to UTF-8" if raw.count(b"\x00") > len(raw) // 4 else "a torn write?"
             )
             raise DataError("NUL bytes in the text", hint, at=at)
         try:

@@ -18,11 +18,11 @@ from medicalgpt_cli.engine.generation.local import Answer, LocalBackend
 from medicalgpt_cli.engine.generation.predictions import PredictionFile
 from medicalgpt_cli.engine.generation.questions import Question, read_questions
 from medicalgpt_cli.engine.model.loading import load_model, load_tokenizer
-from medicalgpt_cli.engine.model.references import ResolvedModel, resolve_models
+from medicalgpt_cli.engine.model.references import ModelReference, ResolvedModel, resolve_models
 from medicalgpt_cli.engine.model.tokenizer import fingerprint
 from medicalgpt_cli.engine.observer import Observer
-from medicalgpt_cli.errors import UsageError
-from medicalgpt_cli.settings.fields import options_of
+from medicalgpt_cli.errors import Stopped, UsageError
+from medicalgpt_cli.settings.fields import flag_of, options_of
 from medicalgpt_cli.settings.stages import InferSettings
 
 
@@ -40,31 +40,18 @@ def run_infer(settings: InferSettings, observer: Observer) -> dict[str, Any]:
     tokenizer = load_tokenizer(settings, resolved, observer, plain_template=settings.with_prompt is True)
     prompts = [encode_question(tokenizer, question, settings) for question in questions]
     output = _output(settings, questions, resolved, tokenizer)
-    model = load_model(settings, resolved, observer=observer)
-    backend = LocalBackend(model, tokenizer, settings)
-
-    left = [number for number in range(len(questions)) if number not in output.rows]
-    resumed, tokens = len(questions) - len(left), 0
-    task, began, done = "answering", time.monotonic(), resumed
-    observer.on_task_start(task, len(questions), "questions")
+    resumed, began = len(output.rows), time.monotonic()
     try:
-        for batch in batches_by_length([len(prompts[number]) for number in left], settings.batch_size):
-            numbers = [left[place] for place in batch]
-
-            def keep(place: int, answer: Answer, numbers: list[int] = numbers) -> None:
-                nonlocal done, tokens
-                done, tokens = done + 1, tokens + answer.completion_tokens
-                output.add(numbers[place], prediction(questions[numbers[place]], answer))
-                observer.on_task_advance(task, done)
-
-            backend.answer_batch([prompts[number] for number in numbers], keep, numbers=numbers)
-            output.sync()
+        backend = LocalBackend(load_model(settings, resolved, observer=observer), tokenizer, settings)
+        began = time.monotonic()
+        tokens = _answer_all(backend, questions, prompts, output, settings.batch_size, observer)
+        seconds = time.monotonic() - began
+        path = output.finish()
+    except (KeyboardInterrupt, Stopped) as stop:
+        raise _stopped(stop, output, len(questions)) from None
     finally:
-        observer.on_task_end(task)
         output.close()
-    seconds = time.monotonic() - began
     failed = sum("error" in row for row in output.rows.values())
-    path = output.finish()
     return {
         "rows": len(questions),
         "failed": failed,
@@ -77,9 +64,62 @@ def run_infer(settings: InferSettings, observer: Observer) -> dict[str, Any]:
     }
 
 
+def _answer_all(
+    backend: LocalBackend,
+    questions: list[Question],
+    prompts: list[list[int] | Refused],
+    output: Any,
+    batch_size: int,
+    observer: Observer,
+) -> int:
+    """Answer what is not in `output` yet; gives the number of tokens written."""
+    task, done, tokens = "answering", len(output.rows), 0
+    observer.on_task_start(task, len(questions), "questions")
+    observer.on_task_advance(task, done)
+
+    def keep(number: int, answer: Answer) -> None:
+        nonlocal done, tokens
+        done, tokens = done + 1, tokens + answer.completion_tokens
+        output.add(number, prediction(questions[number], answer))
+        observer.on_task_advance(task, done)
+
+    try:
+        left = [number for number in range(len(questions)) if number not in output.rows]
+        for number in left:
+            if isinstance(prompts[number], Refused):
+                keep(number, Answer("", [], "error", 0, 0, prompts[number].why))
+        left = [number for number in left if not isinstance(prompts[number], Refused)]
+        for batch in batches_by_length([len(prompts[number]) for number in left], batch_size):
+            numbers = [left[place] for place in batch]
+            backend.answer_batch(
+                [prompts[number] for number in numbers],
+                lambda place, answer, numbers=numbers: keep(numbers[place], answer),
+                numbers=numbers,
+            )
+            output.sync()
+    finally:
+        observer.on_task_end(task)
+    return tokens
+
+
+def _stopped(stop: BaseException, output: Any, total: int) -> Stopped:
+    """The word at Ctrl-C or a signal: what is kept, and how to go on."""
+    kept = isinstance(output, PredictionFile) and output.rows
+    where = f"; {len(output.rows)} of {total} answers are in {output.partial}" if kept else ""
+    hint = "the same command with --resume goes on" if kept else None
+    return Stopped(f"stopped{where}", hint, exit_code=getattr(stop, "exit_code", 130))
+
+
+@dataclass(frozen=True)
+class Refused:
+    """A question that the chat template does not take; the others can still be answered."""
+
+    why: str
+
+
 def encode_question(
     tokenizer: PreTrainedTokenizerBase, question: Question, settings: InferSettings
-) -> list[int]:
+) -> list[int] | Refused:
     """Token ids of a question: in the chat template, or the raw text with `--no-prompt`.
 
     Raises:
@@ -93,7 +133,10 @@ def encode_question(
         if settings.system_prompt:
             raise UsageError("--system-prompt goes with the chat template", "add --with-prompt")
         return encode_raw(tokenizer, question.input)
-    return encode_prompt(tokenizer, with_system(question.messages, settings.system_prompt))
+    try:
+        return encode_prompt(tokenizer, with_system(question.messages, settings.system_prompt))
+    except UsageError as problem:
+        return Refused(problem.message)
 
 
 def uses_template(tokenizer: PreTrainedTokenizerBase, settings: InferSettings) -> bool:
@@ -131,9 +174,10 @@ class _StandardOutput:
     def add(self, number: int, row: dict[str, Any]) -> None:
         self.rows[number] = row
         while self.written in self.rows:
-            sys.stdout.write(json.dumps(self.rows[self.written], ensure_ascii=False) + "\n")
+            line = json.dumps(self.rows[self.written], ensure_ascii=False) + "\n"
+            sys.stdout.buffer.write(line.encode("utf-8"))  # whatever the locale
             self.written += 1
-        sys.stdout.flush()
+        sys.stdout.buffer.flush()
 
     def sync(self) -> None: ...
 
@@ -151,28 +195,45 @@ def _output(
 ) -> Any:
     if settings.predictions_file == "-":
         return _StandardOutput({})
-    free = {
-        "json",
-        "debug",
-        "resume",
-        "overwrite",
-        "batch_size",
-        "predictions_file",
-        "data_file",
-        "interactive",
-    }
-    chosen = {name: str(getattr(settings, name)) for name in options_of(settings) if name not in free}
-    asked = [(question.id, question.messages) for question in questions]
-    identity = {
-        "questions": _hash(asked),
-        "settings": _hash(chosen),
-        "model": _hash(
-            [resolved.base.path, resolved.adapter and resolved.adapter.path, fingerprint(tokenizer)]
-        ),
-    }
     return PredictionFile(
-        Path(settings.predictions_file), identity, resume=settings.resume, overwrite=settings.overwrite
+        Path(settings.predictions_file),
+        _identity(settings, questions, resolved, tokenizer),
+        resume=settings.resume,
+        overwrite=settings.overwrite,
     )
+
+
+# What may change between an interrupted run and its resume. The model's own options count by what they lead to.
+_FREE = {"json", "debug", "resume", "overwrite", "batch_size", "predictions_file", "data_file", "interactive"}
+_FREE |= {"base_model", "lora_model", "tokenizer_path", "template"}
+
+
+def _identity(
+    settings: InferSettings,
+    questions: list[Question],
+    resolved: ResolvedModel,
+    tokenizer: PreTrainedTokenizerBase,
+) -> dict[str, str]:
+    """What an answer depends on, as fingerprints and values."""
+    chosen = {
+        flag_of(name): str(getattr(settings, name)) for name in options_of(settings) if name not in _FREE
+    }
+    models = [one for one in (resolved.base, resolved.adapter) if one is not None]
+    return {
+        "the questions": _hash([(question.id, question.messages) for question in questions]),
+        "the model": _hash([_files_of(one) for one in models]),
+        "the tokenizer or template": fingerprint(tokenizer),
+        **chosen,
+    }
+
+
+def _files_of(model: ModelReference) -> list[tuple[str, int, int]] | str:
+    """Name, size and time of each weight and settings file: another training leaves other ones."""
+    if model.folder is None:
+        return model.path
+    files = [Path(model.path)] if model.kind == "gguf" else sorted(model.folder.iterdir())
+    kept = [file for file in files if file.suffix in (".safetensors", ".json", ".gguf")]
+    return [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in kept]
 
 
 def _hash(value: Any) -> str:

@@ -6,10 +6,14 @@ questions, model and settings they belong to. A killed run goes on behind the la
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from medicalgpt_cli.engine.run.files import atomic_write, fsync_path
 from medicalgpt_cli.errors import UsageError
@@ -20,14 +24,14 @@ _FORMAT = "medgpt-predictions-1"
 class PredictionFile:
     """The rows of one run of `infer`, by the number of the question."""
 
-    def __init__(self, path: Path, identity: dict[str, str], *, resume: bool, overwrite: bool):
+    def __init__(self, path: Path, identity: Mapping[str, str], *, resume: bool, overwrite: bool):
         """Begin, or take up what an interrupted run has left.
 
         Args:
-            identity: what has to be the same for a resume: fingerprints of questions, model and settings.
+            identity: what has to be the same for a resume, under the names that a user knows.
 
         Raises:
-            UsageError: the file exists, or the interrupted run was another one.
+            UsageError: the file exists, another process writes it, or the interrupted run was another one.
         """
         if path.suffix not in (".json", ".jsonl"):
             raise UsageError(
@@ -35,40 +39,54 @@ class PredictionFile:
             )
         self.path, self.partial = path, path.with_name(path.name + ".partial")
         self.rows: dict[int, dict[str, Any]] = {}
-        if path.exists() and not overwrite:
-            word = (
-                "it is complete; nothing is left to do" if resume else "nothing is overwritten without a word"
-            )
-            raise UsageError(f"{path} exists already ({word})", "name another file, or add --overwrite")
         path.parent.mkdir(parents=True, exist_ok=True)
+        self._lock = _locked(path)
+        try:
+            self._begin(identity, resume, overwrite)
+        except BaseException:
+            self._unlock()
+            raise
+        self._file = self.partial.open("ab")
+
+    def _begin(self, identity: Mapping[str, str], resume: bool, overwrite: bool) -> None:
         if resume and self.partial.exists():
             self._take_up(identity)
-        elif self.partial.exists() and not overwrite:
+            return
+        if self.path.exists() and not overwrite:
+            word = "it is complete; nothing is left to do" if resume else "nothing is overwritten unasked"
+            raise UsageError(f"{self.path} exists already ({word})", "name another file, or add --overwrite")
+        if not overwrite and self.partial.exists() and self.partial.read_bytes().count(b"\n") > 1:
             raise UsageError(
                 f"{self.partial} is left from an interrupted run", "go on with --resume, or --overwrite"
             )
-        else:
-            atomic_write(self.partial, _line({"format": _FORMAT, **identity}))
-        self._file = self.partial.open("ab")
+        header = {"format": _FORMAT, "replaces": self.path.exists(), "identity": dict(identity)}
+        atomic_write(self.partial, _line(header))
 
-    def _take_up(self, identity: dict[str, str]) -> None:
-        whole = []
-        for raw in self.partial.read_bytes().split(b"\n")[:-1]:  # a torn last line has no end
-            try:
-                whole.append(json.loads(raw))
-            except ValueError:
+    def _take_up(self, identity: Mapping[str, str]) -> None:
+        whole, length = [], 0
+        for raw in self.partial.read_bytes().splitlines(keepends=True):
+            entry = _whole(raw)
+            if entry is None:  # torn by a kill or a power cut
                 break
+            whole.append(entry)
+            length += len(raw)
         header = whole[0] if whole else {}
         if header.get("format") != _FORMAT:
             raise UsageError(f"{self.partial} is not an interrupted run of medgpt", "--overwrite starts anew")
-        changed = [name for name, value in identity.items() if header.get(name) != value]
+        before = header["identity"]
+        changed = [name for name, value in identity.items() if before.get(name) != value]
         if changed:
             raise UsageError(
                 f"{self.partial} belongs to another run: {', '.join(changed)} changed",
                 "give the same options to go on, or --overwrite to start anew",
             )
         self.rows = {entry["number"]: entry["row"] for entry in whole[1:]}
-        atomic_write(self.partial, b"".join(_line(entry) for entry in whole))
+        # Killed between its last two steps, a run leaves the finished file and the partial one.
+        if self.path.exists() and not header["replaces"] and self.path.read_bytes() != self._content():
+            raise UsageError(
+                f"{self.path} was written by something else", "name another file, or --overwrite"
+            )
+        os.truncate(self.partial, length)
 
     def add(self, number: int, row: dict[str, Any]) -> None:
         """Put an answer on the disk."""
@@ -83,18 +101,51 @@ class PredictionFile:
     def finish(self) -> Path:
         """Write all rows in the order of the questions under the final name."""
         self._file.close()
-        ordered = [self.rows[number] for number in sorted(self.rows)]
-        if self.path.suffix == ".jsonl":
-            atomic_write(self.path, b"".join(map(_line, ordered)))
-        else:
-            atomic_write(self.path, json.dumps(ordered, ensure_ascii=False, indent=1) + "\n")
+        atomic_write(self.path, self._content())
         self.partial.unlink()
         fsync_path(self.path.parent)
+        self._unlock()
         return self.path
 
     def close(self) -> None:
+        """Leave what there is for a later `--resume`."""
         self._file.close()
+        if not self.rows:
+            self.partial.unlink(missing_ok=True)
+        self._unlock()
+
+    def _content(self) -> bytes:
+        ordered = [self.rows[number] for number in sorted(self.rows)]
+        if self.path.suffix == ".jsonl":
+            return b"".join(map(_line, ordered))
+        return (json.dumps(ordered, ensure_ascii=False, indent=1) + "\n").encode("utf-8")
+
+    def _unlock(self) -> None:
+        if self._lock.is_locked:
+            with contextlib.suppress(OSError):
+                Path(self._lock.lock_file).unlink()
+            self._lock.release()
+
+
+def _locked(path: Path) -> FileLock:
+    lock = FileLock(path.with_name(f".{path.name}.lock"))
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise UsageError(f"another process is writing {path}", "wait for it, or name another file") from None
+    return lock
 
 
 def _line(value: dict[str, Any]) -> bytes:
     return json.dumps(value, ensure_ascii=False).encode("utf-8") + b"\n"
+
+
+def _whole(raw: bytes) -> dict[str, Any] | None:
+    """The entry of a line, or None for one that is not whole."""
+    if not raw.endswith(b"\n"):
+        return None
+    try:
+        value = json.loads(raw)
+    except ValueError:
+        return None
+    return value if isinstance(value, dict) else None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import itertools
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from medicalgpt_cli.engine.data.formats import Counts, Message, messages_of
-from medicalgpt_cli.engine.data.readers import Row, read_rows
+from medicalgpt_cli.engine.data.readers import Row, parse_json, read_rows, text_lines
 from medicalgpt_cli.errors import DataError
 
 
@@ -67,22 +67,34 @@ def _existing(source: str) -> Path:
 
 
 def _standard_input() -> Iterator[Row]:
-    """JSON lines if the first line is an object, else a question a line."""
-    as_json = None
-    for number, raw in enumerate(sys.stdin.buffer, 1):
-        at = f"<stdin>:{number}"
-        try:
-            text = raw.decode("utf-8-sig").strip("\r\n")
-        except UnicodeDecodeError:
-            raise DataError("not UTF-8", "convert the text first", at=at) from None
-        if not text.strip():
-            continue
-        if as_json is None:
-            as_json = text.lstrip().startswith("{")
-        if not as_json:
-            yield Row("<stdin>", number, text)
-            continue
-        try:
-            yield Row("<stdin>", number, json.loads(text))
-        except (json.JSONDecodeError, RecursionError):
-            raise DataError("not valid JSON", "one object a line", at=at) from None
+    """An array of objects, JSON lines if the first line is an object, else a question a line."""
+    lines = ((number, text) for number, text in text_lines(sys.stdin.buffer, "<stdin>") if text.strip())
+    first = next(lines, None)
+    if first is None:
+        return
+    lines = itertools.chain([first], lines)
+    start = first[1].lstrip()[0]
+    if start == "[":  # an array, or a question that begins with a bracket
+        kept = list(lines)
+        array = _array("\n".join(text for _, text in kept))
+        if array is not None:
+            yield from (Row("<stdin>", number, value) for number, value in enumerate(array, 1))
+            return
+        lines = iter(kept)
+    for number, text in lines:
+        yield Row("<stdin>", number, _object(number, text) if start == "{" else text)
+
+
+def _array(text: str) -> list[Any] | None:
+    try:
+        value = parse_json(text)
+    except DataError:
+        return None
+    return value if isinstance(value, list) and all(isinstance(one, dict) for one in value) else None
+
+
+def _object(number: int, text: str) -> Any:
+    try:
+        return parse_json(text)
+    except DataError as problem:
+        raise DataError(problem.message, problem.hint, at=f"<stdin>:{number}") from None

@@ -58,8 +58,8 @@ def schedule(optim: OptimSettings, examples: int) -> Schedule:
         updates_per_epoch=per_epoch,
         updates=updates,
         warmup=math.ceil(updates * optim.warmup_ratio),
-        eval_every=optim.eval_steps or tenth,
-        save_every=optim.save_steps or tenth,
+        eval_every=optim.eval_steps or max(tenth, 20),
+        save_every=optim.save_steps or max(tenth, 10),
     )
 
 

@@ -142,6 +142,98 @@ def test_the_context_bounds_prompt_and_answer(loaded):
     assert any(answer.error is None for answer in found)
 
 
+def test_the_first_of_several_stop_texts_counts_also_on_the_last_token(loaded):
+    prompt = prompts(loaded[1])[0]
+    plain = answers(loaded, [prompt])[0].text
+    early, late = plain[4:6], plain[10:13]
+    both = answers(loaded, [prompt], stop=(late, early))[0]
+    assert both.text == plain[: min(plain.index(early), plain.index(late))]
+    # limited to the very token that completes the stop text
+    limited = answers(loaded, [prompt], stop=(late, early), max_new_tokens=both.completion_tokens)[0]
+    assert (limited.text, limited.finish_reason) == (both.text, "stop")
+    backend = LocalBackend(
+        *loaded, SamplingSettings(max_new_tokens=24, stop=(early[0] + "\x00", late, early))
+    )
+    assert "".join(backend.stream(prompt)) == both.text  # nothing of a stop text was shown before
+
+
+def test_an_answer_never_ends_in_half_a_character(loaded):
+    """Chinese characters take several tokens here: cut anywhere, what is there is whole."""
+    whole = answers(loaded, prompts(loaded[1]), max_new_tokens=24)
+    seen_cut = False
+    for limit in range(1, 24):
+        for i, answer in enumerate(answers(loaded, prompts(loaded[1]), max_new_tokens=limit)):
+            assert not answer.text.endswith("\ufffd")
+            assert whole[i].text.startswith(answer.text)
+            seen_cut |= loaded[1].decode(answer.token_ids).endswith("\ufffd")
+    assert seen_cut
+
+
+def test_a_stream_can_be_stopped_at_any_token(loaded):
+    backend = LocalBackend(*loaded, SamplingSettings(max_new_tokens=24))
+    pieces = backend.stream(prompts(loaded[1])[0])
+    said = [next(pieces) for _ in range(5)]
+    pieces.close()
+    assert backend.last.completion_tokens == 5 and backend.last.text == "".join(said)
+
+
+def models_of_other_families():
+    """Sliding windows, positions in the attention bias, and layers with a recurrent state beside the cache."""
+    import transformers
+
+    shape = {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 512,
+        "head_dim": 16,
+        "initializer_range": 0.2,
+        "tie_word_embeddings": True,
+    }
+    window = {"sliding_window": 16, "layer_types": ["sliding_attention", "full_attention"]}
+    linear = {
+        "layer_types": ["linear_attention", "full_attention"],
+        "linear_num_value_heads": 4,
+        "linear_num_key_heads": 2,
+        "linear_key_head_dim": 16,
+        "linear_value_head_dim": 16,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+        "shared_expert_intermediate_size": 32,
+    }
+    return {
+        "mistral": (transformers.MistralConfig, {**shape, "sliding_window": 16}),
+        "gemma3": (transformers.Gemma3TextConfig, {**shape, **window}),
+        "gpt2": (transformers.GPT2Config, {"n_embd": 64, "n_layer": 2, "n_head": 4, "initializer_range": 0.2}),
+        "bloom": (transformers.BloomConfig, {"hidden_size": 64, "n_layer": 2, "n_head": 4, "initializer_range": 0.2}),
+        "qwen3-next": (transformers.Qwen3NextConfig, {**shape, **linear}),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("family", ["mistral", "gemma3", "gpt2", "bloom", "qwen3-next"])
+def test_other_families_in_batches_equal_generate(loaded, family):
+    from transformers import AutoModelForCausalLM
+
+    tokenizer = loaded[1]
+    kind, settings = models_of_other_families()[family]
+    ends = {
+        "bos_token_id": None,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    torch.manual_seed(1)
+    model = AutoModelForCausalLM.from_config(kind(vocab_size=len(tokenizer), **ends, **settings)).eval()
+    ids = prompts(tokenizer)
+    context = max(map(len, ids)) + 5  # the longest row leaves the batch first, the others go on
+    found = answers((model, tokenizer), ids, max_context=context)
+    assert len({answer.completion_tokens for answer in found}) > 1
+    for prompt, answer in zip(ids, found, strict=True):
+        assert answer.token_ids == reference(model, prompt)[: answer.completion_tokens]
+
+
 def test_batches_hold_every_prompt_once_and_similar_ones_together():
     lengths = [50, 3, 40, 7, 8, 60, 2]
     batches = list(batches_by_length(lengths, 2))

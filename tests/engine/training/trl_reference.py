@@ -27,6 +27,14 @@ def our_losses(
 def trl_losses(
     model: Path, data: Path, folder: Path, run: Path, *, steps: int, accumulation: int = 1
 ) -> list[float]:
+    """The losses of `trl_history`."""
+    history = trl_history(model, data, folder, run, steps=steps, accumulation=accumulation)
+    return [entry["loss"] for entry in history if "loss" in entry]
+
+
+def trl_history(
+    model: Path, data: Path, folder: Path, run: Path, *, steps: int, accumulation: int = 1
+) -> list[dict]:
     """The same from TRL: its collator, its loss, its loop; our token ids in our order, our initial adapter."""
     import datasets
     import torch
@@ -93,4 +101,4 @@ def trl_losses(
         model=net, args=args, train_dataset=datasets.Dataset.from_list(rows), processing_class=tokenizer
     )
     trainer.train()
-    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    return trainer.state.log_history
