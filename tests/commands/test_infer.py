@@ -267,8 +267,9 @@ def test_a_resume_of_another_run_is_refused(place: Path):
         cwd=place,
     )
     write_jsonl(place / "once-in.jsonl", [{"prompt": f"Question {n}?"} for n in range(400)])
-    while process.poll() is None and not (place / "other.jsonl.partial").exists():
-        time.sleep(0.01)
+    partial = place / "other.jsonl.partial"
+    while process.poll() is None and (not partial.exists() or partial.read_bytes().count(b"\n") < 3):
+        time.sleep(0.002)
     process.send_signal(signal.SIGKILL)
     process.wait()
     options = ("--data-file", "once-in.jsonl", "--predictions-file", "other.jsonl")

@@ -20,14 +20,12 @@ STOP_SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")
 class Reporting(TrainerCallback):
     """Each log step goes to metrics.jsonl and to the observer."""
 
-    def __init__(self, observer: Observer, metrics_file: Path, tokens_per_update: float):
-        self.observer, self.metrics_file, self.tokens_per_update = observer, metrics_file, tokens_per_update
+    def __init__(self, observer: Observer, metrics_file: Path):
+        self.observer, self.metrics_file = observer, metrics_file
         self.began = self.last = time.monotonic()
-        self.last_step = 0
 
     def on_train_begin(self, args, state, control, **_):
         self.began = self.last = time.monotonic()
-        self.last_step = state.global_step
 
     def on_log(self, args, state, control, logs=None, **_):
         values = {name: value for name, value in (logs or {}).items() if isinstance(value, (int, float))}
@@ -38,8 +36,7 @@ class Reporting(TrainerCallback):
             self.last = time.monotonic()  # measuring is not training time
         elif "loss" in values:
             now = time.monotonic()
-            steps = max(state.global_step - self.last_step, 1)
-            speed = steps * self.tokens_per_update / max(now - self.last, 1e-9)
+            speed = values.get("target_tokens", 0) / max(now - self.last, 1e-9)
             values = {
                 "epoch": state.epoch or 0.0,
                 "loss": values["loss"],
@@ -48,7 +45,7 @@ class Reporting(TrainerCallback):
                 "target_tokens_per_second": speed,
                 "seconds": now - self.began,
             }
-            self.last, self.last_step = now, state.global_step
+            self.last = now
             metrics.append(self.metrics_file, {"step": state.global_step, **values})
             self.observer.on_metrics(state.global_step, values)
 

@@ -257,8 +257,7 @@ def _trainer(
         dtype=choose_dtype(settings, device),
         evaluate=bool(data.held_out),
     )
-    per_update = target_count(data.training) / plan.updates_per_epoch
-    callbacks: list[Any] = [Reporting(observer, folder.metrics, per_update), stop]
+    callbacks: list[Any] = [Reporting(observer, folder.metrics), stop]
     if settings.early_stopping is not None and data.held_out:
         callbacks.append(EarlyStopping(settings.early_stopping))
     return MedgptTrainer(

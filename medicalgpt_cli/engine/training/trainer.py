@@ -14,7 +14,7 @@ from medicalgpt_cli.engine.data.rendering import Example
 from medicalgpt_cli.engine.evaluation.heldout import held_out
 from medicalgpt_cli.engine.run import checkpoints
 from medicalgpt_cli.engine.run.files import remove_tree
-from medicalgpt_cli.engine.training.batches import EpochSampler, ExampleDataset
+from medicalgpt_cli.engine.training.batches import IGNORED, EpochSampler, ExampleDataset
 from medicalgpt_cli.engine.training.callbacks import EarlyStopping, StopOnSignal, best_step
 from medicalgpt_cli.engine.training.losses import target_loss
 from medicalgpt_cli.errors import TrainingFailed
@@ -55,6 +55,7 @@ class MedgptTrainer(Trainer):
         self.remove_callback(PrinterCallback)  # the observer speaks
         self.held_out_examples, self.tokenizer, self.by_length = held_out_examples, tokenizer, by_length
         self.stop = stop
+        self.targets_seen = 0  # since the last log step
         self.checkpoint_folder, self.keep_checkpoints = checkpoint_folder, keep_checkpoints
         self.keep_best = any(isinstance(callback, EarlyStopping) for callback in callbacks)
         # Our batches carry shifted labels; their count normalises the loss, and the loss says so.
@@ -69,7 +70,7 @@ class MedgptTrainer(Trainer):
         total = target_loss(model, inputs)
         count = num_items_in_batch
         if count is None:
-            count = (inputs["shift_labels"] != -100).sum()
+            count = (inputs["shift_labels"] != IGNORED).sum()
         loss = total / count
         if self.args.average_tokens_across_devices:
             # The count is of all devices, and the gradient will be averaged over them.
@@ -77,6 +78,7 @@ class MedgptTrainer(Trainer):
         return (loss, None) if return_outputs else loss
 
     def training_step(self, model, inputs, num_items_in_batch=None):
+        self.targets_seen += int((inputs["shift_labels"] != IGNORED).sum())
         loss = super().training_step(model, inputs, num_items_in_batch)
         if not torch.isfinite(loss):
             newest = checkpoints.newest_complete(self.checkpoint_folder)
@@ -88,6 +90,11 @@ class MedgptTrainer(Trainer):
                 ),
             )
         return loss
+
+    def log(self, logs, start_time=None):
+        if "loss" in logs:
+            logs["target_tokens"], self.targets_seen = self.targets_seen, 0
+        super().log(logs, start_time)
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
         """Loss, perplexity and bits per byte on the held-out examples, weighted by token."""

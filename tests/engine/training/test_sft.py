@@ -233,6 +233,48 @@ def test_early_stopping_keeps_the_best_weights(place: Path) -> None:
     assert measured[-1] > min(measured)
 
 
+def losses(run: Path) -> list[float]:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [line["loss"] for line in lines if "loss" in line]
+
+
+def test_what_must_not_change_the_loss_curve(place: Path) -> None:
+    """Accumulating two batches of 2 is a batch of 4, normalised by target tokens; recomputing is exact."""
+    common = ("--max-steps", "6", "--lora-dropout", "0", "--batch-order", "shuffled", "--eval-questions", "0")
+    curves = {}
+    for name, flags in {
+        "plain": ("--batch-size", "4"),
+        "accumulated": ("--batch-size", "2", "--gradient-accumulation", "2"),
+        "recomputed": ("--batch-size", "4", "--gradient-checkpointing"),
+        "padded": ("--batch-size", "4", "--layout", "padded"),
+    }.items():
+        done = sft(place, *common, *flags, "--output-dir", f"same-{name}")
+        assert done.returncode == 0, done.stderr
+        curves[name] = losses(place / f"same-{name}")
+    for name, curve in curves.items():
+        assert curve == pytest.approx(curves["plain"], abs=1e-4), name
+    assert curves["plain"][-1] < curves["plain"][0]
+
+
+def test_what_must_change_it(place: Path) -> None:
+    common = ("--max-steps", "4", "--lora-dropout", "0", "--eval-questions", "0")
+    plain = None
+    for number, flags in enumerate(
+        [
+            (),
+            ("--neftune-alpha", "5"),
+            ("--seed", "7"),
+            ("--schedule", "constant", "--warmup-ratio", "0"),
+            ("--rslora",),
+        ]
+    ):
+        done = sft(place, *common, *flags, "--output-dir", f"other-{number}")
+        assert done.returncode == 0, done.stderr
+        curve = losses(place / f"other-{number}")
+        plain = curve if plain is None else plain
+        assert not flags or curve[1:] != pytest.approx(plain[1:], abs=1e-6), flags
+
+
 def test_a_device_or_tracker_that_is_missing_is_said_first(place: Path) -> None:
     for flags in (("--gpus", "7"), ("--report-to", "nosuchtracker")):
         done = sft(place, *flags, "--output-dir", "nothing")
