@@ -47,7 +47,9 @@ class ResolvedModel:
         """A short name for the screen and for folders."""
         chosen = self.adapter or self.base
         path = Path(chosen.name)
-        return path.parent.name if path.name == "model" else path.stem if chosen.kind == "gguf" else path.name
+        if path.name == "model" and (path.parent / manifest.NAME).is_file():
+            return path.resolve().parent.name
+        return path.stem if chosen.kind == "gguf" else path.resolve().name if path.name == "" else path.name
 
     def parents(self) -> dict[str, Any]:
         """What a run that starts here records about its origin."""
