@@ -71,9 +71,7 @@ class TerminalObserver(Observer):
 
     def __exit__(self, *_: object) -> None:
         self._leave_panel()  # a training that was stopped or failed leaves its last state on the screen
-        if self._screen is not None:
-            self._screen.close()
-            self._screen = None
+        self._leave_screen()
 
     # -- words ---------------------------------------------------------------------------------------------
 
@@ -109,6 +107,8 @@ class TerminalObserver(Observer):
             return
         if self._drawing:
             self._draw().end_task(task)
+            if not self._tasks and self._training is None:
+                self._leave_screen()  # what comes next may be a prompt, which a live drawing would paint over
         seconds = time.monotonic() - state.started
         if seconds >= _WORTH_A_LINE and self._training is None:
             self._line(f"{task}: {state.outcome}{seconds:.1f} s", "dim")
@@ -169,6 +169,11 @@ class TerminalObserver(Observer):
         self._training = None
 
     # -- drawing -------------------------------------------------------------------------------------------
+
+    def _leave_screen(self) -> None:
+        if self._screen is not None:
+            self._screen.close()
+            self._screen = None
 
     @property
     def _console(self) -> Console:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import codecs
+import contextlib
 import json
 import os
 import pty
 import select
 import subprocess
+import termios
 import time
 from pathlib import Path
 
+import pyte
 import pytest
 
 from tests.cli import command, environment, medgpt
@@ -84,9 +88,14 @@ class Terminal:
 
     def __init__(self, words: list[str], cwd: Path):
         self.master, slave = pty.openpty()
+        termios.tcsetwinsize(slave, (24, 60))
+        self.screen = pyte.Screen(60, 24)
+        self.screen.write_process_input = self.type  # a terminal tells where its cursor is
+        self._stream = pyte.Stream(self.screen)
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self.process = subprocess.Popen(
-            words, stdin=slave, stdout=slave, stderr=slave, cwd=cwd, env=environment({"TERM": "xterm"}),
-            start_new_session=True, preexec_fn=_controlling_terminal,
+            words, stdin=slave, stdout=slave, stderr=slave, cwd=cwd, start_new_session=True,
+            env=environment({"TERM": "xterm", "COLUMNS": "60"}), preexec_fn=_controlling_terminal,
         )  # fmt: skip
         os.close(slave)
         self.seen = ""
@@ -96,16 +105,27 @@ class Terminal:
         deadline = time.monotonic() + seconds
         while text not in self.seen:
             assert time.monotonic() < deadline, f"{text!r} did not appear in {self.seen[-500:]!r}"
-            if select.select([self.master], [], [], 0.1)[0]:
-                try:
-                    piece = os.read(self.master, 65536).decode("utf-8", "replace")
-                except OSError:
-                    piece = ""
-                if "\x1b[6n" in piece:
-                    os.write(self.master, b"\x1b[1;1R")  # a terminal tells where its cursor is
-                self.seen += piece
+            self._take()
         before, _, self.seen = self.seen.partition(text)
         return before
+
+    def read(self, seconds: float) -> None:
+        """Take what the program writes in so long a time."""
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            self._take()
+
+    def _take(self) -> None:
+        if select.select([self.master], [], [], 0.05)[0]:
+            with contextlib.suppress(OSError):  # the program has ended
+                piece = self._decoder.decode(os.read(self.master, 4096))
+                self.seen += piece
+                self._stream.feed(piece)
+
+    @property
+    def lines(self) -> list[str]:
+        """What stands on the screen."""
+        return [line.rstrip() for line in self.screen.display if line.strip()]
 
     def type(self, text: str) -> None:
         os.write(self.master, text.encode())
@@ -118,27 +138,42 @@ def _controlling_terminal() -> None:
     fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 
 
-def test_at_a_terminal_ctrl_c_stops_the_answer_and_not_the_program(place: Path):
-    words = command("chat", "--base-model", "model", "--max-new-tokens", "1500")
-    terminal = Terminal(words, place)
-    try:
-        terminal.expect("/help for commands")
-        terminal.expect("›")
-        terminal.type(
-            "感冒x\x7f怎么办\r"
-        )  # the backspace takes the x, whatever the width of what stands before
-        time.sleep(1.0)
-        terminal.type("\x03")
-        terminal.expect("stopped")
-        terminal.expect("›")
-        terminal.type("/save typed.json\r")
-        terminal.expect("saved to typed.json")
-        terminal.expect("›")
-        terminal.type("\x04")
-        assert terminal.process.wait(timeout=30) == 0
-    finally:
-        terminal.process.kill()
-        os.close(terminal.master)
+@pytest.fixture
+def terminal(place: Path):
+    found = Terminal(command("chat", "--base-model", "model", "--max-new-tokens", "1500"), place)
+    yield found
+    found.process.kill()
+    os.close(found.master)
+
+
+def test_at_a_terminal(place: Path, terminal: Terminal):
+    terminal.expect("/help for commands")
+    terminal.expect("›")
+
+    # Wide characters, in a line longer than the screen: Left and Backspace go by characters, not by columns.
+    typed = "感冒发烧三十九度怎么办呢请告诉我应该注意什么以及什么时候去医院看医生"
+    terminal.type(typed + "\x1b[D" * 5 + "x\x7f\x7f")
+    terminal.read(1)
+    question = typed[:-6] + typed[-5:]
+    assert terminal.lines[0].startswith("model ·")  # the progress bar is gone
+    assert "".join(terminal.lines[1:]) == "› " + question
+    assert terminal.screen.cursor.x == 2 + 2 * 28  # 28 characters of two columns behind the prompt
+
+    # Ctrl-C stops the answer and not the program.
+    terminal.type("\r")
+    terminal.expect("\n")
+    terminal.read(0.3)
+    terminal.type("\x03")
+    terminal.expect("stopped")
+    terminal.expect("›")
+    terminal.type("/save typed.json\r")
+    terminal.expect("saved to typed.json")
+    terminal.expect("›")
+    terminal.type("\x1b[A\x1b[A")  # the question before, from a history in memory
+    terminal.read(0.5)
+    assert terminal.lines[-2:] == ["› " + question[:29], question[29:]]
+    terminal.type("\x15\x04")
+    assert terminal.process.wait(timeout=30) == 0
     said = turns(place / "typed.json")
-    assert said[0] == ("user", "感冒怎么办")
+    assert said[0] == ("user", question)
     assert said[1][0] == "assistant" and said[1][1]

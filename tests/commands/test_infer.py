@@ -82,6 +82,16 @@ def test_standard_input_is_read_as_what_it_is(place: Path, text: str, inputs: li
     assert [json.loads(line)["input"] for line in done.stdout.split("\n") if line] == inputs
 
 
+def test_a_file_without_an_ending_is_read_as_what_it_is(place: Path):
+    (place / "questions").write_text("What is fever?\nWhy?\n")
+    done = infer(place, "--data-file", "questions", "--predictions-file", "-")
+    assert done.returncode == 0, done.stderr
+    assert [json.loads(line)["input"] for line in done.stdout.split("\n") if line] == [
+        "What is fever?",
+        "Why?",
+    ]
+
+
 def test_a_conversation_that_the_template_refuses_is_an_error_field(place: Path):
     tiny_model(place / "strict", style="gemma", seed=3)
     opened = [{"role": "assistant", "content": "Hello"}, {"role": "user", "content": "Hi"}]
@@ -230,49 +240,31 @@ def test_killed_five_times_and_resumed(place: Path, seed: int):
     killed_and_resumed(place, f"five{seed}", kills=5, questions=400, seed=seed)
 
 
-def test_ctrl_c_says_how_to_go_on(place: Path):
+def stopped_by(number: signal.Signals, place: Path, name: str):
+    """Start a run of 400 questions and send it a signal when the first answers are on the disk."""
     write_jsonl(place / "many.jsonl", [{"prompt": f"Question {n}?"} for n in range(400)])
-    options = (
-        "infer",
-        "--base-model",
-        "model",
-        "--data-file",
-        "many.jsonl",
-        "--predictions-file",
-        "many.json",
-    )
-    process = start(*options, "--batch-size", "1", cwd=place)
-    partial = place / "many.json.partial"
+    options = ("--data-file", "many.jsonl", "--predictions-file", name, "--batch-size", "1")
+    process = start("infer", "--base-model", "model", *options, cwd=place)
+    partial = place / f"{name}.partial"
     while process.poll() is None and (not partial.exists() or partial.read_bytes().count(b"\n") < 3):
-        time.sleep(0.01)
-    process.send_signal(signal.SIGINT)
+        time.sleep(0.002)
+    process.send_signal(number)
     _, said = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert "answers are in many.json.partial" in said and "--resume" in said and "Traceback" not in said
-    assert not (place / "many.json").exists()
+    assert not (place / name).exists(), "the run ended before it could be stopped"
+    return process.returncode, said
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_stopped_run_says_how_to_go_on(place: Path, number: signal.Signals, code: int):
+    returned, said = stopped_by(number, place, f"stopped{code}.json")
+    assert returned == code
+    assert f"answers are in stopped{code}.json.partial" in said and "--resume" in said
+    assert "Traceback" not in said
 
 
 def test_a_resume_of_another_run_is_refused(place: Path):
-    process = start(
-        *(
-            "infer",
-            "--base-model",
-            "model",
-            "--data-file",
-            "once-in.jsonl",
-            "--predictions-file",
-            "other.jsonl",
-        ),
-        *("--batch-size", "1"),
-        cwd=place,
-    )
-    write_jsonl(place / "once-in.jsonl", [{"prompt": f"Question {n}?"} for n in range(400)])
-    partial = place / "other.jsonl.partial"
-    while process.poll() is None and (not partial.exists() or partial.read_bytes().count(b"\n") < 3):
-        time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    options = ("--data-file", "once-in.jsonl", "--predictions-file", "other.jsonl")
+    stopped_by(signal.SIGKILL, place, "other.jsonl")
+    options = ("--data-file", "many.jsonl", "--predictions-file", "other.jsonl")
     assert infer(place, *options).returncode == 2  # what is left is not thrown away without a word
     done = infer(place, *options, "--resume", "--max-new-tokens", "3")
     assert done.returncode == 2 and "--max-new-tokens changed" in done.stderr

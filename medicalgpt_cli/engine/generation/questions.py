@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from medicalgpt_cli.engine.data.formats import Counts, Message, messages_of
 from medicalgpt_cli.engine.data.readers import Row, parse_json, read_rows, text_lines
@@ -29,8 +29,7 @@ def read_questions(source: str) -> list[Question]:
         DataError: a line is no question, two rows share an id, or there is none at all.
     """
     found, seen = [], {}
-    rows = _standard_input() if source == "-" else read_rows(_existing(source))
-    for row in rows:
+    for row in _rows(source):
         question = _question(row, len(found) + 1)
         if question.id in seen:
             raise DataError(
@@ -59,16 +58,22 @@ def _question(row: Row, number: int) -> Question:
     return Question(identifier or str(number), asked[0]["content"] if alone else list(asked), asked, row.at)
 
 
-def _existing(source: str) -> Path:
+def _rows(source: str) -> Iterator[Row]:
     path = Path(source)
-    if not path.is_file():
+    if source == "-":
+        yield from _rows_of_stream(sys.stdin.buffer, "<stdin>")
+    elif not path.exists() or path.is_dir():
         raise DataError(f"--data-file {source}: no such file", "check the path, or - for standard input")
-    return path
+    elif path.suffix:
+        yield from read_rows(path)
+    else:  # no ending says what it is, as with a pipe of the shell: <(command)
+        with path.open("rb") as file:
+            yield from _rows_of_stream(file, source)
 
 
-def _standard_input() -> Iterator[Row]:
+def _rows_of_stream(file: IO[bytes], name: str) -> Iterator[Row]:
     """An array of objects, JSON lines if the first line is an object, else a question a line."""
-    lines = ((number, text) for number, text in text_lines(sys.stdin.buffer, "<stdin>") if text.strip())
+    lines = ((number, text) for number, text in text_lines(file, name) if text.strip())
     first = next(lines, None)
     if first is None:
         return
@@ -78,11 +83,11 @@ def _standard_input() -> Iterator[Row]:
         kept = list(lines)
         array = _array("\n".join(text for _, text in kept))
         if array is not None:
-            yield from (Row("<stdin>", number, value) for number, value in enumerate(array, 1))
+            yield from (Row(name, number, value) for number, value in enumerate(array, 1))
             return
         lines = iter(kept)
     for number, text in lines:
-        yield Row("<stdin>", number, _object(number, text) if start == "{" else text)
+        yield Row(name, number, _object(f"{name}:{number}", text) if start == "{" else text)
 
 
 def _array(text: str) -> list[Any] | None:
@@ -93,8 +98,8 @@ def _array(text: str) -> list[Any] | None:
     return value if isinstance(value, list) and all(isinstance(one, dict) for one in value) else None
 
 
-def _object(number: int, text: str) -> Any:
+def _object(at: str, text: str) -> Any:
     try:
         return parse_json(text)
     except DataError as problem:
-        raise DataError(problem.message, problem.hint, at=f"<stdin>:{number}") from None
+        raise DataError(problem.message, problem.hint, at=at) from None

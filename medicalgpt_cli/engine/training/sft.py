@@ -138,18 +138,19 @@ def _train_in(folder: RunFolder, planned: SftPlan, observer: Observer) -> dict[s
     settings, plan = planned.settings, planned.schedule
     set_seed(settings.seed)
     model = load_trainable(settings, planned.resolved, observer)
-    measure = partial(_measure, planned, model, _collate(planned, model, observer), observer)
+    collate = _collate(planned, model, observer)
+    measure = partial(_measure, planned, model, collate, observer)
     before = folder.read().get("before")  # a resumed run measured it when it began
     if before is None:
         before = measure()
         folder.update(before=before)
     with StopOnSignal().listening() as stop:
-        trainer = _trainer(planned, model, measure.args[2], folder, stop, observer)
+        trainer = _trainer(planned, model, collate, folder, stop, observer)
         checkpoint = _checkpoint_to_go_on_from(folder, observer)
         observer.on_train_start(_start_event(folder, planned, model, trainer, checkpoint, before["metrics"]))
         began = time.monotonic()
         set_seed(settings.seed)  # measuring must not have moved the random state
-        with attention.for_batches(model, trainer.data_collator is end_to_end):
+        with attention.for_batches(model, collate is end_to_end):
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         seconds, step = time.monotonic() - began, trainer.state.global_step
     if stop.received is not None and step < plan.updates:
@@ -157,12 +158,14 @@ def _train_in(folder: RunFolder, planned: SftPlan, observer: Observer) -> dict[s
             f"stopped by {stop.name} after update {step} of {plan.updates}; a checkpoint is saved",
             exit_code=stop.exit_code,
         )
+    known = trainer.measured[1] if trainer.measured and trainer.measured[0] == step else None
     best = trainer.best_checkpoint()
-    if best is not None and best != checkpoint:
+    if best is not None and checkpoints.step_of(best) != step:
         trainer.load_weights(best)
+        known = None
         observer.on_notice(f"kept the weights with the lowest held-out loss, of {best.name}")
     model.eval()
-    after = measure()
+    after = measure(known=known)
     save_result(settings, planned.resolved, model, planned.tokenizer, folder)
     result = {
         "steps": step,
@@ -224,24 +227,31 @@ def _collate(planned: SftPlan, model: Any, observer: Observer) -> Collate:
     return partial(padded, pad_id=planned.tokenizer.pad_token_id)
 
 
-def _measure(planned: SftPlan, model: Any, collate: Collate, observer: Observer) -> dict[str, Any]:
-    """Held-out loss and a few answers; empty where nothing is held out."""
+def _measure(
+    planned: SftPlan,
+    model: Any,
+    collate: Collate,
+    observer: Observer,
+    known: dict[str, float] | None = None,
+) -> dict[str, Any]:
+    """Held-out loss (measured anew unless it is `known`) and a few answers; empty where nothing is held out."""
     data, settings = planned.data, planned.settings
     if not data.held_out:
         return {"metrics": {}, "answers": []}
-    with attention.for_batches(model, collate is end_to_end):
-        measured = held_out(
-            model,
-            data.held_out,
-            planned.tokenizer,
-            collate,
-            batch_size=settings.batch_size,
-            observer=observer,
-        )
+    if known is None:
+        with attention.for_batches(model, collate is end_to_end):
+            known = held_out(
+                model,
+                data.held_out,
+                planned.tokenizer,
+                collate,
+                batch_size=settings.batch_size,
+                observer=observer,
+            )
     answers = answer_questions(
         model, planned.tokenizer, data.questions, settings.eval_answer_tokens, observer
     )
-    return {"metrics": measured, "answers": answers}
+    return {"metrics": known, "answers": answers}
 
 
 def _trainer(

@@ -56,6 +56,7 @@ class MedgptTrainer(Trainer):
         self.held_out_examples, self.tokenizer, self.by_length = held_out_examples, tokenizer, by_length
         self.stop = stop
         self.targets_seen = 0  # since the last log step
+        self.measured: tuple[int, dict[str, float]] | None = None  # the last update measured after
         self.checkpoint_folder, self.keep_checkpoints = checkpoint_folder, keep_checkpoints
         self.keep_best = any(isinstance(callback, EarlyStopping) for callback in callbacks)
         # Our batches carry shifted labels; their count normalises the loss, and the loss says so.
@@ -109,6 +110,7 @@ class MedgptTrainer(Trainer):
         if measured is None:  # a signal came: save and leave, without a figure for this update
             self.control.should_save = self.control.should_training_stop = True
             return {}
+        self.measured = (self.state.global_step, measured)
         metrics = {
             f"{metric_key_prefix}_{name}": measured[name] for name in ("loss", "perplexity", "bits_per_byte")
         }
