@@ -89,6 +89,8 @@ class InferSettings(OutputSettings, SamplingSettings, ModelSettings):
 
     def check(self) -> None:
         super().check()
+        if self.interactive and self.json:
+            raise UsageError("--json goes with a file of questions", "leave out --json or --interactive")
         if self.interactive and (self.data_file or self.predictions_file):
             raise UsageError("--interactive takes no files", "leave out --data-file and --predictions-file")
         if not self.interactive and not self.data_file:
@@ -110,6 +112,11 @@ class ChatSettings(OutputSettings, SamplingSettings, ModelSettings):
     panel: ClassVar[str] = "Chat"
 
     load: Path | None = opt(None, "Go on with a saved conversation.", metavar="FILE")
+
+    def check(self) -> None:
+        super().check()
+        if self.json:
+            raise UsageError("--json has no meaning in a conversation", "use infer for answers as JSON")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -97,6 +97,8 @@ def test_version() -> None:
             "--top-p",
             "--temperature",
         ),
+        (("chat", "--base-model", "x", "--json"), "--json", "infer"),
+        (("infer", "--interactive", "--json"), "--json", "--interactive"),
         (("merge-lora",), "--lora-model is missing", "adapter"),
         (("sft", "--train-data", "x", "--recipe", "absent.yaml"), "absent.yaml", "YAML"),
     ],
