@@ -22,6 +22,16 @@ class Command:
 
 COMMANDS = (
     Command(
+        "pretrain",
+        stages.PretrainSettings,
+        (
+            "medgpt pretrain --base-model smollm2-135m --train-data books.txt",
+            "medgpt pretrain --base-model smollm2-135m --train-data zh.jsonl:0.7 --train-data en.jsonl:0.3",
+            "medgpt pretrain --base-model smollm2-135m --train-data books.txt --dry-run",
+        ),
+        "Training",
+    ),
+    Command(
         "sft",
         stages.SftSettings,
         (
@@ -68,6 +78,18 @@ COMMANDS = (
             "medgpt data train.jsonl",
             "medgpt data train.jsonl --base-model smollm2-135m --max-length 512",
             "medgpt data train.jsonl dev.jsonl --example 2",
+        ),
+        "Tools",
+    ),
+    Command(
+        "vocabulary",
+        stages.VocabularySettings,
+        (
+            "medgpt vocabulary --base-model smollm2-135m --train-data corpus.jsonl --output-dir wider",
+            "medgpt vocabulary --base-model smollm2-135m --train-data corpus.txt --output-dir wider "
+            "--size 16000 --check-data general.txt",
+            "medgpt vocabulary --base-model smollm2-135m --train-data corpus.txt --output-dir wider "
+            "--sentencepiece-model words.model --max-new 2000",
         ),
         "Tools",
     ),

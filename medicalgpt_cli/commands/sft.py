@@ -4,20 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
+from medicalgpt_cli.commands.dry_run import plan_shown
 from medicalgpt_cli.engine.observer import Observer
 from medicalgpt_cli.settings.stages import SftSettings
 
 
 def run(settings: SftSettings, observer: Observer) -> dict[str, Any]:
-    from medicalgpt_cli.engine.run.manifest import with_origins
-    from medicalgpt_cli.engine.training.sft import plan_sft, run_sft
+    from medicalgpt_cli.engine.training.loop import run as train
+    from medicalgpt_cli.engine.training.sft import SftStage
 
+    stage = SftStage(settings, observer)
     if not settings.dry_run:
-        return run_sft(settings, observer)
-    planned = plan_sft(settings, observer)
-    origins = with_origins(planned.settings)
-    if not settings.json:
-        from medicalgpt_cli.terminal.data_view import show_plan
-
-        show_plan(planned.as_dict(), origins, planned.data.report, planned.data.training, planned.tokenizer)
-    return {"stage": "sft", "plan": planned.as_dict(), "data": planned.data.report, "settings": origins}
+        return train(stage, observer)
+    return plan_shown(stage, stage.data.training)

@@ -103,12 +103,22 @@ class AdapterSettings(Settings):
     )
     dora: bool = opt(False, "Weight-decomposed LoRA (DoRA).")
     rslora: bool = opt(False, "Rank-stabilised LoRA: scale by alpha / sqrt(rank).")
+    embeddings: str = opt(
+        "auto",
+        "Which rows of the embeddings learn beside the adapter: the ones that `medgpt vocabulary` added "
+        "(auto where there are any), all, or none.",
+        choices=("auto", "new", "all", "frozen"),
+    )
 
     def check(self) -> None:
         super().check()
         if self.tuning == "full" and (self.dora or self.rslora):
             flag = "--dora" if self.dora else "--rslora"
             raise UsageError(f"{flag} goes with --tuning lora", f"leave out {flag} or --tuning full")
+        if self.tuning == "full" and self.embeddings != "auto":
+            raise UsageError(
+                "--embeddings goes with --tuning lora", "full tuning trains all rows: leave --embeddings out"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,7 +133,6 @@ class DataSettings(Settings):
         0.05, "Share of the training data held out where no --eval-data is given.", min=0, max=0.5
     )
     max_samples: int | None = opt(None, "Use at most this many training records (the first ones).", min=1)
-    max_length: int = opt(1024, "Longest example in tokens.", min=8)
 
     def check(self) -> None:
         super().check()
@@ -135,24 +144,12 @@ class DataSettings(Settings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class OptimSettings(Settings):
-    panel: ClassVar[str] = "Optimisation"
+class ExampleSettings(Settings):
+    """How conversations become batches; pretraining packs blocks instead."""
 
-    batch_size: int = opt(4, "Examples a step on each device.", min=1)
-    gradient_accumulation: int = opt(1, "Steps whose gradients are summed before an update.", min=1)
-    epochs: float = opt(1.0, "Passes over the training data.", above=0)
-    max_steps: int | None = opt(None, "Stop after this many updates (wins over --epochs).", min=1)
-    learning_rate: float | None = opt(
-        None, "Peak learning rate; 2e-4 for LoRA and 2e-5 for full tuning where not given.", above=0
-    )
-    schedule: str = opt(
-        "cosine", "Course of the learning rate after warm-up.", choices=("cosine", "linear", "constant")
-    )
-    warmup_ratio: float = opt(0.03, "Share of the updates in which the learning rate rises.", min=0, max=1)
-    weight_decay: float = opt(0.0, "AdamW's weight decay.", min=0)
-    max_grad_norm: float = opt(1.0, "Clip the gradient's norm to this.", above=0)
-    neftune_alpha: float | None = opt(None, "Noise on the embeddings (NEFTune); 5 is usual.", above=0)
-    gradient_checkpointing: bool = opt(False, "Recompute activations: less memory, about a third slower.")
+    panel: ClassVar[str] = "Data"
+
+    max_length: int = opt(1024, "Longest example in tokens.", min=8)
     batch_order: str = opt(
         "by-length",
         "Which examples meet in a batch: of similar length, or any.",
@@ -163,6 +160,29 @@ class OptimSettings(Settings):
         "Examples of a batch end to end where the model allows it, or padded to the longest.",
         choices=("padding-free", "padded"),
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimSettings(Settings):
+    panel: ClassVar[str] = "Optimisation"
+
+    batch_size: int = opt(4, "Examples a step on each device.", min=1)
+    gradient_accumulation: int = opt(1, "Steps whose gradients are summed before an update.", min=1)
+    epochs: float = opt(1.0, "Passes over the training data.", above=0)
+    max_steps: int | None = opt(None, "Stop after this many updates (wins over --epochs).", min=1)
+    learning_rate: float | None = opt(
+        None,
+        "Peak learning rate; 2e-4 for LoRA, 2e-5 for full tuning and 1e-3 for a new model where not given.",
+        above=0,
+    )
+    schedule: str = opt(
+        "cosine", "Course of the learning rate after warm-up.", choices=("cosine", "linear", "constant")
+    )
+    warmup_ratio: float = opt(0.03, "Share of the updates in which the learning rate rises.", min=0, max=1)
+    weight_decay: float = opt(0.0, "AdamW's weight decay.", min=0)
+    max_grad_norm: float = opt(1.0, "Clip the gradient's norm to this.", above=0)
+    neftune_alpha: float | None = opt(None, "Noise on the embeddings (NEFTune); 5 is usual.", above=0)
+    gradient_checkpointing: bool = opt(False, "Recompute activations: less memory, about a third slower.")
     eval_steps: int | None = opt(
         None, "Updates between measurements; a tenth of the run, at least 20.", min=1
     )

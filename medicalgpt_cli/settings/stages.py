@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import ClassVar
 
 from medicalgpt_cli.errors import UsageError
-from medicalgpt_cli.settings.fields import opt
+from medicalgpt_cli.settings.fields import flag_of, opt
 from medicalgpt_cli.settings.groups import (
     AdapterSettings,
     DataSettings,
+    ExampleSettings,
     ModelSettings,
     OptimSettings,
     OutputSettings,
@@ -37,7 +38,102 @@ class TrainSettings(RunSettings, OptimSettings, AdapterSettings, DataSettings, M
 
 
 @dataclass(frozen=True, kw_only=True)
-class SftSettings(TrainSettings):
+class PretrainSettings(TrainSettings):
+    """Continued pretraining on plain text."""
+
+    panel: ClassVar[str] = "Pretraining"
+
+    text_unit: str = opt(
+        "auto",
+        "What one document of a text file is; auto: blocks between blank lines where there are any, else lines.",
+        choices=("auto", "line", "block", "file"),
+    )
+    block_size: int = opt(1024, "Tokens of a training block; documents are packed into blocks.", min=16)
+    replay_data: tuple[str, ...] = opt(
+        (), "General text mixed in against forgetting; can be repeated.", metavar="PATH"
+    )
+    replay_share: float = opt(0.1, "Share of the blocks that --replay-data makes up.", above=0, max=0.9)
+    eval_tokens: int = opt(100_000, "Measure on at most this many held-out tokens of each source.", min=100)
+    from_config: Path | None = opt(
+        None,
+        "Start a new model with random weights from this config.json (needs --tokenizer-path).",
+        metavar="FILE",
+    )
+
+    def check(self) -> None:
+        super().check()
+        if self.origins.get("replay_share", "default") != "default" and not self.replay_data:
+            raise UsageError("--replay-share needs --replay-data", "name the general text to mix in")
+        if self.from_config is None:
+            return
+        if self.base_model or self.lora_model:
+            raise UsageError(
+                "--from-config starts without a model", "leave out --base-model and --lora-model"
+            )
+        if not self.tokenizer_path:
+            raise UsageError("--from-config needs --tokenizer-path", "name the new model's tokenizer folder")
+        if self.origins.get("tuning", "default") != "default" and self.tuning == "lora":
+            raise UsageError("--from-config trains all weights", "leave out --tuning lora")
+
+
+@dataclass(frozen=True, kw_only=True)
+class VocabularySettings(OutputSettings, ModelSettings):
+    """Widen a model's vocabulary with the words of a corpus."""
+
+    panel: ClassVar[str] = "Vocabulary"
+
+    train_data: tuple[str, ...] = opt(
+        (), "A text file, folder or hub data set to find words in; can be repeated.", metavar="PATH"
+    )
+    output_dir: Path | None = opt(None, "Where the widened model goes.", metavar="DIR")
+    text_unit: str = opt(
+        "auto",
+        "What one document of a text file is; auto: blocks between blank lines where there are any, else lines.",
+        choices=("auto", "line", "block", "file"),
+    )
+    sentencepiece_model: Path | None = opt(
+        None, "Take the words of this SentencePiece model instead of training one.", metavar="FILE"
+    )
+    algorithm: str = opt("bpe", "How the SentencePiece model is trained.", choices=("bpe", "unigram"))
+    size: int = opt(8000, "Pieces of the SentencePiece model.", min=64, max=1_000_000)
+    character_coverage: float = opt(
+        0.9995, "Share of the corpus's characters that become pieces.", above=0, max=1
+    )
+    max_new: int | None = opt(None, "Add at most this many tokens, the ones that save most.", min=1)
+    min_count: int = opt(5, "Add a word only if the corpus has it at least this often.", min=1)
+    check_data: tuple[str, ...] = opt(
+        (), "General text on which to show that tokens stay what they were; can be repeated.", metavar="PATH"
+    )
+    terms: Path | None = opt(
+        None, "Medical terms, one a line, to report on beside the built-in ones.", metavar="FILE"
+    )
+    pad_to_multiple: int = opt(64, "Round the rows of the embeddings up to a multiple of this.", min=1)
+    shard_size: str = opt("4GB", "Largest weight file.", metavar="SIZE")
+
+    def check(self) -> None:
+        super().check()
+        if not self.train_data:
+            raise UsageError("--train-data is missing", "name a text file, a folder or a hub data set")
+        if not self.output_dir:
+            raise UsageError("--output-dir is missing", "name a new folder for the widened model")
+        if self.lora_model:
+            raise UsageError(
+                "--lora-model: an adapter's vocabulary is its base's", "merge it first: medgpt merge-lora"
+            )
+        if self.gpus:
+            raise UsageError("--gpus: the vocabulary is widened on the processor", "leave --gpus out")
+        if self.sentencepiece_model:
+            for name in ("algorithm", "size", "character_coverage"):
+                if self.origins.get(name, "default") != "default":
+                    raise UsageError(
+                        f"{flag_of(name)} is about training a SentencePiece model",
+                        f"leave out {flag_of(name)} or --sentencepiece-model",
+                    )
+        _check_size(self.shard_size)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SftSettings(ExampleSettings, TrainSettings):
     """Instruction tuning, single- and multi-turn."""
 
     panel: ClassVar[str] = "Instruction tuning"
@@ -61,8 +157,12 @@ class MergeLoraSettings(OutputSettings, ModelSettings):
             raise UsageError("--lora-model is missing", "name the adapter folder or the run folder to merge")
         if not self.output_dir:
             raise UsageError("--output-dir is missing", "name a new folder for the merged model")
-        if not re.fullmatch(r"[1-9][0-9]*[KMGT]B", self.shard_size, re.IGNORECASE):
-            raise UsageError(f"--shard-size {self.shard_size}: not a size", "for example 4GB or 500MB")
+        _check_size(self.shard_size)
+
+
+def _check_size(shard_size: str) -> None:
+    if not re.fullmatch(r"[1-9][0-9]*[KMGT]B", shard_size, re.IGNORECASE):
+        raise UsageError(f"--shard-size {shard_size}: not a size", "for example 4GB or 500MB")
 
 
 @dataclass(frozen=True, kw_only=True)

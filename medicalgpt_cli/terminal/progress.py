@@ -269,7 +269,7 @@ def start_lines(plan: Mapping[str, Any]) -> list[str]:
 
 def data_lines(report: Mapping[str, Any]) -> list[str]:
     """Counts of the data, with every reason for a row that is not used as it stands."""
-    from medicalgpt_cli.engine.run.summary import data_parts
+    from medicalgpt_cli.engine.run.summary import data_parts, source_rows
 
     lines = []
     for part in data_parts(report):
@@ -278,11 +278,20 @@ def data_lines(report: Mapping[str, Any]) -> list[str]:
             f"{part.name}: {' · '.join(facts)}" + (f" ({', '.join(part.formats)})" if part.formats else "")
         )
         lines.extend(f"· {number:,} {kind}: {reason}" for kind, reason, number, _ in part.reasons)
+        lines.extend(f"· {notice}" for notice in part.notices)
+    for name, documents, tokens, share, passes in source_rows(report):
+        lines.append(
+            f"{name}: {documents} documents · {tokens} tokens · {share} of an epoch, {passes} passes over it"
+        )
+    if report.get("end_of_text"):
+        lines.append(f"documents end with {report['end_of_text']}")
     return lines
 
 
 def end_lines(result: Mapping[str, Any]) -> list[str]:
     """Held-out figures before and after, and where the report is."""
+    from medicalgpt_cli.engine.run.summary import part_rows
+
     lines = []
     before, after = result.get("before") or {}, result.get("after") or {}
     for name, label in (
@@ -292,6 +301,9 @@ def end_lines(result: Mapping[str, Any]) -> list[str]:
     ):
         if before.get(name) is not None and after.get(name) is not None:
             lines.append(f"{label:<14} {before[name]:.4f} → {after[name]:.4f}")
+    rows = part_rows(before, after)
+    for source, language, size, old, new in rows if len(rows) > 1 else []:
+        lines.append(f"· {source} ({language}, {size} bytes): bits per byte {old} → {new}")
     if result.get("folder"):
         lines.append(f"report         {result['folder']}/report.html")
     return lines

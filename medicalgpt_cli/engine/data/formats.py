@@ -7,11 +7,11 @@ A row from which there is nothing to learn is skipped, counted and shown.
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypedDict
 
-from medicalgpt_cli.engine.data.readers import Row, expand_sources, read_rows
+from medicalgpt_cli.engine.data.readers import Row, expand_sources, is_text, read_rows, unit_of
 from medicalgpt_cli.engine.observer import Observer
 from medicalgpt_cli.errors import DataError
 from medicalgpt_cli.settings.fields import did_you_mean
@@ -173,27 +173,44 @@ def load_prompts(sources: Sequence[str], counts: Counts, observer: Observer) -> 
     return found
 
 
-def load_texts(sources: Sequence[str], counts: Counts, observer: Observer) -> list[str]:
-    """Documents of text files and of `{"text": …}` records; empty ones are counted.
+@dataclass(frozen=True)
+class Document:
+    text: str
+    at: str  # file:line
+
+
+def iterate_texts(
+    sources: Sequence[str], counts: Counts, observer: Observer, *, text_unit: str = "auto"
+) -> Iterator[Document]:
+    """Documents of text files and of `{"text": …}` records as a stream; empty ones are counted.
+
+    Args:
+        text_unit: what a document of a text file is: "line", "block" (between blank lines), "file", or
+            "auto": blocks where the file has blank lines, else lines.
 
     Raises:
-        DataError: a record has no text, or nothing is left.
+        DataError: a record has no text, or nothing is found.
     """
-    found = []
-    for row in _rows(sources, counts, observer):
+    any_found = False
+    for row in _rows(sources, counts, observer, text_unit=text_unit):
         counts.read += 1
         kind = detect_format(row.value, row.at)
         if kind != "text":
             raise DataError(f"a {kind} record among plain text", "one kind of data at a time", at=row.at)
-        counts.formats[row.path] = kind
+        counts.formats.setdefault(row.path, kind)
         value = row.value if isinstance(row.value, str) else row.value["text"]
         if value is None or not _text(value, "text", row.at).strip():
             counts.add_skip("no text", row.at)
         else:
-            found.append(value)
-    if not found:
+            any_found = True
+            yield Document(value, row.at)
+    if not any_found:
         raise DataError(f"{', '.join(sources)}: no text", _why_nothing(counts))
-    return found
+
+
+def load_texts(sources: Sequence[str], counts: Counts, observer: Observer) -> list[str]:
+    """All documents of `iterate_texts` at once."""
+    return [document.text for document in iterate_texts(sources, counts, observer)]
 
 
 def first_format(sources: Sequence[str]) -> str:
@@ -405,7 +422,9 @@ def _join_same_role(messages: Iterable[Message], at: str, counts: Counts) -> lis
     return joined
 
 
-def _rows(sources: Sequence[str], counts: Counts, observer: Observer) -> Iterable[Row]:
+def _rows(
+    sources: Sequence[str], counts: Counts, observer: Observer, *, text_unit: str = "line"
+) -> Iterator[Row]:
     files, ignored = expand_sources(sources)
     if ignored:
         counts.notices.append(
@@ -415,7 +434,12 @@ def _rows(sources: Sequence[str], counts: Counts, observer: Observer) -> Iterabl
         task = f"reading {getattr(file, 'name', file)}"
         observer.on_task_start(task, None, "rows")
         number = 0
-        for number, row in enumerate(read_rows(file, notices=counts.notices), 1):
+        if is_text(file):
+            unit = unit_of(file) if text_unit == "auto" else text_unit
+            counts.formats[str(file)] = f"text, a document a {unit}"
+        else:
+            unit = "line"
+        for number, row in enumerate(read_rows(file, text_unit=unit, notices=counts.notices), 1):
             if number % 1000 == 0:
                 observer.on_task_advance(task, number)
             yield row

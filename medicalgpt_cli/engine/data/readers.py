@@ -108,6 +108,24 @@ def read_rows(
         yield from _json_rows(source)
 
 
+def is_text(source: Path | HubDataset) -> bool:
+    """Whether a source is a plain text file, whose documents are a matter of `text_unit`."""
+    return isinstance(source, Path) and _kind(source) in (".txt", ".md")
+
+
+def unit_of(path: Path) -> str:
+    """ "block" where the first lines of a text file have blank ones between text, else "line"."""
+    blank_seen = text_seen = False
+    for number, (_, text) in enumerate(_lines(path)):
+        if text.strip() and blank_seen:
+            return "block"
+        text_seen = text_seen or bool(text.strip())
+        blank_seen = text_seen and (blank_seen or not text.strip())
+        if number > 20_000:
+            break
+    return "line"
+
+
 # -- kinds of files ----------------------------------------------------------------------------------------
 
 

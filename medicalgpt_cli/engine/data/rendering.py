@@ -21,6 +21,8 @@ IGNORED = -100
 # A character that no text should hold (Unicode noncharacter); stands inside a defused special token.
 _GUARD = "\ufdd0"
 _OWN = "\ufdd1"  # behind a guard: the text itself held the guard's character
+# Ends of text of the families whose chat models have another end-of-sequence token.
+_ENDS_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "<｜end▁of▁sentence｜>")
 
 
 @dataclass
@@ -53,6 +55,36 @@ def encode_raw(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     start = tokenizer("")["input_ids"][:1]
     end = [tokenizer.eos_token_id]
     return ([] if start == end else start) + _encode(tokenizer, _defuse(tokenizer, text))
+
+
+def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
+    """Token ids of plain texts, without a start token; spellings of special tokens are plain text."""
+    special = _known(tokenizer).special
+    odd = {index for index, text in enumerate(texts) if _GUARD in text or (special and special.search(text))}
+    plain = [text for index, text in enumerate(texts) if index not in odd]
+    encoded = iter(
+        tokenizer(plain, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+        if plain
+        else []
+    )
+    return [
+        _encode(tokenizer, _defuse(tokenizer, text)) if index in odd else next(encoded)
+        for index, text in enumerate(texts)
+    ]
+
+
+def document_marks(tokenizer: PreTrainedTokenizerBase) -> tuple[int, int, bool]:
+    """(start, end, separate): the token in front of a document, the one behind it, and whether they differ.
+
+    Where a tokenizer sets a begin-of-text token, a document stands between that and the end-of-text token.
+    Else one end-of-text token stands between documents, and is what the next one begins behind. A chat
+    model's end of turn is no end of text where the vocabulary has a token for the latter.
+    """
+    start = tokenizer("")["input_ids"][:1]
+    specials = {token.content: number for number, token in tokenizer.added_tokens_decoder.items()}
+    end = next((specials[one] for one in _ENDS_OF_TEXT if one in specials), tokenizer.eos_token_id)
+    separate = bool(start) and start[0] not in (end, tokenizer.eos_token_id)
+    return (start[0] if separate else end), end, separate
 
 
 def stop_token_ids(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,23 @@ from medicalgpt_cli.settings.fields import did_you_mean
 from medicalgpt_cli.settings.groups import AdapterSettings
 
 
-def lora_config(model: Any, adapter: AdapterSettings) -> Any:
+def lora_config(model: Any, adapter: AdapterSettings, new_rows: Sequence[int] = ()) -> Any:
     """PEFT's configuration of an adapter over `model`.
 
+    Args:
+        new_rows: the ids of tokens that `medgpt vocabulary` added to the base.
+
     Raises:
-        UsageError: `--target-modules` names a layer that the model does not have.
+        UsageError: `--target-modules` names a layer that the model does not have, or `--embeddings new` is
+            asked of a base without new tokens.
     """
     from peft import LoraConfig
+
+    if adapter.embeddings == "new" and not new_rows:
+        raise UsageError(
+            "--embeddings new: the base model has no added tokens",
+            "`medgpt vocabulary` adds some; or take all",
+        )
 
     return LoraConfig(
         r=adapter.lora_rank,
@@ -30,10 +41,24 @@ def lora_config(model: Any, adapter: AdapterSettings) -> Any:
         use_dora=adapter.dora,
         use_rslora=adapter.rslora,
         task_type="CAUSAL_LM",
+        **_embeddings(model, adapter.embeddings, list(new_rows)),
     )
 
 
-def add_adapter(model: Any, adapter: AdapterSettings, *, seed: int) -> Any:
+def _embeddings(model: Any, which: str, new_rows: list[int]) -> dict[str, Any]:
+    """Which rows of the embeddings, and of an untied head, learn beside the adapter."""
+    tables = [model.get_input_embeddings(), model.get_output_embeddings()]
+    tied = tables[0].weight is tables[1].weight
+    tables = tables[:1] if tied else tables  # PEFT carries a tied head along
+    names = [name.rpartition(".")[2] for name, module in model.named_modules() if module in tables]
+    if which == "all":
+        return {"modules_to_save": names, "ensure_weight_tying": tied}
+    if which in ("new", "auto") and new_rows:
+        return {"trainable_token_indices": dict.fromkeys(names, new_rows)}
+    return {}
+
+
+def add_adapter(model: Any, adapter: AdapterSettings, *, seed: int, new_rows: Sequence[int] = ()) -> Any:
     """Freeze `model` and put a new trainable adapter over it; it starts as the identity.
 
     Returns:
@@ -42,7 +67,7 @@ def add_adapter(model: Any, adapter: AdapterSettings, *, seed: int) -> Any:
     from peft import get_peft_model
 
     set_seed(seed)  # the same seed gives the same initial adapter, whatever was drawn before
-    wrapped = get_peft_model(model, lora_config(model, adapter))
+    wrapped = get_peft_model(model, lora_config(model, adapter, new_rows))
     for weight in wrapped.parameters():
         if weight.requires_grad and weight.dtype != torch.float32:
             weight.data = weight.data.float()
@@ -58,6 +83,14 @@ def different_shape(folder: Path, adapter: AdapterSettings) -> dict[str, Any]:
         "dora": config.get("use_dora", False),
         "rslora": config.get("use_rslora", False),
     }
+    if adapter.embeddings != "auto":
+        own["embeddings"] = (
+            "all"
+            if config.get("modules_to_save")
+            else "new"
+            if config.get("trainable_token_indices")
+            else "frozen"
+        )
     return {name: value for name, value in own.items() if getattr(adapter, name) != value}
 
 

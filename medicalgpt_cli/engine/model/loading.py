@@ -155,7 +155,10 @@ def load_model(
     task = "loading weights"
     observer.on_task_start(task, None, "")
     try:
-        loaded = load_base(resolved.base, dtype, device, len(model.gpu_numbers))
+        if resolved.base.kind == "config":
+            loaded = _to_device(_new_model(resolved, dtype), device)
+        else:
+            loaded = load_base(resolved.base, dtype, device, len(model.gpu_numbers))
         if resolved.adapter is not None:
             recorded = resolved.adapter.base
             if recorded is not None and recorded.path != resolved.base.path:
@@ -192,6 +195,28 @@ def load_base(base: ModelReference, dtype: torch.dtype, device: torch.device, gp
     return loaded if gpus > 1 else _to_device(loaded, device)
 
 
+def _new_model(resolved: ResolvedModel, dtype: torch.dtype) -> Any:
+    """A model with random weights, which follow from the random state, and rows for the tokenizer's tokens.
+
+    Raises:
+        UsageError: the file is no configuration of a causal language model.
+    """
+    path = Path(resolved.base.path)
+    tokenizer = read_tokenizer(resolved.tokenizer)
+    try:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+        given = json.loads(path.read_text(encoding="utf-8")).get("vocab_size", 0)
+        config.vocab_size = max(given, -(-len(tokenizer) // 64) * 64)  # a multiple of 64 is faster
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            setattr(config, name, getattr(tokenizer, name))
+        return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError) as problem:
+        raise UsageError(
+            f"{path}: no model can be made of it ({type(problem).__name__})",
+            'expected a config.json with "model_type" and sizes; --debug shows more',
+        ) from problem
+
+
 def attach_adapter(model: Any, folder: Path, *, trainable: bool = False) -> Any:
     """Put a PEFT adapter over its base.
 
@@ -212,6 +237,7 @@ def attach_adapter(model: Any, folder: Path, *, trainable: bool = False) -> Any:
         "leave out --base-model: the adapter knows its base",
     )
     try:
+        own_tables = _restore_rows(model, folder / "adapter_model.safetensors")
         attached = PeftModel.from_pretrained(model, folder, is_trainable=trainable)
     except SafetensorError:
         raise UsageError(
@@ -224,9 +250,30 @@ def attach_adapter(model: Any, folder: Path, *, trainable: bool = False) -> Any:
         raise
     # PEFT only warns where the file and the model have different layers; the rest would stay untrained.
     with safe_open(folder / "adapter_model.safetensors", "pt") as file:
-        if set(file.keys()) != set(get_peft_model_state_dict(attached, save_embedding_layers=False)):
+        expected = get_peft_model_state_dict(attached, save_embedding_layers=False)
+        # Of tables that were resized, PEFT saves copies under several names.
+        different = set(file.keys()) ^ set(expected)
+        if any(not name.startswith(tuple(own_tables)) for name in different):
             raise misfit
     return attached
+
+
+def _restore_rows(model: Any, file: Path) -> set[str]:
+    """Give the model as many embedding rows as an adapter that brings its own embeddings has.
+
+    Adapters that were trained after a resize hold the whole tables, of another length than the base's.
+
+    Returns:
+        The names of these tables, with a dot behind each, as the adapter's entries begin.
+    """
+    tables = (model.get_input_embeddings(), model.get_output_embeddings())
+    names = {f"base_model.model.{name}." for name, module in model.named_modules() if module in tables}
+    with safe_open(file, "pt") as content:
+        own = {name for name in names if f"{name}weight" in content.keys()}  # noqa: SIM118 - no mapping
+        rows = {content.get_slice(f"{name}weight").get_shape()[0] for name in own}
+    if rows and rows != {tables[0].weight.shape[0]}:
+        model.resize_token_embeddings(max(rows), mean_resizing=False)
+    return own
 
 
 def _must_be_complete(name: str, missing: Collection[str]) -> None:

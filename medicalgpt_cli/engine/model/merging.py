@@ -53,7 +53,7 @@ def merge(settings: MergeLoraSettings, observer: Observer) -> dict[str, Any]:
     """
     resolved = resolve_models(settings)
     output = Path(settings.output_dir or "")
-    _check_output(output, resolved)
+    check_output(output, resolved)
     adapter = _adapter_of(resolved)
     kind = _check_kind(adapter)
     tokenizer = load_tokenizer(settings, resolved, observer)
@@ -61,21 +61,21 @@ def merge(settings: MergeLoraSettings, observer: Observer) -> dict[str, Any]:
     stored = torch.float32 if settings.dtype == "auto" else DTYPES[settings.dtype]
 
     with staged(output) as new:
-        with _task(observer, "loading weights"):
+        with task(observer, "loading weights"):
             model = _together(resolved, adapter, device)
         _check_vocabulary(model, tokenizer)
         ids = _sample(tokenizer, device)
         expected = _logits(model, ids)
-        with _task(observer, "merging"):
+        with task(observer, "merging"):
             model = _fold(model)
         if (Path(adapter.path) / GENERATION_CONFIG_NAME).is_file():
             model.generation_config = GenerationConfig.from_pretrained(adapter.path)
         merged = _logits(model, ids)
         in_float64 = _must_agree(model, merged, expected, ids, resolved, adapter)
-        with _task(observer, "writing"):
+        with task(observer, "writing"):
             _write(model, tokenizer, new, stored, settings.shard_size)
         del model  # room for the copy that is read back
-        with _task(observer, "reading back"):
+        with task(observer, "reading back"):
             answered = _logits(_read_back(new, device), ids)
         if stored == torch.float32 and not torch.equal(answered, merged):
             raise MedgptError("the files do not hold the merged weights", "is the disk sound?")
@@ -105,7 +105,7 @@ def _adapter_of(resolved: ResolvedModel) -> ModelReference:
     return resolved.adapter
 
 
-def _check_output(output: Path, resolved: ResolvedModel) -> None:
+def check_output(output: Path, resolved: ResolvedModel) -> None:
     """The output is a new folder, and neither an input nor inside one."""
     place = output.expanduser().resolve()
     for role, source in (("base model", resolved.base), ("adapter", resolved.adapter)):
@@ -254,7 +254,8 @@ def _tell(report: dict[str, Any], observer: Observer) -> None:
 
 
 @contextlib.contextmanager
-def _task(observer: Observer, name: str) -> Iterator[None]:
+def task(observer: Observer, name: str) -> Iterator[None]:
+    """A bounded piece of work, told to the observer, also where it ends in an error."""
     observer.on_task_start(name)
     try:
         yield

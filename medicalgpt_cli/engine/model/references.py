@@ -14,12 +14,16 @@ from medicalgpt_cli.errors import UsageError
 from medicalgpt_cli.settings.fields import did_you_mean
 from medicalgpt_cli.settings.groups import ModelSettings
 
-Kind = Literal["folder", "hub", "gguf", "adapter"]
+VOCABULARY = "vocabulary.json"  # the record that `medgpt vocabulary` puts into a model folder
+Kind = Literal["folder", "hub", "gguf", "adapter", "config"]
 
 
 @dataclass(frozen=True)
 class ModelReference:
-    """A name that was found: a model folder, a hub name, a .gguf file, or an adapter over a base."""
+    """A name that was found: a model folder, a hub name, a .gguf file, or an adapter over a base.
+
+    "config" is a config.json from which a new model starts.
+    """
 
     name: str  # as the user gave it
     kind: Kind
@@ -31,7 +35,7 @@ class ModelReference:
         """Where its files lie; None for a hub model."""
         if self.kind == "hub":
             return None
-        return Path(self.path).parent if self.kind == "gguf" else Path(self.path)
+        return Path(self.path).parent if self.kind in ("gguf", "config") else Path(self.path)
 
 
 @dataclass(frozen=True)
@@ -115,6 +119,8 @@ def resolve_models(model: ModelSettings) -> ResolvedModel:
             f"the base of {adapter.name} was not found: {_recorded_base(Path(adapter.path))}",
             "name it with --base-model",
         )
+    if adapter is not None:
+        _check_vocabulary(base, adapter)
     return ResolvedModel(base, adapter, _tokenizer_source(model, base, adapter))
 
 
@@ -164,6 +170,23 @@ def _base_of(adapter: Path) -> ModelReference | None:
         if found.kind != "adapter":
             return found
     return None
+
+
+def _check_vocabulary(base: ModelReference, adapter: ModelReference) -> None:
+    """An adapter over a widened vocabulary brings the record of it, and its base must have the same.
+
+    Raises:
+        UsageError: the base has another vocabulary.
+    """
+    record = Path(adapter.path) / VOCABULARY
+    if not record.is_file():
+        return
+    theirs = base.folder / VOCABULARY if base.folder else None
+    if theirs is None or not theirs.is_file() or theirs.read_bytes() != record.read_bytes():
+        raise UsageError(
+            f"{adapter.name} was trained over a base with a widened vocabulary, and {base.name} is not that base",
+            "leave out --base-model, or name the folder that `medgpt vocabulary` made",
+        )
 
 
 def _tokenizer_source(model: ModelSettings, base: ModelReference, adapter: ModelReference | None) -> str:

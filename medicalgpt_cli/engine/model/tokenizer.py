@@ -109,12 +109,12 @@ def _checked(path: Path) -> str:
     return source
 
 
-def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+def fingerprint(tokenizer: PreTrainedTokenizerBase, *, with_template: bool = True) -> str:
     """SHA-256 over vocabulary, special tokens, template and a sample's ids: equal means equal token ids."""
     parts = {
         "vocabulary": sorted(tokenizer.get_vocab().items(), key=lambda item: (item[1], item[0])),
         "special": {name: str(token) for name, token in sorted(tokenizer.special_tokens_map.items())},
-        "template": tokenizer.chat_template,
+        "template": tokenizer.chat_template if with_template else None,
         "sample": tokenizer(_SAMPLE, add_special_tokens=False)["input_ids"],
     }
     return hashlib.sha256(json.dumps(parts, ensure_ascii=False).encode("utf-8", "surrogatepass")).hexdigest()
@@ -132,7 +132,9 @@ def check_fingerprint(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     if not (place / manifest.NAME).is_file():
         return
     recorded = manifest.read(place).get("fingerprints", {}).get("tokenizer")
-    if recorded and recorded != fingerprint(tokenizer):
+    # A run that had no template (pretraining of a base model) locks none.
+    fits = (fingerprint(tokenizer), fingerprint(tokenizer, with_template=False))
+    if recorded and recorded not in fits:
         raise UsageError(
             f"the tokenizer or chat template is not the one that {place} was trained with",
             "leave out --tokenizer-path and --template: the run brings its own",

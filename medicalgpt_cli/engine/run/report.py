@@ -14,7 +14,7 @@ from medicalgpt_cli.engine.run import metrics
 from medicalgpt_cli.engine.run.curves import Line, bars, chart, smoothed
 from medicalgpt_cli.engine.run.files import atomic_write
 from medicalgpt_cli.engine.run.folder import RunFolder
-from medicalgpt_cli.engine.run.summary import data_parts
+from medicalgpt_cli.engine.run.summary import data_parts, part_rows, source_rows
 
 # (key of a measurement, what it is called); in all of them less is better
 _MEASURES = (("loss", "held-out loss"), ("perplexity", "perplexity"), ("bits_per_byte", "bits per byte"))
@@ -63,8 +63,24 @@ def _headline(manifest: Mapping[str, Any], records: Sequence[Mapping[str, Any]],
         f'<p><span class="status {status}">{status}</span> '
         f'<span class="soft">{_escape(" · ".join(filter(None, facts)))}</span></p>'
         f'<p class="soft"><code>{_escape(name)}</code></p>'
-        f'<div class="cards">{"".join(cards)}</div></header>'
+        f'<div class="cards">{"".join(cards)}</div>{_by_part(before, after)}</header>'
     )
+
+
+def _by_part(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
+    """Bits per byte by source and language, where text was measured."""
+    rows = [
+        (source, language, *((figure, "number") for figure in figures))
+        for source, language, *figures in part_rows(before, after)
+    ]
+    if not rows:
+        return ""
+    head = (
+        "held-out text",
+        "language",
+        *((name, "number") for name in ("bytes", "bits per byte before", "after")),
+    )
+    return _table(rows, head)
 
 
 def _before(manifest: Mapping[str, Any]) -> Mapping[str, float]:
@@ -157,6 +173,12 @@ def _data(manifest: Mapping[str, Any]) -> str:
         else:
             blocks.append('<p class="soft">Every row was used as it stands.</p>')
         blocks += [f'<p class="soft">{_escape(notice)}</p>' for notice in part.notices]
+    sources = [
+        (name, *((figure, "number") for figure in rest)) for name, *rest in source_rows(manifest["data"])
+    ]
+    if sources:
+        names = ("documents", "tokens", "of the blocks", "passes an epoch")
+        blocks.append(f"<h3>Mix</h3>{_table(sources, ('source', *((name, 'number') for name in names)))}")
     return f"<section><h2>Data</h2>{''.join(blocks)}</section>"
 
 

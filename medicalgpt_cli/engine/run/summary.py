@@ -12,6 +12,8 @@ _PARTS = {"training": "training data", "held_out": "held-out data"}
 _FACTS = (
     ("read", "records read"),
     ("used", "used"),
+    ("documents", "documents"),
+    ("blocks", "blocks an epoch"),
     ("examples", "examples"),
     ("tokens", "tokens"),
     ("target_tokens", "target tokens"),
@@ -51,3 +53,36 @@ def _part(name: str, report: Mapping[str, Any]) -> DataPart:
     return DataPart(
         name, facts, formats, reasons, list(report.get("notices") or []), list(report.get("histogram") or [])
     )
+
+
+def source_rows(report: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """The sources of a mix: name, documents, tokens, share of the blocks, passes an epoch."""
+    return [
+        (
+            one["source"] + (" (replay)" if one["replay"] else ""),
+            f"{one['documents']:,}",
+            f"{one['tokens']:,}",
+            f"{100 * one['share']:.1f} %",
+            f"{one['passes_an_epoch']:.2f}",
+        )
+        for one in report.get("sources") or []
+    ]
+
+
+def part_rows(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """Held-out text by source and language: source, language, bytes, bits per byte before and after."""
+    old = {(one["source"], one["language"]): one for one in before.get("parts") or []}
+    return [
+        (
+            one["source"],
+            one["language"],
+            f"{one['bytes']:,}",
+            *(
+                [f"{old[key]['bits_per_byte']:.4f}"]
+                if (key := (one["source"], one["language"])) in old
+                else ["–"]
+            ),
+            f"{one['bits_per_byte']:.4f}",
+        )
+        for one in after.get("parts") or []
+    ]

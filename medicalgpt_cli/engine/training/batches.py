@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 
 import torch
 from torch.utils.data import Dataset, Sampler
 
+from medicalgpt_cli.engine.data.packing import Block
 from medicalgpt_cli.engine.data.rendering import Example
 
 IGNORED = -100  # the label of a position without a loss
@@ -96,6 +98,45 @@ def padded(examples: Sequence[Example], pad_id: int) -> dict[str, torch.Tensor]:
         rows["input_ids"].append([*example.input_ids, *[pad_id] * missing])
         rows["attention_mask"].append([1] * len(example.input_ids) + [0] * missing)
         rows["labels"].append([*_next_token_labels(example), *[IGNORED] * missing])
+    batch = {name: torch.tensor(values) for name, values in rows.items()}
+    return {**batch, "shift_labels": batch["labels"]}
+
+
+def packed(blocks: Sequence[Block]) -> dict[str, torch.Tensor]:
+    """Blocks of documents without padding; each document begins at position 0 and sees itself only.
+
+    Returns:
+        input_ids, position_ids, shift_labels and labels: (1, total); cu_seq_lens_q and _k: (documents + 1,).
+    """
+    input_ids: list[int] = []
+    targets: list[int] = []
+    bounds: list[int] = []
+    for block in blocks:
+        bounds += [len(input_ids) + start for start in block.starts]
+        input_ids += block.input_ids
+        targets += block.targets
+    bounds.append(len(input_ids))
+    positions = [position for a, b in pairwise(bounds) for position in range(b - a)]
+    lengths = torch.tensor(bounds, dtype=torch.int32)
+    return {
+        "input_ids": torch.tensor([input_ids]),
+        "position_ids": torch.tensor([positions]),
+        "labels": torch.tensor([targets]),
+        "shift_labels": torch.tensor([targets]),
+        "cu_seq_lens_q": lengths,
+        "cu_seq_lens_k": lengths,
+    }
+
+
+def stacked(blocks: Sequence[Block], pad_id: int) -> dict[str, torch.Tensor]:
+    """Blocks as rows, a shorter one padded on the right; the documents of a row see each other."""
+    longest = max(len(block.input_ids) for block in blocks)
+    rows: dict[str, list[list[int]]] = {"input_ids": [], "attention_mask": [], "labels": []}
+    for block in blocks:
+        missing = longest - len(block.input_ids)
+        rows["input_ids"].append([*block.input_ids, *[pad_id] * missing])
+        rows["attention_mask"].append([1] * len(block.input_ids) + [0] * missing)
+        rows["labels"].append([*block.targets, *[IGNORED] * missing])
     batch = {name: torch.tensor(values) for name, values in rows.items()}
     return {**batch, "shift_labels": batch["labels"]}
 

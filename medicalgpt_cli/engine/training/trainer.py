@@ -8,22 +8,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils.data import Dataset, Sampler
 from transformers import PrinterCallback, Trainer
 
-from medicalgpt_cli.engine.data.rendering import Example
-from medicalgpt_cli.engine.evaluation.heldout import held_out
 from medicalgpt_cli.engine.run import checkpoints
 from medicalgpt_cli.engine.run.files import remove_tree
-from medicalgpt_cli.engine.training.batches import IGNORED, EpochSampler, ExampleDataset
-from medicalgpt_cli.engine.training.callbacks import EarlyStopping, StopOnSignal, best_step
+from medicalgpt_cli.engine.training.batches import IGNORED
+from medicalgpt_cli.engine.training.callbacks import EarlyStopping, best_step
 from medicalgpt_cli.engine.training.losses import target_loss
 from medicalgpt_cli.errors import TrainingFailed
 
-Collate = Callable[[Sequence[Example]], dict[str, torch.Tensor]]
-
 
 class MedgptTrainer(Trainer):
-    """Trainer for next-token prediction on `Example`s.
+    """Trainer for next-token prediction.
 
     The loss of an update is the mean over all its target tokens, across accumulated batches and devices.
     Checkpoints are written beside, hashed, synced and renamed, so that a name that exists is complete.
@@ -34,38 +31,39 @@ class MedgptTrainer(Trainer):
         *,
         model: torch.nn.Module,
         args: Any,
-        train: Sequence[Example],
-        held_out_examples: Sequence[Example],
-        collate: Collate,
-        tokenizer: Any,
-        by_length: bool,
+        train_dataset: Dataset,
+        sampler: Sampler[int],
+        collate: Callable[[Sequence[Any]], dict[str, torch.Tensor]],
+        measure: Callable[[], dict[str, Any] | None] | None,
         checkpoint_folder: Path,
         keep_checkpoints: int,
         callbacks: list[Any],
-        stop: StopOnSignal,
     ):
+        """
+        Args:
+            sampler: gives the order of an epoch; it has `set_epoch`.
+            measure: held-out figures of the model as it is, None where a signal came; None for no measure.
+        """
         super().__init__(
             model=model,
             args=args,
-            train_dataset=ExampleDataset(train),
-            eval_dataset=ExampleDataset(held_out_examples) if held_out_examples else None,
+            train_dataset=train_dataset,
+            eval_dataset=[] if measure else None,  # the library asks for one; `measure` has the data
             data_collator=collate,
             callbacks=callbacks,
         )
         self.remove_callback(PrinterCallback)  # the observer speaks
-        self.held_out_examples, self.tokenizer, self.by_length = held_out_examples, tokenizer, by_length
-        self.stop = stop
+        self.sampler, self.measure = sampler, measure
         self.targets_seen = 0  # since the last log step
-        self.measured: tuple[int, dict[str, float]] | None = None  # the last update measured after
+        self.measured: tuple[int, dict[str, Any]] | None = None  # the last update measured after
         self.checkpoint_folder, self.keep_checkpoints = checkpoint_folder, keep_checkpoints
         self.keep_best = any(isinstance(callback, EarlyStopping) for callback in callbacks)
         # Our batches carry shifted labels; their count normalises the loss, and the loss says so.
         self.model_accepts_loss_kwargs = True
         self.loss_is_scaled_for_ga = True
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> EpochSampler:
-        dataset = train_dataset or self.train_dataset
-        return EpochSampler(dataset.lengths, self.args.train_batch_size, self.args.seed, self.by_length)
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
+        return self.sampler
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         total = target_loss(model, inputs)
@@ -98,21 +96,16 @@ class MedgptTrainer(Trainer):
         super().log(logs, start_time)
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
-        """Loss, perplexity and bits per byte on the held-out examples, weighted by token."""
-        measured = held_out(
-            self.model,
-            self.held_out_examples,
-            self.tokenizer,
-            self.data_collator,
-            batch_size=self.args.per_device_train_batch_size,
-            should_stop=lambda: self.stop.received is not None,
-        )
+        """The held-out figures, weighted by token."""
+        measured = self.measure()
         if measured is None:  # a signal came: save and leave, without a figure for this update
             self.control.should_save = self.control.should_training_stop = True
             return {}
         self.measured = (self.state.global_step, measured)
         metrics = {
-            f"{metric_key_prefix}_{name}": measured[name] for name in ("loss", "perplexity", "bits_per_byte")
+            f"{metric_key_prefix}_{name}": value
+            for name, value in measured.items()
+            if isinstance(value, float)
         }
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)

@@ -15,7 +15,7 @@ from medicalgpt_cli.errors import EnvironmentFailure
 from medicalgpt_cli.settings.groups import AdapterSettings, OptimSettings
 from medicalgpt_cli.settings.stages import TrainSettings
 
-DEFAULT_LEARNING_RATE = {"lora": 2e-4, "full": 2e-5}
+DEFAULT_LEARNING_RATE = {"lora": 2e-4, "full": 2e-5, "new": 1e-3}
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,8 @@ class Schedule:
 
 
 def learning_rate(optim: OptimSettings, adapter: AdapterSettings) -> float:
-    return optim.learning_rate or DEFAULT_LEARNING_RATE[adapter.tuning]
+    new = getattr(adapter, "from_config", None) is not None
+    return optim.learning_rate or DEFAULT_LEARNING_RATE["new" if new else adapter.tuning]
 
 
 def check_surroundings(settings: TrainSettings) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,11 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from medicalgpt_cli.engine.data.rendering import stop_token_ids
 from medicalgpt_cli.engine.model.adapters import add_adapter, different_shape, save_adapter
+from medicalgpt_cli.engine.model.dropout import use_fast_dropout
 from medicalgpt_cli.engine.model.loading import choose_device, load_model
-from medicalgpt_cli.engine.model.references import ResolvedModel
+from medicalgpt_cli.engine.model.references import VOCABULARY, ResolvedModel
 from medicalgpt_cli.engine.model.tokenizer import save_tokenizer
+from medicalgpt_cli.engine.model.vocabulary import new_token_ids
 from medicalgpt_cli.engine.observer import Observer
 from medicalgpt_cli.engine.run.folder import RunFolder
 from medicalgpt_cli.errors import UsageError
@@ -41,8 +44,16 @@ def load_trainable(settings: TrainSettings, resolved: ResolvedModel, observer: O
         return model.requires_grad_(True)
     model = load_model(settings, resolved, trainable=True, observer=observer)
     if resolved.adapter is None:
-        return add_adapter(model, settings, seed=settings.seed)
-    _keep_shape(settings, Path(resolved.adapter.path), observer)
+        rows = new_token_ids(resolved.base.folder) if resolved.base.folder else []
+        model = add_adapter(model, settings, seed=settings.seed, new_rows=rows)
+        if rows and settings.embeddings in ("auto", "new"):
+            observer.on_notice(
+                f"the embeddings of {len(rows):,} tokens that were added to the base learn, too"
+            )
+    else:
+        _keep_shape(settings, Path(resolved.adapter.path), observer)
+    if choose_device(settings).type == "cpu":
+        use_fast_dropout(model)
     return model
 
 
@@ -70,6 +81,9 @@ def save_result(
     folder.new_model.mkdir(exist_ok=True)
     if settings.tuning == "lora":
         save_adapter(model, folder.new_model, resolved.base.path)
+        record = resolved.base.folder / VOCABULARY if resolved.base.folder else None
+        if record and record.is_file():
+            shutil.copyfile(record, folder.new_model / VOCABULARY)
     else:
         model.save_pretrained(folder.new_model, safe_serialization=True)
     save_tokenizer(tokenizer, folder.new_model)

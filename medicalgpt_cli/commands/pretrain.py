@@ -1,0 +1,20 @@
+"""`medgpt pretrain`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from medicalgpt_cli.commands.dry_run import plan_shown
+from medicalgpt_cli.engine.observer import Observer
+from medicalgpt_cli.settings.stages import PretrainSettings
+
+
+def run(settings: PretrainSettings, observer: Observer) -> dict[str, Any]:
+    from medicalgpt_cli.engine.training.loop import run as train
+    from medicalgpt_cli.engine.training.pretrain import PretrainStage
+
+    stage = PretrainStage(settings, observer)
+    if not settings.dry_run:
+        return train(stage, observer)
+    with stage.data.temporary:
+        return plan_shown(stage)

@@ -1,0 +1,230 @@
+"""A corpus as token ids on disk: tokenised once, read in pieces, never whole in memory.
+
+<cache>/tokens/<key>/
+  tokens.bin      the ids of all documents, one behind the other, each behind its start token
+  documents.bin   one record a document: where it ends, its bytes, a hash of its text, its language
+  meta.json       counts, format, fingerprint
+
+The key covers the files' content, the tokenizer and how a document is cut, so a changed file is read anew.
+The ids spell the text: the folder is as confidential as the corpus, and only its owner may read it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from filelock import FileLock
+from transformers import PreTrainedTokenizerBase
+
+from medicalgpt_cli.engine.data.formats import Counts, Document, iterate_texts
+from medicalgpt_cli.engine.data.language import language_of
+from medicalgpt_cli.engine.data.readers import HubDataset, expand_sources
+from medicalgpt_cli.engine.data.rendering import document_marks, encode_texts
+from medicalgpt_cli.engine.model.tokenizer import fingerprint
+from medicalgpt_cli.engine.observer import Observer
+from medicalgpt_cli.engine.run.files import remove_tree, sha256_file, staged
+from medicalgpt_cli.errors import DataError, UsageError
+
+FORMAT = 1
+LANGUAGES = ("zh", "en", "other")
+_DOCUMENT = np.dtype([("end", "<i8"), ("bytes", "<i8"), ("hash", "<u8"), ("language", "u1")])
+_BATCH_CHARACTERS = 1_000_000  # tokenised together: fast, and little memory
+_BATCH_DOCUMENTS = 256
+
+
+@dataclass(frozen=True)
+class Source:
+    """One `--train-data`: a file, folder or hub name, and its share where `:0.7` stands behind it."""
+
+    name: str
+    weight: float | None = None
+    replay: bool = False
+
+
+def parse_source(text: str, *, replay: bool = False) -> Source:
+    """`zh.jsonl:0.7` is zh.jsonl with the weight 0.7; a file of that very name comes first.
+
+    Raises:
+        UsageError: the weight is not above 0.
+    """
+    name, colon, number = text.rpartition(":")
+    if not colon or Path(text).exists():
+        return Source(text, None, replay)
+    try:
+        weight = float(number)
+    except ValueError:
+        return Source(text, None, replay)
+    if not 0 < weight < float("inf"):
+        raise UsageError(f"--train-data {text}: the weight has to be above 0", "for example zh.jsonl:0.7")
+    return Source(name, weight, replay)
+
+
+class Corpus:
+    """The documents of one source as token ids; opened by `tokenise`."""
+
+    def __init__(self, folder: Path, source: Source):
+        self.source = source
+        self.meta: dict[str, Any] = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+        self._tokens = folder / "tokens.bin"
+        documents = np.fromfile(folder / "documents.bin", dtype=_DOCUMENT)
+        self.ends: np.ndarray = documents["end"].copy()  # (documents,) behind a document's last token
+        self.starts: np.ndarray = np.concatenate([[0], self.ends[:-1]]).astype(np.int64)
+        self.bytes: np.ndarray = documents["bytes"].copy()  # UTF-8 bytes of the text
+        self.hashes: np.ndarray = documents["hash"].copy()
+        self.languages: np.ndarray = documents["language"].copy()  # index into LANGUAGES
+
+    def __len__(self) -> int:
+        return len(self.ends)
+
+    @property
+    def counts(self) -> dict[str, Any]:
+        return self.meta["counts"]
+
+    def read(self, pieces: Sequence[tuple[int, int]]) -> list[int]:
+        """The ids of some stretches of the file. Mapped for this call only: pages once read are not kept."""
+        mapped = np.memmap(self._tokens, dtype=self.meta["dtype"], mode="r")
+        found = [mapped[start:end].tolist() for start, end in pieces]
+        return list(itertools.chain.from_iterable(found))
+
+
+def tokenise(
+    source: Source, tokenizer: PreTrainedTokenizerBase, text_unit: str, cache: Path, observer: Observer
+) -> Corpus:
+    """Open the corpus of a source, tokenising it if the cache does not have it yet.
+
+    Raises:
+        DataError: a file is missing or broken, or holds no text.
+    """
+    files, _ = expand_sources([source.name])
+    tokens = cache / "tokens"
+    tokens.mkdir(parents=True, exist_ok=True, mode=0o700)
+    folder = tokens / _key(files, tokenizer, text_unit)
+    with FileLock(f"{folder}.lock"):
+        on_hub = any(isinstance(file, HubDataset) for file in files)
+        if on_hub:  # what a hub name holds can change without its name
+            remove_tree(folder)
+        if not (folder / "meta.json").is_file():
+            remove_tree(folder)
+            with staged(folder) as new:
+                _write(new, source, tokenizer, text_unit, observer)
+        return Corpus(folder, source)
+
+
+def _key(files: Sequence[Path | HubDataset], tokenizer: PreTrainedTokenizerBase, text_unit: str) -> str:
+    content = [
+        [str(file), sha256_file(file)] if isinstance(file, Path) else [file.name, file.split]
+        for file in files
+    ]
+    parts = [FORMAT, fingerprint(tokenizer), document_marks(tokenizer), text_unit, content]
+    return hashlib.sha256(json.dumps(parts).encode("utf-8", "surrogateescape")).hexdigest()[:32]
+
+
+def _write(
+    folder: Path, source: Source, tokenizer: PreTrainedTokenizerBase, text_unit: str, observer: Observer
+) -> None:
+    counts, languages, seen = Counts(), Counter(), hashlib.sha256()
+    start, _, separate = document_marks(tokenizer)
+    end = [document_marks(tokenizer)[1]] if separate else []
+    dtype = np.dtype("<u2" if len(tokenizer) <= 2**16 else "<u4")
+    at = documents = size = 0
+    texts = iterate_texts([source.name], counts, observer, text_unit=text_unit)
+    with (folder / "tokens.bin").open("wb") as tokens, (folder / "documents.bin").open("wb") as table:
+        for batch in _batches(texts):
+            records = np.zeros(len(batch), dtype=_DOCUMENT)
+            for number, (document, ids) in enumerate(
+                zip(batch, encode_texts(tokenizer, [one.text for one in batch]), strict=True)
+            ):
+                whole = np.asarray([start, *ids, *end], dtype=dtype)
+                tokens.write(whole.tobytes())
+                seen.update(whole.tobytes())
+                at += len(whole)
+                encoded = document.text.encode("utf-8")
+                size += len(encoded)
+                language = language_of(document.text)
+                languages[language] += 1
+                records[number] = (at, len(encoded), _hash(document.text), LANGUAGES.index(language))
+            table.write(records.tobytes())
+            seen.update(records.tobytes())
+            documents += len(batch)
+    meta = {
+        "format": FORMAT,
+        "documents": documents,
+        "tokens": at,
+        "bytes": size,
+        "languages": dict(languages),
+        "dtype": dtype.str,
+        "sha256": seen.hexdigest(),
+        "counts": counts.as_dict(),
+    }
+    (folder / "meta.json").write_text(json.dumps(meta, ensure_ascii=False), encoding="utf-8")
+
+
+def _batches(documents: Iterator[Document]) -> Iterator[list[Document]]:
+    batch: list[Document] = []
+    characters = 0
+    for document in documents:
+        batch.append(document)
+        characters += len(document.text)
+        if characters >= _BATCH_CHARACTERS or len(batch) >= _BATCH_DOCUMENTS:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
+
+
+def _hash(text: str) -> int:
+    """Equal for texts that differ in spacing only."""
+    return int.from_bytes(hashlib.blake2b(" ".join(text.split()).encode(), digest_size=8).digest(), "little")
+
+
+def choose_held_out(corpus: Corpus, fraction: float, seed: int) -> np.ndarray:
+    """Which documents are held out: (documents,) of bool.
+
+    Copies of one text stay on one side, and the choice depends on texts and seed only, not on their order.
+    A fraction above 0 holds out at least one of two or more distinct texts.
+    """
+    distinct = np.unique(corpus.hashes)
+    count = min(max(round(len(distinct) * fraction), 1), len(distinct) - 1) if fraction > 0 else 0
+    chosen = distinct[np.argsort(_mixed(distinct, seed), kind="stable")[:count]]
+    return np.isin(corpus.hashes, chosen)
+
+
+def _mixed(hashes: np.ndarray, seed: int) -> np.ndarray:
+    """Another order of the hashes for each seed (the finaliser of SplitMix64, Steele and others 2014)."""
+    with np.errstate(over="ignore"):
+        mixed = hashes + np.uint64((0x9E3779B97F4A7C15 * (seed + 1)) % 2**64)
+        mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return mixed ^ (mixed >> np.uint64(31))
+
+
+def measured_order(corpus: Corpus, chosen: np.ndarray, seed: int) -> np.ndarray:
+    """The numbers of the chosen documents in the order in which they are measured while tokens last."""
+    numbers = np.flatnonzero(chosen)
+    return numbers[np.argsort(_mixed(corpus.hashes[numbers], seed + 1), kind="stable")]
+
+
+def check_weights(sources: Sequence[Source]) -> None:
+    """Either every source of `--train-data` has a weight, or none.
+
+    Raises:
+        UsageError: some have one.
+    """
+    ours = [source for source in sources if not source.replay]
+    without = [source.name for source in ours if source.weight is None]
+    if without and len(without) < len(ours):
+        raise UsageError(
+            f"--train-data {without[0]} has no weight", "give each source a weight, or none of them"
+        )
+    names = [source.name for source in sources]
+    doubled = next((name for name in names if names.count(name) > 1), None)
+    if doubled:
+        raise DataError(f"{doubled} is named twice", "name each source once; a weight repeats it: FILE:2")

@@ -1,0 +1,273 @@
+"""What all training stages share: a run folder, a measure before and after, the trainer, a clean stop.
+
+A stage says what it learns from and how it is measured (`Stage`); `run` does the rest.
+"""
+
+from __future__ import annotations
+
+import time
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import Any, ClassVar
+
+from transformers import PreTrainedTokenizerBase, set_seed
+
+from medicalgpt_cli.engine.model.loading import choose_device, choose_dtype, load_tokenizer
+from medicalgpt_cli.engine.model.references import ResolvedModel, resolve_models
+from medicalgpt_cli.engine.model.tokenizer import fingerprint
+from medicalgpt_cli.engine.observer import Observer
+from medicalgpt_cli.engine.run import checkpoints, metrics
+from medicalgpt_cli.engine.run.allocation import keep_freed_memory
+from medicalgpt_cli.engine.run.folder import RunFolder
+from medicalgpt_cli.engine.run.manifest import read as read_manifest
+from medicalgpt_cli.engine.run.manifest import resumed_settings
+from medicalgpt_cli.engine.run.report import write_report
+from medicalgpt_cli.engine.training import attention
+from medicalgpt_cli.engine.training.callbacks import EarlyStopping, Reporting, StopOnSignal
+from medicalgpt_cli.engine.training.trainer import MedgptTrainer
+from medicalgpt_cli.engine.training.trainer_args import (
+    Schedule,
+    check_surroundings,
+    learning_rate,
+    schedule,
+    training_arguments,
+)
+from medicalgpt_cli.engine.training.tuning import load_trainable, save_result
+from medicalgpt_cli.errors import Stopped, UsageError
+from medicalgpt_cli.settings.stages import TrainSettings
+
+
+class Stage(ABC):
+    """One training stage on its data. Making it reads the data; it loads no weights and writes nothing."""
+
+    name: ClassVar[str]
+    chats: ClassVar[bool] = True  # needs a chat template, if need be the plain one
+    settings: Any
+    data: Any  # what `load_data` gave
+    padding_free: bool  # whether batches lie end to end; known once the model is there
+
+    def __init__(self, settings: TrainSettings, observer: Observer):
+        """
+        Raises:
+            UsageError, DataError: settings or data are wrong. EnvironmentFailure: a device is not there.
+        """
+        if settings.resume:
+            settings = resumed_settings(read_manifest(settings.resume), settings, settings.resume)
+        check_surroundings(settings)
+        self.settings = self.complete(settings)
+        self.resolved: ResolvedModel = self.resolve()
+        self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(
+            self.settings, self.resolved, observer, plain_template=self.chats
+        )
+        self.data = self.load_data(observer)
+        self.schedule: Schedule = schedule(self.settings, self.examples)
+        observer.on_data(self.data.report)
+
+    # -- what differs between stages -----------------------------------------------------------------------
+
+    def complete(self, settings: TrainSettings) -> TrainSettings:
+        """The settings with what follows from others."""
+        return settings
+
+    def resolve(self) -> ResolvedModel:
+        return resolve_models(self.settings)
+
+    @abstractmethod
+    def load_data(self, observer: Observer) -> Any:
+        """Read the data. The result has `report` (counts) and `fingerprints` (name to hash)."""
+
+    @property
+    @abstractmethod
+    def examples(self) -> int:
+        """How many examples make an epoch."""
+
+    @abstractmethod
+    def facts(self) -> dict[str, Any]:
+        """What the plan says about the data."""
+
+    @abstractmethod
+    def keeps_apart(self, model: Any, observer: Observer) -> bool:
+        """Whether batches lie end to end, their examples kept apart by attention."""
+
+    @abstractmethod
+    def trainer_parts(self, model: Any, stop: StopOnSignal) -> dict[str, Any]:
+        """`train_dataset`, `sampler`, `collate` and `measure` (None where nothing is held out)."""
+
+    @abstractmethod
+    def measure(self, model: Any, observer: Observer, known: dict[str, Any] | None = None) -> dict[str, Any]:
+        """{"metrics": …, …}: held-out figures, measured anew unless `known`, and what else is compared."""
+
+    def compare(self, before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
+        """What the result says beyond the figures before and after."""
+        return {}
+
+    # -- what is the same ----------------------------------------------------------------------------------
+
+    def plan(self) -> dict[str, Any]:
+        """Model, data, updates and learning rate of the whole run."""
+        return {
+            "model": self.resolved.label,
+            **self.facts(),
+            "updates": self.schedule.updates,
+            "updates_per_epoch": self.schedule.updates_per_epoch,
+            "warmup_updates": self.schedule.warmup,
+            "learning_rate": learning_rate(self.settings, self.settings),
+        }
+
+
+def run(stage: Stage, observer: Observer) -> dict[str, Any]:
+    """Train and leave a complete run folder.
+
+    Returns:
+        What `--json` prints: the run folder, steps, and the held-out figures before and after.
+
+    Raises:
+        TrainingFailed: the loss is not a number.
+        Stopped: a signal came; a checkpoint was saved and the hint says how to go on.
+    """
+    if choose_device(stage.settings).type == "cpu":
+        keep_freed_memory()
+    with _open_folder(stage) as folder:
+        try:
+            return _train_in(folder, stage, observer)
+        except Stopped as stopped:
+            folder.finish("stopped")
+            write_report(folder)
+            raise Stopped(
+                stopped.message, _how_to_go_on(folder, stage), exit_code=stopped.exit_code
+            ) from None
+        except KeyboardInterrupt:
+            folder.finish("stopped")
+            raise Stopped(
+                "stopped at once, without another checkpoint", _how_to_go_on(folder, stage)
+            ) from None
+        except BaseException:
+            folder.finish("failed")
+            raise
+
+
+def _how_to_go_on(folder: RunFolder, stage: Stage) -> str:
+    return f"go on with: medgpt {stage.name} --resume {folder.path}"
+
+
+def _open_folder(stage: Stage) -> RunFolder:
+    """A new run folder, or the interrupted one of `--resume` if its data is the same as then."""
+    settings, data = stage.settings, stage.data
+    now = {**data.fingerprints, "tokenizer": fingerprint(stage.tokenizer)}
+    if settings.resume is None:
+        folder = RunFolder.create(stage.name, stage.resolved.label, settings)
+        folder.update(data=data.report, fingerprints=now, parents=stage.resolved.parents())
+        return folder
+    before = read_manifest(settings.resume).get("fingerprints", {})
+    changed = [name for name in now if before.get(name) != now[name]]
+    if changed:
+        raise UsageError(
+            f"{settings.resume} cannot go on: {', '.join(changed)} changed since it began",
+            "put the same files back, or start a new run",
+        )
+    return RunFolder.open_for_resume(settings.resume, stage.name)
+
+
+def _train_in(folder: RunFolder, stage: Stage, observer: Observer) -> dict[str, Any]:
+    settings, updates = stage.settings, stage.schedule.updates
+    set_seed(settings.seed)
+    model = load_trainable(settings, stage.resolved, observer)
+    stage.padding_free = stage.keeps_apart(model, observer)
+    before = folder.read().get("before")  # a resumed run measured it when it began
+    if before is None:
+        before = stage.measure(model, observer)
+        folder.update(before=before)
+    with StopOnSignal().listening() as stop:
+        trainer = _trainer(stage, model, folder, stop, observer)
+        checkpoint = _checkpoint_to_go_on_from(folder, observer)
+        observer.on_train_start(_start_event(folder, stage, model, trainer, checkpoint, before["metrics"]))
+        began = time.monotonic()
+        set_seed(settings.seed)  # measuring must not have moved the random state
+        with attention.for_batches(model, stage.padding_free):
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        seconds, step = time.monotonic() - began, trainer.state.global_step
+    if stop.received is not None and step < updates:
+        raise Stopped(
+            f"stopped by {stop.name} after update {step} of {updates}; a checkpoint is saved",
+            exit_code=stop.exit_code,
+        )
+    known = trainer.measured[1] if trainer.measured and trainer.measured[0] == step else None
+    best = trainer.best_checkpoint()
+    if best is not None and checkpoints.step_of(best) != step:
+        trainer.load_weights(best)
+        known = None
+        observer.on_notice(f"kept the weights with the lowest held-out loss, of {best.name}")
+    model.eval()
+    after = stage.measure(model, observer, known)
+    save_result(settings, stage.resolved, model, stage.tokenizer, folder)
+    result = {
+        "steps": step,
+        "seconds": seconds,
+        "before": before["metrics"],
+        "after": after["metrics"],
+        **stage.compare(before, after),
+    }
+    folder.finish("done", result)
+    write_report(folder)
+    summary = {"stage": stage.name, "folder": str(folder.path), "model": str(folder.model), **result}
+    observer.on_train_end(summary)
+    return summary
+
+
+def _checkpoint_to_go_on_from(folder: RunFolder, observer: Observer) -> Path | None:
+    """The newest complete checkpoint; what was logged or saved after it is forgotten."""
+    for name, reason in checkpoints.incomplete(folder.checkpoints).items():
+        observer.on_warning(f"{name} is left out: {reason}")
+    checkpoint = checkpoints.newest_complete(folder.checkpoints)
+    step = checkpoints.step_of(checkpoint) if checkpoint else 0
+    metrics.drop_after(folder.metrics, step)
+    checkpoints.drop_after(folder.checkpoints, step)
+    return checkpoint
+
+
+def _start_event(
+    folder: RunFolder,
+    stage: Stage,
+    model: Any,
+    trainer: MedgptTrainer,
+    checkpoint: Path | None,
+    before: dict[str, Any],
+) -> dict[str, Any]:
+    return {
+        "stage": stage.name,
+        "folder": str(folder.path),
+        "model": stage.resolved.label,
+        "steps": stage.schedule.updates,
+        "from_step": checkpoints.step_of(checkpoint) if checkpoint else 0,
+        "trainable": sum(weight.numel() for weight in model.parameters() if weight.requires_grad),
+        "parameters": sum(weight.numel() for weight in model.parameters()),
+        "device": str(trainer.args.device),
+        "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
+        "before": before,
+    }
+
+
+def _trainer(
+    stage: Stage, model: Any, folder: RunFolder, stop: StopOnSignal, observer: Observer
+) -> MedgptTrainer:
+    settings = stage.settings
+    device = choose_device(settings)
+    parts = stage.trainer_parts(model, stop)
+    callbacks: list[Any] = [Reporting(observer, folder.metrics), stop]
+    if settings.early_stopping is not None and parts["measure"] is not None:
+        callbacks.append(EarlyStopping(settings.early_stopping))
+    return MedgptTrainer(
+        model=model,
+        args=training_arguments(
+            settings,
+            stage.schedule,
+            folder=folder.checkpoints,
+            torch_device=device,
+            dtype=choose_dtype(settings, device),
+            evaluate=parts["measure"] is not None,
+        ),
+        checkpoint_folder=folder.checkpoints,
+        keep_checkpoints=settings.keep_checkpoints,
+        callbacks=callbacks,
+        **parts,
+    )

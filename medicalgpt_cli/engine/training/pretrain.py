@@ -1,0 +1,93 @@
+"""Continued pretraining: documents in blocks, a loss on every token, bits per byte before and after."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+from medicalgpt_cli.engine.evaluation.bits_per_byte import text_loss
+from medicalgpt_cli.engine.model.references import ModelReference, ResolvedModel, resolve_models
+from medicalgpt_cli.engine.observer import Observer
+from medicalgpt_cli.engine.training import attention
+from medicalgpt_cli.engine.training.batches import packed, stacked
+from medicalgpt_cli.engine.training.callbacks import StopOnSignal
+from medicalgpt_cli.engine.training.loop import Stage
+from medicalgpt_cli.engine.training.pretrain_data import PretrainData, load_pretrain_data
+from medicalgpt_cli.settings.stages import PretrainSettings
+
+
+class PretrainStage(Stage):
+    name = "pretrain"
+    chats = False
+    settings: PretrainSettings
+    data: PretrainData
+
+    def complete(self, settings: PretrainSettings) -> PretrainSettings:
+        """A model that starts from random numbers has no weights to freeze."""
+        return replace(settings, tuning="full") if settings.from_config else settings
+
+    def resolve(self) -> ResolvedModel:
+        if self.settings.from_config is None:
+            return resolve_models(self.settings)
+        config = self.settings.from_config
+        return ResolvedModel(
+            ModelReference(str(config), "config", str(config)), None, str(self.settings.tokenizer_path)
+        )
+
+    def load_data(self, observer: Observer) -> PretrainData:
+        return load_pretrain_data(self.settings, self.tokenizer, observer)
+
+    @property
+    def examples(self) -> int:
+        return len(self.data.sampler)
+
+    def facts(self) -> dict[str, Any]:
+        """Blocks and tokens of the whole run, and how often each source is seen in it."""
+        passes = self.schedule.updates / self.schedule.updates_per_epoch
+        sources = self.data.report["sources"]
+        an_epoch = sum(one["passes_an_epoch"] * one["tokens"] for one in sources)
+        return {
+            "blocks": len(self.data.sampler),
+            "tokens": round(an_epoch * passes),
+            "held_out_tokens": self.data.report["held_out"]["tokens"],
+            **{f"passes over {one['source']}": one["passes_an_epoch"] * passes for one in sources},
+        }
+
+    def keeps_apart(self, model: Any, observer: Observer) -> bool:
+        """Documents of a block are kept apart where the model allows it."""
+        if self.settings.neftune_alpha is not None:
+            observer.on_notice("documents of a block see each other: NEFTune needs padded rows")
+            return False
+        if not attention.is_exact(model):
+            observer.on_notice("documents of a block see each other: this model cannot keep them apart")
+            return False
+        observer.on_notice(
+            "documents of a block are kept apart: attention and positions begin anew with each"
+        )
+        return True
+
+    def trainer_parts(self, model: Any, stop: StopOnSignal) -> dict[str, Any]:
+        measure = partial(self._held_out, model, should_stop=lambda: stop.received is not None)
+        return {
+            "train_dataset": self.data.blocks,
+            "sampler": self.data.sampler,
+            "collate": self._collate,
+            "measure": measure if self.data.held_out.windows else None,
+        }
+
+    @property
+    def _collate(self) -> Any:
+        return packed if self.padding_free else partial(stacked, pad_id=self.tokenizer.pad_token_id)
+
+    def _held_out(self, model: Any, **options: Any) -> dict[str, Any] | None:
+        with attention.for_batches(model, self.padding_free):
+            return text_loss(
+                model, self.data.held_out, self._collate, batch_size=self.settings.batch_size, **options
+            )
+
+    def measure(self, model: Any, observer: Observer, known: dict[str, Any] | None = None) -> dict[str, Any]:
+        """Held-out bits per byte by source and language; empty where nothing is held out."""
+        if not self.data.held_out.windows:
+            return {"metrics": {}}
+        return {"metrics": known or self._held_out(model, observer=observer)}

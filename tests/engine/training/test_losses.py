@@ -1,0 +1,96 @@
+"""The loss in pieces against the plain one over all logits: values and gradients."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM
+
+from medicalgpt_cli.engine.training import losses
+from medicalgpt_cli.engine.training.batches import IGNORED
+from medicalgpt_cli.engine.training.losses import target_loss
+from tests.tiny import tiny_model
+
+
+def batch_of(vocabulary: int) -> dict[str, torch.Tensor]:
+    torch.manual_seed(3)
+    ids = torch.randint(0, vocabulary, (3, 11))
+    labels = torch.where(torch.rand(3, 11) < 0.5, torch.randint(0, vocabulary, (3, 11)), IGNORED)
+    return {"input_ids": ids, "labels": labels, "shift_labels": labels}
+
+
+def plain_loss(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    logits = model(input_ids=batch["input_ids"]).logits
+    return F.cross_entropy(
+        logits.flatten(0, 1), batch["shift_labels"].flatten(), ignore_index=IGNORED, reduction="sum"
+    )
+
+
+def gradients(model: torch.nn.Module, loss: torch.Tensor) -> dict[str, torch.Tensor]:
+    model.zero_grad()
+    (loss * 0.37).backward()
+    return {name: one.grad.clone() for name, one in model.named_parameters() if one.grad is not None}
+
+
+def llama(folder, kind: str):
+    model = AutoModelForCausalLM.from_pretrained(tiny_model(folder), dtype=torch.float32)
+    if kind == "full":
+        return model.requires_grad_(True)
+    more = {
+        "frozen head": {},
+        "new rows": {"trainable_token_indices": {"embed_tokens": [3, 4, 5]}},
+        "all rows": {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
+    }[kind]
+    torch.manual_seed(0)
+    model = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", **more))
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight, std=0.1)
+    return model
+
+
+@pytest.mark.parametrize("rows", [1, 4, 1000])
+@pytest.mark.parametrize("kind", ["frozen head", "full", "new rows", "all rows"])
+def test_equals_the_plain_loss(tmp_path, monkeypatch, kind: str, rows: int) -> None:
+    model = llama(tmp_path, kind)
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    monkeypatch.setattr(losses, "_LOGITS", rows * vocabulary)
+    batch = batch_of(vocabulary)
+    expected = gradients(model, one := plain_loss(model, batch))
+    found = gradients(model, other := target_loss(model, batch))
+    assert losses._head_comes_last(model)  # it is the loss in pieces that is looked at
+    assert float(other.detach()) == pytest.approx(float(one.detach()), rel=1e-6)
+    assert found.keys() == expected.keys()
+    for name in expected:
+        assert torch.allclose(found[name], expected[name], rtol=1e-4, atol=1e-5), name
+    with torch.no_grad():
+        assert float(target_loss(model, batch)) == pytest.approx(float(one.detach()), rel=1e-6)
+
+
+def test_a_model_that_caps_its_logits_takes_the_plain_way() -> None:
+    torch.manual_seed(0)
+    model = Gemma2ForCausalLM(
+        Gemma2Config(
+            vocab_size=99, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+            num_key_value_heads=1, head_dim=16, final_logit_softcapping=0.5, initializer_range=1.0,
+        )
+    )  # fmt: skip
+    batch = batch_of(99)
+    assert not losses._head_comes_last(model)
+    assert float(target_loss(model, batch).detach()) == pytest.approx(
+        float(plain_loss(model, batch).detach())
+    )
+
+
+def test_the_head_is_itself_again_also_after_an_error(tmp_path) -> None:
+    model = llama(tmp_path, "frozen head")
+    batch = batch_of(100)
+    target_loss(model, batch)
+    with pytest.raises(AttributeError):
+        target_loss(
+            model, {**batch, "no_such_input": torch.zeros(1)} | {"input_ids": None, "inputs_embeds": 7}
+        )
+    logits = model(input_ids=batch["input_ids"]).logits
+    assert logits.shape[-1] == model.get_input_embeddings().weight.shape[0]
