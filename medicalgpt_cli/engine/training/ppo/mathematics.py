@@ -1,0 +1,333 @@
+"""The mathematics of PPO for language models: pure functions of tensors, and two small running states.
+
+Unless said otherwise a tensor is (batch, length) over response positions and comes with a boolean `mask`: True
+at the response's tokens, its end token among them, False to their right. What stands at this padding, NaN and
+infinity too, changes neither values nor gradients: it is replaced before it is used, because a gradient of 0
+multiplied by NaN is NaN. Log-probabilities and KL are in nats.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# exp overflows float32 at 88, and an infinite ratio makes the zero gradient of a clipped token NaN.
+MAX_LOG_RATIO = 60.0
+VARIANCE_FLOOR = 1e-8  # where a standard deviation is divided by
+
+
+def _kept(x: Tensor, mask: Tensor) -> Tensor:
+    return torch.where(mask, x, 0.0)
+
+
+def _tokens(mask: Tensor) -> Tensor:
+    return mask.sum().clamp(min=1)  # the sums over an empty mask are 0, and so shall be their means
+
+
+# ---- means over tokens
+
+
+def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
+    """Mean over all masked entries of the batch, a scalar; 0 where there is none."""
+    return _kept(x, mask).sum() / _tokens(mask)
+
+
+def masked_variance(x: Tensor, mask: Tensor) -> Tensor:
+    """Population variance (divided by n, not n - 1) over all masked entries, a scalar; 0 for one or none."""
+    return masked_mean((_kept(x, mask) - masked_mean(x, mask)).square(), mask)
+
+
+def whiten(advantages: Tensor, mask: Tensor, shift_mean: bool = True) -> Tensor:
+    """Scale to unit variance over all masked entries of the batch; 0 at padding.
+
+    Args:
+        shift_mean: move the mean to 0; otherwise it stays where it was (Huang et al. 2024).
+    """
+    mean = masked_mean(advantages, mask)
+    scaled = (_kept(advantages, mask) - mean) * (masked_variance(advantages, mask) + VARIANCE_FLOOR).rsqrt()
+    return _kept(scaled if shift_mean else scaled + mean, mask)
+
+
+# ---- log-probabilities, entropy, KL
+
+
+def _rows(logits: Tensor, temperature: float) -> Iterator[Tensor]:
+    """Each row's (length, vocabulary) logits over the temperature, in float32 (float64 stays float64)."""
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    # unbind, not logits[i]: the gradient of each index would be as large as all the logits.
+    for row in logits.unbind(0):
+        yield row.to(dtype) if temperature == 1.0 else row.to(dtype) / temperature
+
+
+def log_probabilities(logits: Tensor, tokens: Tensor, temperature: float = 1.0) -> Tensor:
+    """log p(token) at each position, (batch, length), float32.
+
+    Row by row and without a softmax: of float32 logits at temperature 1 nothing the size of the vocabulary is
+    kept for the backward pass but the logits themselves.
+
+    Args:
+        logits: (batch, length, vocabulary); batch is at least 1. NaN logits at padding have a NaN gradient.
+        tokens: (batch, length), each within the vocabulary, padding too.
+    """
+    return torch.stack(
+        [
+            row.gather(-1, ids.unsqueeze(-1)).squeeze(-1) - row.logsumexp(-1)
+            for row, ids in zip(_rows(logits, temperature), tokens, strict=True)
+        ]
+    )
+
+
+def entropy(logits: Tensor, temperature: float = 1.0) -> Tensor:
+    """Entropy of the next token's distribution in nats, (batch, length); logits of -inf add nothing."""
+    rows = (row.log_softmax(-1) for row in _rows(logits, temperature))
+    return torch.stack([-(row.exp() * row.masked_fill(row == -torch.inf, 0.0)).sum(-1) for row in rows])
+
+
+def kl_k1(logp: Tensor, ref_logp: Tensor, mask: Tensor | None = None) -> Tensor:
+    """logp - ref_logp per token: unbiased for KL(policy || reference) on tokens the policy drew.
+
+    The three estimators are of Schulman's note "Approximating KL Divergence" (2020). With `mask` the result and
+    its gradient are 0 at padding.
+    """
+    difference = logp - ref_logp
+    return difference if mask is None else _kept(difference, mask)
+
+
+def kl_k2(logp: Tensor, ref_logp: Tensor, mask: Tensor | None = None) -> Tensor:
+    """(logp - ref_logp)^2 / 2 per token: biased, little variance, never negative."""
+    return 0.5 * kl_k1(logp, ref_logp, mask).square()
+
+
+def kl_k3(logp: Tensor, ref_logp: Tensor, mask: Tensor | None = None) -> Tensor:
+    """exp(-d) - 1 + d per token with d = logp - ref_logp: unbiased, and never negative."""
+    difference = kl_k1(logp, ref_logp, mask)
+    return torch.expm1(-difference) + difference
+
+
+# ---- rewards and advantages
+
+
+def score_clip(scores: Tensor, limit: float | None) -> Tensor:
+    """Scores (batch,) held within ±limit; None leaves them."""
+    return scores if limit is None else scores.clamp(-limit, limit)
+
+
+def missing_end_penalty(scores: Tensor, ended: Tensor, penalty: float) -> Tensor:
+    """Scores (batch,) less `penalty` for each response that did not produce its end token (`ended` False)."""
+    return torch.where(ended, scores, scores - penalty)
+
+
+def missing_end_score(scores: Tensor, ended: Tensor, score: float) -> Tensor:
+    """Scores (batch,) with a fixed `score`, whatever was said, for responses without an end token.
+
+    Huang et al. 2024, "The N+ Implementation Details of RLHF with PPO": -1 there.
+    """
+    return torch.where(ended, scores, score)
+
+
+@torch.no_grad()
+def token_rewards(
+    scores: Tensor, logp: Tensor, ref_logp: Tensor, mask: Tensor, kl_coefficient: float
+) -> Tensor:
+    """-kl_coefficient * k1 at each token, plus the response's score at its last token; 0 at padding.
+
+    Ziegler et al. 2019, "Fine-Tuning Language Models from Human Preferences". No gradient: rewards are data.
+
+    Args:
+        scores: (batch,), in the reward model's units. A row without any token gets no reward.
+    """
+    is_last = mask & (mask.flip(1).cumsum(1).flip(1) == 1)
+    rewards = -kl_coefficient * kl_k1(logp, ref_logp, mask)
+    return rewards + _kept(scores.unsqueeze(1).expand_as(rewards), is_last)
+
+
+@torch.no_grad()
+def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
+    """Advantages and returns (advantage + value), both 0 at padding and without gradient.
+
+    Schulman et al. 2016, "High-Dimensional Continuous Control Using Generalized Advantage Estimation":
+    the sum over l of (gamma * lam)^l * delta_{t+l}, delta_t = r_t + gamma * V_{t+1} - V_t. A response ends at
+    its last token: the value after it is 0.
+
+    Args:
+        values: V_t, the critic's estimate before token t is produced.
+    """
+    # Padding is to the right and 0 here, so the backward sum is still 0 where it meets the last token.
+    rewards, values = _kept(rewards, mask), _kept(values, mask)
+    advantages = torch.zeros_like(values)
+    advantage = next_value = values.new_zeros(len(values))
+    for t in reversed(range(values.shape[1])):
+        delta = rewards[:, t] + gamma * next_value - values[:, t]
+        advantages[:, t] = advantage = delta + gamma * lam * advantage
+        next_value = values[:, t]
+    return advantages, advantages + values
+
+
+def rloo_advantages(scores: Tensor, group_size: int) -> Tensor:
+    """Each score less the mean of the other scores for the same prompt, (batch,).
+
+    Ahmadian et al. 2024, "Back to Basics".
+
+    Args:
+        scores: (prompts * group_size,), the responses to one prompt side by side; group_size is at least 2.
+    """
+    if group_size < 2:
+        raise ValueError("leave-one-out needs at least two responses a prompt")
+    groups = scores.reshape(-1, group_size)
+    others = (groups.sum(1, keepdim=True) - groups) / (group_size - 1)
+    return (groups - others).flatten()
+
+
+# ---- losses
+
+
+def policy_loss(
+    logp: Tensor,
+    old_logp: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    clip_range: float,
+    denominator: float | Tensor | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The clipped surrogate of Schulman et al. 2017, "Proximal Policy Optimization", as a token mean to minimise.
+
+    Args:
+        denominator: the number of tokens of the whole update where this is one micro-batch of it (default: of
+            this mask). The losses and measures of the micro-batches then add up to the whole batch's.
+
+    Returns:
+        The loss, and without gradient clip_fraction (share of tokens where the clip decides, which have no
+        gradient), approx_kl (k3 of KL(old || new)) and mean_ratio.
+    """
+    logp, old_logp, advantages = _kept(logp, mask), _kept(old_logp, mask), _kept(advantages, mask)
+    log_ratio = (logp - old_logp).clamp(max=MAX_LOG_RATIO)
+    ratio = log_ratio.exp()
+    free = -advantages * ratio
+    clipped = -advantages * ratio.clamp(1 - clip_range, 1 + clip_range)
+    count = _tokens(mask) if denominator is None else denominator
+    loss = torch.maximum(free, clipped).sum() / count  # padding adds 0: its advantage is 0
+    with torch.no_grad():
+        measures = {
+            "clip_fraction": (clipped > free).sum() / count,
+            "approx_kl": kl_k3(torch.zeros_like(log_ratio), log_ratio).sum() / count,
+            "mean_ratio": _kept(ratio, mask).sum() / count,
+        }
+    return loss, measures
+
+
+def value_loss(
+    values: Tensor,
+    old_values: Tensor,
+    returns: Tensor,
+    mask: Tensor,
+    clip_range_value: float | None,
+    denominator: float | Tensor | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Half the squared error as a token mean; the worse of it and that of a value held near the old one.
+
+    The clip is of the reference code of Schulman et al. 2017. Units: returns squared.
+
+    Args:
+        clip_range_value: how far a value may move from its old one, in units of returns; None: no clip.
+        denominator: as in `policy_loss`.
+
+    Returns:
+        The loss, and without gradient clip_fraction (share of tokens where the clip decides).
+    """
+    values, old_values, returns = _kept(values, mask), _kept(old_values, mask), _kept(returns, mask)
+    count = _tokens(mask) if denominator is None else denominator
+    free = worse = (values - returns).square()
+    if clip_range_value is not None:
+        near = old_values + (values - old_values).clamp(-clip_range_value, clip_range_value)
+        worse = torch.maximum(free, (near - returns).square())
+    # At padding all three are 0, so the sums need no mask.
+    return 0.5 * worse.sum() / count, {"clip_fraction": (worse > free).sum() / count}
+
+
+@torch.no_grad()
+def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> float | None:
+    """1 - var(returns - values) / var(returns): 1 is perfect, 0 as a constant; None for equal returns."""
+    variance = masked_variance(returns, mask).item()
+    if variance == 0.0:
+        return None
+    return 1.0 - masked_variance(_kept(returns, mask) - _kept(values, mask), mask).item() / variance
+
+
+# ---- running states
+
+
+@dataclass
+class FixedKL:
+    """A KL coefficient that stays; it takes the place of `AdaptiveKL`."""
+
+    coefficient: float
+
+    def update(self, kl: float, steps: int) -> None:
+        """Nothing changes."""
+
+    def state_dict(self) -> dict[str, float]:
+        return {"coefficient": self.coefficient}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        self.coefficient = state["coefficient"]
+
+
+@dataclass
+class AdaptiveKL(FixedKL):
+    """A KL coefficient that moves the KL towards `target` (Ziegler et al. 2019).
+
+    target: nats a response (or a token: the unit of the `kl` it is given). horizon: in the unit of `steps`.
+    """
+
+    target: float
+    horizon: float
+
+    def update(self, kl: float, steps: int) -> None:
+        """Take in the mean KL of `steps` new responses."""
+        if math.isnan(kl):
+            raise ValueError("the KL is not a number")
+        error = min(max(kl / self.target - 1, -0.2), 0.2)
+        factor = 1 + error * steps / self.horizon
+        if factor <= 0:
+            raise ValueError(f"the KL horizon {self.horizon} is too short for updates of {steps}")
+        self.coefficient *= factor
+
+
+@dataclass
+class RunningMoments:
+    """Count, mean and population variance of all scores so far (Chan, Golub & LeVeque 1979: batches merge)."""
+
+    count: int = 0
+    mean: float = 0.0
+    var: float = 0.0
+
+    def update(self, scores: Tensor) -> None:
+        scores = scores.detach().cpu().double().flatten()  # not every accelerator has float64
+        if not scores.isfinite().all():
+            raise ValueError("a score is not finite")  # it would spoil every later score
+        if not (new := scores.numel()):
+            return
+        shift, total = scores.mean().item() - self.mean, self.count + new
+        squares = self.var * self.count + scores.var(correction=0).item() * new
+        self.var = (squares + shift**2 * self.count * new / total) / total
+        self.mean += shift * new / total
+        self.count = total
+
+    def state_dict(self) -> dict[str, float]:
+        return {"count": self.count, "mean": self.mean, "var": self.var}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        self.count, self.mean, self.var = state["count"], state["mean"], state["var"]
+
+
+def normalise(scores: Tensor, moments: RunningMoments, shift: bool) -> Tensor:
+    """Scores (batch,) over the running standard deviation, less the running mean with `shift`.
+
+    Where the scores so far have not varied (variance up to 1e-8) nothing is scaled: it would be blown up.
+    """
+    scale = math.sqrt(moments.var) if moments.var > VARIANCE_FLOOR else 1.0
+    return (scores - moments.mean if shift else scores) / scale
