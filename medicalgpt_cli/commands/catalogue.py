@@ -42,6 +42,26 @@ COMMANDS = (
         "Training",
     ),
     Command(
+        "reward",
+        stages.RewardSettings,
+        (
+            "medgpt reward --base-model smollm2-135m --train-data pairs.jsonl",
+            "medgpt reward --lora-model runs/sft --train-data pairs.jsonl --eval-data dev_pairs.jsonl",
+            "medgpt reward --base-model smollm2-135m --train-data pairs.jsonl --dry-run",
+        ),
+        "Training",
+    ),
+    Command(
+        "rl",
+        stages.RlSettings,
+        (
+            "medgpt rl --lora-model runs/sft --reward-model runs/reward --train-data prompts.jsonl",
+            "medgpt rl --base-model smollm2-135m --reward-rule right-option --train-data exam.jsonl",
+            "medgpt rl --lora-model runs/sft --reward-model runs/reward --train-data prompts.jsonl --dry-run",
+        ),
+        "Training",
+    ),
+    Command(
         "merge-lora",
         stages.MergeLoraSettings,
         (
@@ -90,6 +110,16 @@ COMMANDS = (
             "--size 16000 --check-data general.txt",
             "medgpt vocabulary --base-model smollm2-135m --train-data corpus.txt --output-dir wider "
             "--sentencepiece-model words.model --max-new 2000",
+        ),
+        "Tools",
+    ),
+    Command(
+        "score",
+        stages.ScoreSettings,
+        (
+            "medgpt score --reward-model runs/reward --data-file pairs.jsonl --predictions-file scores.jsonl",
+            "medgpt score --reward-model runs/reward --data-file answers.jsonl --predictions-file -",
+            "medgpt score --reward-model runs/reward --data-file pairs.jsonl --predictions-file scores.jsonl --json",
         ),
         "Tools",
     ),

@@ -12,6 +12,7 @@ from medicalgpt_cli.settings.fields import flag_of, opt
 from medicalgpt_cli.settings.groups import (
     AdapterSettings,
     DataSettings,
+    DeviceSettings,
     ExampleSettings,
     ModelSettings,
     OptimSettings,
@@ -140,6 +141,152 @@ class SftSettings(ExampleSettings, TrainSettings):
 
     eval_questions: int = opt(3, "Held-out questions answered before and after, for the report.", min=0)
     eval_answer_tokens: int = opt(128, "Longest of those answers in tokens.", min=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardSettings(ExampleSettings, TrainSettings):
+    """A reward model from pairs of answers."""
+
+    panel: ClassVar[str] = "Reward model"
+
+    margin_column: str | None = opt(
+        None,
+        "The column with how much better the chosen answer is; taken off the difference.",
+        metavar="NAME",
+    )
+    centring: float = opt(
+        0.01, "Weight of the term that holds scores near 0, whose level pairs leave free; 0 is off.", min=0
+    )
+    exclude_prompts: tuple[str, ...] = opt(
+        (),
+        "Prompts that must not be trained on, such as the held-out ones of rl; can be repeated.",
+        metavar="PATH",
+    )
+
+    def check(self) -> None:
+        super().check()
+        if self.neftune_alpha is not None:
+            raise UsageError("--neftune-alpha is for pretrain and sft", "leave it out")
+        if self.embeddings not in ("auto", "frozen"):
+            raise UsageError("--embeddings: a reward model leaves them as they are", "leave it out")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RlSettings(TrainSettings):
+    """Reinforcement learning: PPO against a reward model, rules, or both."""
+
+    panel: ClassVar[str] = "Reinforcement learning"
+
+    reward_model: str | None = opt(
+        None, "A run of `medgpt reward`, a reward model's folder or a hub name.", metavar="NAME"
+    )
+    reward_weight: float = opt(1.0, "What the reward model's score is multiplied by.")
+    reward_rule: tuple[str, ...] = opt(
+        (),
+        "A rule, with a weight behind it (right-option:1): right-option, answer-format, length; can be repeated.",
+        metavar="RULE",
+    )
+    length_target: int = opt(128, "Tokens up to which the rule `length` gives the whole reward.", min=1)
+    batch_size: int = opt(32, "Prompts answered before each update of the policy.", min=1)
+    minibatch_size: int = opt(8, "Answers of a gradient step.", min=1)
+    rollout_size: int = opt(16, "Prompts answered at one time.", min=1)
+    ppo_epochs: int = opt(4, "Passes over the answers of a batch.", min=1)
+    learning_rate: float | None = opt(None, "Peak learning rate; 5e-5 for LoRA where not given.", above=0)
+    value_learning_rate: float | None = opt(
+        None, "Learning rate of the value function; the policy's where not given.", above=0
+    )
+    max_prompt_length: int = opt(512, "Longest prompt in tokens; longer ones are skipped and counted.", min=8)
+    max_new_tokens: int = opt(128, "Longest answer in tokens.", min=1)
+    temperature: float = opt(1.0, "Answers are drawn at this temperature.", above=0)
+    kl_coefficient: float = opt(
+        0.05, "Price of a nat of KL to the model that rl starts from; 0 is off.", min=0
+    )
+    kl_target: float | None = opt(
+        None, "Adapt the price so that the KL of an answer comes to this many nats.", above=0
+    )
+    kl_horizon: int = opt(2000, "Answers over which an adapted price changes.", min=1)
+    kl_limit: float = opt(50.0, "Stop when the KL of an answer exceeds this many nats.", above=0)
+    clip_range: float = opt(0.2, "How far the ratio of new to old probability counts.", above=0, max=1)
+    clip_range_value: float = opt(0.2, "How far a value may move from its old one.", above=0)
+    value_coefficient: float = opt(0.1, "Weight of the value function's loss.", min=0)
+    entropy_coefficient: float = opt(0.0, "Reward for uncertainty about the next token.", min=0)
+    gamma: float = opt(1.0, "Discount of later rewards.", above=0, max=1)
+    gae_lambda: float = opt(0.95, "Balance of bias and variance in the advantages.", min=0, max=1)
+    score_clip: float | None = opt(10.0, "Scores are held within plus and minus this.", above=0)
+    normalise_scores: bool = opt(
+        True, "Divide scores by their running spread.", negative="--no-normalise-scores"
+    )
+    missing_end_penalty: float = opt(
+        1.0, "Taken off the score of an answer that does not end by itself.", min=0
+    )
+    eval_prompts: int = opt(64, "Measure on at most this many held-out prompts.", min=1)
+    sample_answers: int = opt(10, "Held-out prompts whose answers the report shows before and after.", min=0)
+
+    def check(self) -> None:
+        super().check()
+        if not self.reward_model and not self.reward_rule and self.resume is None:
+            raise UsageError(
+                "no reward is named", "give --reward-model (a run of `medgpt reward`), --reward-rule, or both"
+            )
+        for flag, off in (
+            ("neftune_alpha", None), ("early_stopping", None), ("gradient_accumulation", 1), ("tuning", "lora")
+        ):  # fmt: skip
+            if getattr(self, flag) != off:
+                hint = {"gradient_accumulation": "--minibatch-size says what a gradient step is made of"}
+                raise UsageError(f"{flag_of(flag)} is not for rl", hint.get(flag, "leave it out"))
+        if self.embeddings not in ("auto", "frozen"):
+            raise UsageError("--embeddings: rl leaves them as they are", "leave it out")
+        if self.minibatch_size > self.batch_size:
+            raise UsageError(
+                f"--minibatch-size {self.minibatch_size} is larger than --batch-size {self.batch_size}",
+                "a minibatch is a part of the batch",
+            )
+        for rule in self.reward_rule:
+            name, _, weight = rule.partition(":")
+            if name not in RULES or not _is_number(weight or "1"):
+                raise UsageError(
+                    f"--reward-rule {rule}: no such rule",
+                    f"one of {', '.join(RULES)}, perhaps with a weight: {RULES[0]}:0.5",
+                )
+
+
+RULES = ("right-option", "answer-format", "length")
+
+
+def _is_number(text: str) -> bool:
+    try:
+        return abs(float(text)) < float("inf")
+    except ValueError:
+        return False
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreSettings(OutputSettings, DeviceSettings):
+    """Score answers with a reward model."""
+
+    panel: ClassVar[str] = "Scores"
+
+    reward_model: str | None = opt(
+        None, "A run of `medgpt reward`, a reward model's folder or a hub name.", metavar="NAME"
+    )
+    data_file: str | None = opt(
+        None, "Preference pairs, or conversations that end with an answer.", metavar="FILE"
+    )
+    predictions_file: str | None = opt(
+        None, "Scores, as JSON lines; - writes to standard output.", metavar="FILE"
+    )
+    batch_size: int = opt(8, "Answers scored together.", min=1)
+    max_length: int = opt(2048, "Longest prompt and answer in tokens.", min=8)
+
+    def check(self) -> None:
+        super().check()
+        for name in ("reward_model", "data_file", "predictions_file"):
+            if not getattr(self, name):
+                raise UsageError(
+                    f"{flag_of(name)} is missing", f"see `medgpt score --help` for {flag_of(name)}"
+                )
+        if self.json and self.predictions_file == "-":
+            raise UsageError("--json and --predictions-file - both write to stdout", "leave one of them out")
 
 
 @dataclass(frozen=True, kw_only=True)

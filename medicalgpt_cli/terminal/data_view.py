@@ -64,7 +64,9 @@ def show_plan(
 ) -> None:
     """What `--dry-run` shows: the plan, settings that are not defaults, the data, and an example."""
     console = console or results()
-    _table(console, "plan", [(name.replace("_", " "), _figure(value)) for name, value in plan.items()])
+    # a name that has spaces may hold a path, which stays as it is
+    rows = [(name if " " in name else name.replace("_", " "), _figure(value)) for name, value in plan.items()]
+    _table(console, "plan", rows)
     given = [
         (name, f"{_figure(one['value'])}  ({one['origin']})")
         for name, one in origins.items()
@@ -72,7 +74,7 @@ def show_plan(
     ]
     _table(console, "settings that are not defaults", given)
     for name, part in report.items():
-        if part.get("examples"):
+        if isinstance(part, Mapping) and part.get("histogram"):
             console.print()
             _show_counts(console, part, name.replace("_", " "))
             _show_histogram(console, part)
@@ -132,11 +134,14 @@ def _show_counts(console: Console, report: Mapping[str, Any], title: str = "data
         rows.append(
             ("tokens", f"{report['tokens']:,}, of which {report['target_tokens']:,} ({share:.0%}) are learnt")
         )
+    else:
+        counted = [(name, report.get(name)) for name in ("documents", "blocks", "pairs", "prompts", "tokens")]
+        rows += [(name, f"{number:,}") for name, number in counted if number]
     for kind in ("skipped", "merged", "truncated"):
-        for reason, number in report[kind].items():
+        for reason, number in report.get(kind, {}).items():
             places = ", ".join(one_line(place) for place in report["places"].get(reason, [])[:3])
             rows.append((kind, f"{number:,}: {reason} ({places})"))
-    if report["tokens_cut"]:
+    if report.get("tokens_cut"):
         rows.append(("cut", f"{report['tokens_cut']:,} tokens at --max-length {report['max_length']}"))
     rows += [("note", one_line(notice)) for notice in report["notices"]]
     _table(console, title, rows)

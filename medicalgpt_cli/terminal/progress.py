@@ -65,7 +65,8 @@ class TrainingState:
         self.step = int(plan.get("from_step") or 0)
         self.started = time.monotonic()
         self.latest: dict[str, float] = {}
-        self.losses: list[float] = []
+        self.main = "reward" if plan.get("stage") == "rl" else "loss"  # what the curves show
+        self.course: list[float] = []
         self.evals: list[float] = []
         self.eval: dict[str, float] = {}
         self.checkpoint: int | None = None
@@ -77,14 +78,14 @@ class TrainingState:
         self.step = step
         self.latest.update(metrics)
         self._times.append((step, time.monotonic()))
-        if metrics.get("loss") is not None:
-            self.losses.append(float(metrics["loss"]))
+        if metrics.get(self.main) is not None:
+            self.course.append(float(metrics[self.main]))
 
     def add_eval(self, step: int, metrics: Mapping[str, float]) -> None:
         # both spellings: the measurement's own, and that of metrics.jsonl
         self.eval = {name.removeprefix("eval_"): value for name, value in metrics.items()} | {"step": step}
-        if self.eval.get("loss") is not None:
-            self.evals.append(float(self.eval["loss"]))
+        if self.eval.get(self.main) is not None:
+            self.evals.append(float(self.eval[self.main]))
 
     @property
     def elapsed(self) -> float:
@@ -114,11 +115,17 @@ class TrainingState:
             ("loss", "loss"),
             ("learning_rate", "lr"),
             ("grad_norm", "grad"),
+            ("reward", "reward"),
+            ("kl", "KL"),
+            ("answer_tokens", "tokens an answer"),
         ):
             if self.latest.get(name) is not None:
                 parts.append(f"{label} {_number(name, self.latest[name])}")
-        if self.latest.get("target_tokens_per_second") is not None:
-            parts.append(f"{self.latest['target_tokens_per_second']:,.0f} target tokens/s")
+        if self.latest.get("accuracy") is not None:
+            parts.append(f"accuracy {self.latest['accuracy']:.2f}")
+        label, speed = _speed(self.latest)
+        if speed:
+            parts.append(f"{speed} {label}")
         return "  ".join([*parts, f"left {duration(self.left)}"])
 
     def eval_line(self) -> str:
@@ -128,6 +135,9 @@ class TrainingState:
             ("loss", "held-out loss"),
             ("perplexity", "perplexity"),
             ("bits_per_byte", "bits/byte"),
+            ("reward", "held-out reward"),
+            ("kl", "KL"),
+            ("answer_tokens", "tokens an answer"),
         ):
             if self.eval.get(name) is not None:
                 parts.append(f"{label} {self.eval[name]:.4f}")
@@ -159,18 +169,22 @@ def panel(state: TrainingState, width: int, running: bool = True) -> RenderableT
     latest = state.latest
     body.add_row("elapsed", duration(state.elapsed), "time left", duration(state.left))
     body.add_row("epoch", _shown(latest, "epoch"), "learning rate", _shown(latest, "learning_rate"))
-    body.add_row("target tokens/s", _shown(latest, "target_tokens_per_second"), "memory", size(state.memory))
+    label, speed = _speed(latest)
+    body.add_row(label, speed or "–", "memory", size(state.memory))
     body.add_row("gradient norm", _shown(latest, "grad_norm"), "checkpoint", _checkpoint(state))
 
     curves = Table.grid(padding=(0, 1, 0, 0))
     for column in ("dim", "bold", ""):
         curves.add_column(no_wrap=True, style=column)
     room = max(inner - 15 - 8 - 22, 8)
-    curves.add_row("loss", _shown(latest, "loss"), Text(sparkline(state.losses, room), style="cyan"))
+    curves.add_row(state.main, _shown(latest, state.main), Text(sparkline(state.course, room), style="cyan"))
     held_out = Text(sparkline(state.evals, room), style="magenta")
     if state.eval.get("perplexity") is not None:
         held_out.append(f" perplexity {state.eval['perplexity']:.2f}", style="dim")
-    curves.add_row("held-out loss", _shown(state.eval, "loss"), held_out)
+    curves.add_row(f"held-out {state.main}", _shown(state.eval, state.main), held_out)
+    if state.main == "reward":
+        curves.add_row("KL to the start", _shown(latest, "kl"), "nats an answer")
+        curves.add_row("answer", _shown(latest, "answer_tokens"), "tokens")
 
     grid = Table.grid(expand=True)
     for row in (head, Text(), curves, body):
@@ -290,7 +304,7 @@ def data_lines(report: Mapping[str, Any]) -> list[str]:
 
 def end_lines(result: Mapping[str, Any]) -> list[str]:
     """Held-out figures before and after, and where the report is."""
-    from medicalgpt_cli.engine.run.summary import part_rows
+    from medicalgpt_cli.engine.run.summary import part_table
 
     lines = []
     before, after = result.get("before") or {}, result.get("after") or {}
@@ -298,15 +312,32 @@ def end_lines(result: Mapping[str, Any]) -> list[str]:
         ("loss", "held-out loss"),
         ("perplexity", "perplexity"),
         ("bits_per_byte", "bits per byte"),
+        ("reward", "held-out reward"),
+        ("kl", "KL to the start"),
+        ("answer_tokens", "tokens/answer"),
+        ("ended", "ended"),
     ):
         if before.get(name) is not None and after.get(name) is not None:
-            lines.append(f"{label:<14} {before[name]:.4f} → {after[name]:.4f}")
-    rows = part_rows(before, after)
-    for source, language, size, old, new in rows if len(rows) > 1 else []:
-        lines.append(f"· {source} ({language}, {size} bytes): bits per byte {old} → {new}")
+            interval = ""
+            if name == "reward":
+                interval = f"  (95 %: {after['reward_low']:.4f} to {after['reward_high']:.4f})"
+            lines.append(f"{label:<14} {before[name]:.4f} → {after[name]:.4f}{interval}")
+    head, rows = part_table(before, after)
+    for row in rows:
+        figures = " · ".join(f"{name} {cell}" for name, cell in zip(head[1:], row[1:], strict=True))
+        lines.append(f"{row[0]}: {figures}")
     if result.get("folder"):
         lines.append(f"report         {result['folder']}/report.html")
     return lines
+
+
+def _speed(latest: Mapping[str, float]) -> tuple[str, str]:
+    """What a stage counts a second, and the figure; empty before the first step."""
+    for unit in ("pairs", "answers"):
+        if latest.get(f"{unit}_per_second") is not None:
+            return f"{unit}/s", f"{latest[f'{unit}_per_second']:.2f}"
+    figure = latest.get("target_tokens_per_second")
+    return "target tokens/s", "" if figure is None else f"{figure:,.0f}"
 
 
 def _title(plan: Mapping[str, Any]) -> str:
@@ -326,6 +357,6 @@ def _number(name: str, value: float) -> str:
         "learning_rate": "{:.2e}",
         "grad_norm": "{:.3g}",
         "epoch": "{:.2f}",
-        "target_tokens_per_second": "{:,.0f}",
+        "answer_tokens": "{:.1f}",
     }
     return formats.get(name, "{:.4f}").format(value)

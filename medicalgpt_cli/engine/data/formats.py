@@ -140,7 +140,7 @@ def load_conversations(
         DataError: a row contradicts its format, or nothing is left.
     """
     found: list[Conversation] = []
-    for row in _rows(sources, counts, observer):
+    for row in rows_of(sources, counts, observer):
         if max_samples is not None and len(found) >= max_samples:
             break
         counts.read += 1
@@ -160,7 +160,7 @@ def load_prompts(sources: Sequence[str], counts: Counts, observer: Observer) -> 
         DataError: a row contradicts its format, or nothing is left.
     """
     found = []
-    for row in _rows(sources, counts, observer):
+    for row in rows_of(sources, counts, observer):
         counts.read += 1
         messages, identifier = messages_of(row, counts)
         last = max((i for i, one in enumerate(messages) if one["role"] == "user"), default=None)
@@ -192,7 +192,7 @@ def iterate_texts(
         DataError: a record has no text, or nothing is found.
     """
     any_found = False
-    for row in _rows(sources, counts, observer, text_unit=text_unit):
+    for row in rows_of(sources, counts, observer, text_unit=text_unit):
         counts.read += 1
         kind = detect_format(row.value, row.at)
         if kind != "text":
@@ -332,14 +332,38 @@ def _from_prompt(value: dict[str, Any], at: str) -> list[Message]:
 
 def _from_preference(value: dict[str, Any], at: str) -> list[Message]:
     """The chosen answer of a preference pair is what is worth learning."""
-    chosen = "chosen" if "chosen" in value else "response_chosen"
-    if chosen not in value:
-        raise DataError("a preference pair without its chosen answer", "expected chosen and rejected", at=at)
-    if "conversations" in value:
-        messages = _from_sharegpt(value, at)
-    else:
-        messages = _from_prompt(value, at)
-    return [*messages, _message("assistant", value[chosen], chosen, at)]
+    chosen = answer_keys(value, at)[0]
+    return [*preference_prompt(value, at), _message("assistant", value[chosen], chosen, at)]
+
+
+def answer_keys(value: dict[str, Any], at: str) -> tuple[str, str]:
+    """The names under which a preference pair has its better and its worse answer."""
+    for pair in (("chosen", "rejected"), ("response_chosen", "response_rejected")):
+        missing = [name for name in pair if name not in value]
+        if len(missing) == 1:
+            raise DataError(
+                f"a preference pair without {missing[0]}", f"expected {' and '.join(pair)}", at=at
+            )
+        if not missing:
+            return pair
+    raise DataError(
+        f"no preference pair; keys found: {', '.join(sorted(map(str, value)))}",
+        "expected: conversations, prompt or question, with chosen and rejected",
+        at=at,
+    )
+
+
+def preference_prompt(value: dict[str, Any], at: str) -> list[Message]:
+    """What both answers of a pair answer; several turns are kept."""
+    if "conversations" in value or "conversation" in value:
+        return _from_sharegpt(value, at)
+    if "messages" in value:
+        return _with_system(value, _turns(value["messages"], "messages", "role", "content", at), at)
+    if "instruction" in value:
+        return _from_alpaca({**value, "output": ""}, at)[:-1]
+    if not any(key in value for key in _QUESTIONS):
+        raise DataError(*_unknown_keys(set(value)), at=at)
+    return _from_prompt(value, at)
 
 
 def _from_choice(value: dict[str, Any], at: str) -> list[Message]:
@@ -422,9 +446,10 @@ def _join_same_role(messages: Iterable[Message], at: str, counts: Counts) -> lis
     return joined
 
 
-def _rows(
+def rows_of(
     sources: Sequence[str], counts: Counts, observer: Observer, *, text_unit: str = "line"
 ) -> Iterator[Row]:
+    """The rows of all sources in order."""
     files, ignored = expand_sources(sources)
     if ignored:
         counts.notices.append(

@@ -292,6 +292,29 @@ def _fit_last(
     return Example(turn.prompt + target, [IGNORED] * len(turn.prompt) + target, at=at)
 
 
+def render_answer(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], answer: str, max_length: int
+) -> tuple[list[int], list[int]] | None:
+    """Token ids of a prompt and of an answer to it, with the token that ends the answer.
+
+    The oldest exchanges give way where both do not fit; the answer is never cut, because what is judged is
+    the whole of it. None where it does not fit behind its question alone.
+
+    Raises:
+        UsageError: the template refuses the conversation.
+    """
+    try:
+        turn = _turn(tokenizer, [*messages, {"role": "assistant", "content": answer}])
+        if len(turn.prompt) + len(turn.target) > max_length:
+            kept, _ = fit_history(tokenizer, messages, max_length - len(turn.target))
+            turn = _turn(tokenizer, [*kept, {"role": "assistant", "content": answer}])
+    except _NotLearnable as problem:
+        raise UsageError(str(problem), "another --template may suit these answers") from None
+    if len(turn.prompt) + len(turn.target) > max_length:
+        return None
+    return turn.prompt, turn.target
+
+
 # -- template and tokenizer --------------------------------------------------------------------------------
 
 

@@ -4,11 +4,25 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from typing import Protocol, TypeVar
 
-from medicalgpt_cli.engine.data.formats import Conversation, Counts
+from medicalgpt_cli.engine.data.formats import Counts, Message
 
 
-def prompt_key(conversation: Conversation) -> str:
+class _HasMessages(Protocol):
+    """A conversation or a pair of answers."""
+
+    @property
+    def messages(self) -> Sequence[Message]: ...
+
+    @property
+    def at(self) -> str: ...
+
+
+_Asked = TypeVar("_Asked", bound=_HasMessages)
+
+
+def prompt_key(conversation: _HasMessages) -> str:
     """What makes two conversations the same question: all that is said before the first answer."""
     opening = []
     for message in conversation.messages:
@@ -19,9 +33,7 @@ def prompt_key(conversation: Conversation) -> str:
     return "\x1f".join(opening)
 
 
-def split(
-    conversations: Sequence[Conversation], fraction: float, seed: int
-) -> tuple[list[Conversation], list[Conversation]]:
+def split(conversations: Sequence[_Asked], fraction: float, seed: int) -> tuple[list[_Asked], list[_Asked]]:
     """Hold out a share of the distinct questions: (training, held out).
 
     Conversations with the same question stay on one side. The choice depends on the questions and the seed
@@ -39,14 +51,17 @@ def split(
 
 
 def without_held_out(
-    training: Sequence[Conversation], held_out: Sequence[Conversation], counts: Counts
-) -> list[Conversation]:
-    """Training conversations whose question is not held out; the others are counted as skipped."""
+    training: Sequence[_Asked],
+    held_out: Sequence[_HasMessages],
+    counts: Counts,
+    reason: str = "its question stands in the held-out data",
+) -> list[_Asked]:
+    """Training data whose question is not held out; the others are counted as skipped."""
     held = {prompt_key(conversation) for conversation in held_out}
     kept = []
     for conversation in training:
         if prompt_key(conversation) in held:
-            counts.add_skip("its question stands in the held-out data", conversation.at)
+            counts.add_skip(reason, conversation.at)
         else:
             kept.append(conversation)
     return kept

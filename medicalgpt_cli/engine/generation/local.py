@@ -35,6 +35,7 @@ class Answer:
     prompt_tokens: int
     completion_tokens: int
     error: str | None = None
+    end: int | None = None  # the token that ended it; None where a limit or a stop text did
 
 
 @dataclass
@@ -46,6 +47,7 @@ class _Row:
     limit: int  # new tokens at most
     generator: torch.Generator | None
     said: list[int]
+    end: int | None = None
 
 
 class LocalBackend:
@@ -173,6 +175,7 @@ class LocalBackend:
     def _add(self, row: _Row, token: int) -> str | None:
         """Take a token into the answer; why the answer ends with it, or None."""
         if token in self.stop_ids:
+            row.end = token
             return "stop"
         row.said.append(token)
         return "length" if len(row.said) >= row.limit else None
@@ -202,7 +205,7 @@ class LocalBackend:
 
     def _answer(self, row: _Row, reason: str) -> Answer:
         text = _cut_at(self._text(row), self.sampling.stop).rstrip("\ufffd")  # a character cut in half
-        return Answer(text, list(row.said), reason, len(row.prompt), len(row.said))
+        return Answer(text, list(row.said), reason, len(row.prompt), len(row.said), end=row.end)
 
 
 def context_length(model: Any, sampling: SamplingSettings) -> int:

@@ -174,8 +174,21 @@ def load_model(
     return loaded
 
 
-def load_base(base: ModelReference, dtype: torch.dtype, device: torch.device, gpus: int = 1) -> Any:
-    """The weights of a base model on `device`, or its layers spread over the first `gpus` GPUs."""
+def load_base(
+    base: ModelReference,
+    dtype: torch.dtype,
+    device: torch.device,
+    gpus: int = 1,
+    *,
+    kind: Any = AutoModelForCausalLM,
+    may_lack: Collection[str] = (),
+) -> Any:
+    """The weights of a base model on `device`, or its layers spread over the first `gpus` GPUs.
+
+    Args:
+        kind: the library's class; a reward model is an AutoModelForSequenceClassification.
+        may_lack: weights that the files need not have.
+    """
     options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": False}
     source = base.path
     if base.kind == "gguf":
@@ -190,8 +203,10 @@ def load_base(base: ModelReference, dtype: torch.dtype, device: torch.device, gp
         options |= {"device_map": "balanced", "max_memory": free}
     with _explained(base):
         _refuse_unsafe(base)
-        loaded, found = AutoModelForCausalLM.from_pretrained(source, output_loading_info=True, **options)
-    _must_be_complete(base.name, found["missing_keys"])
+        if kind is not AutoModelForCausalLM:
+            options["num_labels"] = 1
+        loaded, found = kind.from_pretrained(source, output_loading_info=True, **options)
+    _must_be_complete(base.name, set(found["missing_keys"]) - set(may_lack))
     return loaded if gpus > 1 else _to_device(loaded, device)
 
 
@@ -232,6 +247,8 @@ def attach_adapter(model: Any, folder: Path, *, trainable: bool = False) -> Any:
                 f"{folder}: the adapter is pickled (adapter_model.bin)", "convert it to safetensors"
             )
         raise UsageError(f"{folder} has no adapter_model.safetensors", "was the copy complete?")
+    if _config_of(folder).get("task_type") == "SEQ_CLS":
+        raise UsageError(f"{folder} is a reward model: it scores answers", "medgpt score takes it")
     misfit = UsageError(
         f"the adapter in {folder} does not fit this base model: it was trained over another one",
         "leave out --base-model: the adapter knows its base",
@@ -256,6 +273,10 @@ def attach_adapter(model: Any, folder: Path, *, trainable: bool = False) -> Any:
         if any(not name.startswith(tuple(own_tables)) for name in different):
             raise misfit
     return attached
+
+
+def _config_of(adapter: Path) -> dict[str, Any]:
+    return json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
 
 
 def _restore_rows(model: Any, file: Path) -> set[str]:

@@ -87,7 +87,8 @@ def resolve(name: str, *, follow: bool = True) -> ModelReference:
     pulled = pulled_models() / name
     if pulled.is_dir() and "/" not in name:
         return ModelReference(name, "folder", str(pulled))
-    if name.count("/") == 1 and name[0] not in "./~" and not Path(name.split("/")[0]).exists():
+    local = name[0] in "./~" or name.startswith("runs/") or Path(name.split("/")[0]).exists()
+    if name.count("/") == 1 and not local:
         return ModelReference(name, "hub", name)
     raise _not_found(name)
 

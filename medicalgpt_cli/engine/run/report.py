@@ -14,10 +14,18 @@ from medicalgpt_cli.engine.run import metrics
 from medicalgpt_cli.engine.run.curves import Line, bars, chart, smoothed
 from medicalgpt_cli.engine.run.files import atomic_write
 from medicalgpt_cli.engine.run.folder import RunFolder
-from medicalgpt_cli.engine.run.summary import data_parts, part_rows, source_rows
+from medicalgpt_cli.engine.run.summary import data_parts, length_rows, part_table, source_rows
 
-# (key of a measurement, what it is called); in all of them less is better
-_MEASURES = (("loss", "held-out loss"), ("perplexity", "perplexity"), ("bits_per_byte", "bits per byte"))
+# (key of a measurement, what it is called)
+_MEASURES = (
+    ("loss", "held-out loss"),
+    ("perplexity", "perplexity"),
+    ("bits_per_byte", "bits per byte"),
+    ("reward", "held-out reward"),
+    ("kl", "KL to the start, nats"),
+    ("answer_tokens", "tokens an answer"),
+)
+_LESS_IS_BETTER = ("loss", "perplexity", "bits_per_byte")
 _STAGES = {
     "sft": "Instruction tuning",
     "pretrain": "Pretraining",
@@ -68,19 +76,22 @@ def _headline(manifest: Mapping[str, Any], records: Sequence[Mapping[str, Any]],
 
 
 def _by_part(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
-    """Bits per byte by source and language, where text was measured."""
-    rows = [
-        (source, language, *((figure, "number") for figure in figures))
-        for source, language, *figures in part_rows(before, after)
-    ]
+    """The held-out figures by source, and for a reward model by which answer is longer."""
+    head, rows = part_table(before, after)
     if not rows:
         return ""
-    head = (
-        "held-out text",
-        "language",
-        *((name, "number") for name in ("bytes", "bits per byte before", "after")),
-    )
-    return _table(rows, head)
+    found = _table([_figures(row) for row in rows], _figures(head))
+    by_length = [_figures(row, 2) for row in length_rows(after)]
+    if by_length:
+        found += _table(
+            by_length, _figures(["held-out pairs", "the chosen answer is", "pairs", "accuracy"], 2)
+        )
+    return found
+
+
+def _figures(row: Sequence[str], words: int = 1) -> list[Any]:
+    """A row whose first `words` cells are text and the others numbers."""
+    return [*row[:words], *((cell, "number") for cell in row[words:])]
 
 
 def _before(manifest: Mapping[str, Any]) -> Mapping[str, float]:
@@ -93,11 +104,11 @@ def _card(key: str, label: str, before: float | None, after: float | None) -> st
     if before is None and after is None:
         return ""
     change = ""
-    if before and after is not None:
+    if before and after is not None and key in _LESS_IS_BETTER:
         percent = 100 * (after - before) / before
         text = f"{percent:+.1f} %".replace("-", "−")
         change = f'<div class="{"good" if percent < 0 else "bad"}">{text}</div>'
-    digits = 2 if key == "perplexity" else 4
+    digits = {"perplexity": 2, "answer_tokens": 1}.get(key, 4)
     old = f'<span class="from">{before:,.{digits}f} → </span>' if None not in (before, after) else ""
     value = f"{after if after is not None else before:,.{digits}f}"
     figures = f'<div class="name">{label}</div><div class="value">{old}{value}</div>'
@@ -112,17 +123,36 @@ def _curves(manifest: Mapping[str, Any], records: Sequence[Mapping[str, Any]]) -
         first = [(0, before[key])] if before.get(key) is not None else []
         return Line("held out", [*first, *metrics.series(records, f"eval_{key}")], "second", markers=True)
 
+    if manifest["stage"] == "rl":
+        drawn = [
+            chart("Reward", [*_noisy("training", records, "reward"), held_out("reward")], "mean of a batch"),
+            chart("KL to the start", _noisy("", records, "kl"), "nats an answer"),
+            chart("Length", _noisy("", records, "answer_tokens"), "tokens an answer"),
+            chart("Ended by itself", _noisy("", records, "ended"), "share of answers"),
+            chart("Entropy", _noisy("", records, "entropy"), "nats a token"),
+            chart("Different word pairs", _noisy("", records, "distinct_2"), "share of all pairs"),
+            chart("Value loss", _noisy("", records, "value_loss")),
+            chart("Explained variance", _noisy("", records, "explained_variance"), "of the returns"),
+            chart("Clipped", _noisy("", records, "clip_fraction"), "share of tokens"),
+            chart("Speed", _noisy("", records, "answers_per_second"), "answers a second"),
+        ]
+        return f'<section><h2>Curves</h2><div class="curves">{"".join(drawn)}</div></section>'
+    unit = "nats a pair" if manifest["stage"] == "reward" else "nats a target token"
     drawn = [
-        chart("Loss", [*_noisy("training", records, "loss"), held_out("loss")], "nats a target token"),
-        chart("Bits per byte", [held_out("bits_per_byte")], "of the answers"),
+        chart("Loss", [*_noisy("training", records, "loss"), held_out("loss")], unit),
+        chart("Bits per byte", [held_out("bits_per_byte")], "of held-out text"),
+        chart("Accuracy", _noisy("", records, "accuracy"), "training pairs, by log step"),
+        chart("Margin", _noisy("", records, "margin"), "chosen − rejected score"),
         chart("Learning rate", [Line("", metrics.series(records, "learning_rate"))]),
         chart("Gradient norm", _noisy("", records, "grad_norm"), "before clipping"),
         chart("Speed", _noisy("", records, "target_tokens_per_second"), "target tokens a second"),
+        chart("Speed", _noisy("", records, "pairs_per_second"), "pairs a second"),
+        chart("Speed", _noisy("", records, "answers_per_second"), "answers a second"),
     ]
     for part in data_parts(manifest.get("data") or {}):
         if part.name.startswith("training"):
             lengths = [(f"{bar['from']:,}–{bar['to']:,}", bar["count"]) for bar in part.histogram]
-            drawn.append(bars("Lengths", lengths, "training examples", "tokens"))
+            drawn.append(bars("Lengths", lengths, part.name, "tokens"))
     if not any(drawn[:-1]):
         drawn.insert(0, '<p class="soft">No step was logged.</p>')
     return f'<section><h2>Curves</h2><div class="curves">{"".join(drawn)}</div></section>'
@@ -170,7 +200,7 @@ def _data(manifest: Mapping[str, Any]) -> str:
         ]
         if rows:
             blocks.append(_table(rows, ("", ("rows", "number"), "why", "for example")))
-        else:
+        elif not part.notices:
             blocks.append('<p class="soft">Every row was used as it stands.</p>')
         blocks += [f'<p class="soft">{_escape(notice)}</p>' for notice in part.notices]
     sources = [

@@ -14,6 +14,7 @@ _FACTS = (
     ("used", "used"),
     ("documents", "documents"),
     ("blocks", "blocks an epoch"),
+    ("pairs", "pairs"),
     ("examples", "examples"),
     ("tokens", "tokens"),
     ("target_tokens", "target tokens"),
@@ -69,20 +70,49 @@ def source_rows(report: Mapping[str, Any]) -> list[tuple[str, ...]]:
     ]
 
 
-def part_rows(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[tuple[str, ...]]:
-    """Held-out text by source and language: source, language, bytes, bits per byte before and after."""
-    old = {(one["source"], one["language"]): one for one in before.get("parts") or []}
+def part_table(before: Mapping[str, Any], after: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Held-out figures by source, before and after: column names and rows; no rows where there are no parts."""
+    parts = after.get("parts") or []
+    if not parts:
+        return [], []
+    old = {(one["source"], one.get("language")): one for one in before.get("parts") or []}
+    rows = []
+    if "bits_per_byte" in parts[0]:
+        head = ["held-out text", "language", "bytes", "bits per byte before", "after"]
+        for one in parts:
+            past = old.get((one["source"], one["language"]))
+            was = f"{past['bits_per_byte']:.4f}" if past else "–"
+            rows.append(
+                [one["source"], one["language"], f"{one['bytes']:,}", was, f"{one['bits_per_byte']:.4f}"]
+            )
+        return head, rows
+    head = [
+        "held-out pairs",
+        "pairs",
+        "accuracy before",
+        "after",
+        "95 %",
+        "longer wins",
+        "margin",
+        "calibration error",
+    ]
+    for one in parts:
+        past = old.get((one["source"], None))
+        was = f"{100 * past['accuracy']:.1f} %" if past else "–"
+        now, interval = f"{100 * one['accuracy']:.1f} %", f"{100 * one['low']:.1f}–{100 * one['high']:.1f}"
+        rest = [
+            f"{100 * one['longer_wins']:.1f} %",
+            f"{one['margin']:.3f}",
+            f"{one['calibration_error']:.3f}",
+        ]
+        rows.append([one["source"], f"{one['pairs']:,}", was, now, interval, *rest])
+    return head, rows
+
+
+def length_rows(figures: Mapping[str, Any]) -> list[list[str]]:
+    """Accuracy of a reward model by which answer is longer: source, which, pairs, accuracy."""
     return [
-        (
-            one["source"],
-            one["language"],
-            f"{one['bytes']:,}",
-            *(
-                [f"{old[key]['bits_per_byte']:.4f}"]
-                if (key := (one["source"], one["language"])) in old
-                else ["–"]
-            ),
-            f"{one['bits_per_byte']:.4f}",
-        )
-        for one in after.get("parts") or []
+        [part["source"], name.removeprefix("chosen "), f"{one['pairs']:,}", f"{100 * one['accuracy']:.1f} %"]
+        for part in figures.get("parts") or []
+        for name, one in (part.get("by_length") or {}).items()
     ]

@@ -17,11 +17,23 @@ from medicalgpt_cli.engine.run import metrics
 STOP_SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")
 
 
-class Reporting(TrainerCallback):
-    """Each log step goes to metrics.jsonl and to the observer."""
+# What the library logs itself; everything else is a stage's own.
+_OF_THE_LIBRARY = (
+    "epoch",
+    "loss",
+    "learning_rate",
+    "grad_norm",
+    "seen",
+    "total_flos",
+    "num_input_tokens_seen",
+)
 
-    def __init__(self, observer: Observer, metrics_file: Path):
-        self.observer, self.metrics_file = observer, metrics_file
+
+class Reporting(TrainerCallback):
+    """Each log step goes to metrics.jsonl and to the observer. `unit` is what speed is counted in."""
+
+    def __init__(self, observer: Observer, metrics_file: Path, unit: str):
+        self.observer, self.metrics_file, self.unit = observer, metrics_file, unit
         self.began = self.last = time.monotonic()
 
     def on_train_begin(self, args, state, control, **_):
@@ -29,21 +41,22 @@ class Reporting(TrainerCallback):
 
     def on_log(self, args, state, control, logs=None, **_):
         values = {name: value for name, value in (logs or {}).items() if isinstance(value, (int, float))}
-        if "eval_loss" in values:
+        if any(name.startswith("eval_") for name in values):
             values = {name: value for name, value in values.items() if name.startswith("eval_")}
             metrics.append(self.metrics_file, {"step": state.global_step, **values})
             self.observer.on_eval(state.global_step, values)
             self.last = time.monotonic()  # measuring is not training time
         elif "loss" in values:
             now = time.monotonic()
-            speed = values.get("target_tokens", 0) / max(now - self.last, 1e-9)
+            speed = values.get("seen", 0) / max(now - self.last, 1e-9)
             values = {
                 "epoch": state.epoch or 0.0,
                 "loss": values["loss"],
                 "learning_rate": values.get("learning_rate", 0.0),
                 "grad_norm": values.get("grad_norm", 0.0),
-                "target_tokens_per_second": speed,
+                f"{self.unit}_per_second": speed,
                 "seconds": now - self.began,
+                **{name: value for name, value in values.items() if name not in _OF_THE_LIBRARY},
             }
             self.last = now
             metrics.append(self.metrics_file, {"step": state.global_step, **values})

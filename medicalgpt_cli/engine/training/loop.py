@@ -41,6 +41,7 @@ class Stage(ABC):
     """One training stage on its data. Making it reads the data; it loads no weights and writes nothing."""
 
     name: ClassVar[str]
+    trainer: ClassVar[type[MedgptTrainer]] = MedgptTrainer
     chats: ClassVar[bool] = True  # needs a chat template, if need be the plain one
     settings: Any
     data: Any  # what `load_data` gave
@@ -96,6 +97,14 @@ class Stage(ABC):
     @abstractmethod
     def measure(self, model: Any, observer: Observer, known: dict[str, Any] | None = None) -> dict[str, Any]:
         """{"metrics": …, …}: held-out figures, measured anew unless `known`, and what else is compared."""
+
+    def load(self, observer: Observer) -> Any:
+        """The model with the weights that are to be trained requiring gradients."""
+        return load_trainable(self.settings, self.resolved, observer)
+
+    def save(self, model: Any, folder: RunFolder, after: dict[str, Any]) -> None:
+        """Write the result into `folder.new_model` and publish it."""
+        save_result(self.settings, self.resolved, model, self.tokenizer, folder)
 
     def compare(self, before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
         """What the result says beyond the figures before and after."""
@@ -171,7 +180,7 @@ def _open_folder(stage: Stage) -> RunFolder:
 def _train_in(folder: RunFolder, stage: Stage, observer: Observer) -> dict[str, Any]:
     settings, updates = stage.settings, stage.schedule.updates
     set_seed(settings.seed)
-    model = load_trainable(settings, stage.resolved, observer)
+    model = stage.load(observer)
     stage.padding_free = stage.keeps_apart(model, observer)
     before = folder.read().get("before")  # a resumed run measured it when it began
     if before is None:
@@ -199,7 +208,7 @@ def _train_in(folder: RunFolder, stage: Stage, observer: Observer) -> dict[str, 
         observer.on_notice(f"kept the weights with the lowest held-out loss, of {best.name}")
     model.eval()
     after = stage.measure(model, observer, known)
-    save_result(settings, stage.resolved, model, stage.tokenizer, folder)
+    stage.save(model, folder, after)
     result = {
         "steps": step,
         "seconds": seconds,
@@ -253,10 +262,10 @@ def _trainer(
     settings = stage.settings
     device = choose_device(settings)
     parts = stage.trainer_parts(model, stop)
-    callbacks: list[Any] = [Reporting(observer, folder.metrics), stop]
+    callbacks: list[Any] = [Reporting(observer, folder.metrics, stage.trainer.unit), stop]
     if settings.early_stopping is not None and parts["measure"] is not None:
         callbacks.append(EarlyStopping(settings.early_stopping))
-    return MedgptTrainer(
+    return stage.trainer(
         model=model,
         args=training_arguments(
             settings,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch.utils.data import Dataset, Sampler
@@ -20,11 +20,13 @@ from medicalgpt_cli.errors import TrainingFailed
 
 
 class MedgptTrainer(Trainer):
-    """Trainer for next-token prediction.
+    """Trainer for next-token prediction; other stages give their own `batch_loss`.
 
     The loss of an update is the mean over all its target tokens, across accumulated batches and devices.
     Checkpoints are written beside, hashed, synced and renamed, so that a name that exists is complete.
     """
+
+    unit: ClassVar[str] = "target_tokens"  # what the loss is the mean over
 
     def __init__(
         self,
@@ -54,7 +56,7 @@ class MedgptTrainer(Trainer):
         )
         self.remove_callback(PrinterCallback)  # the observer speaks
         self.sampler, self.measure = sampler, measure
-        self.targets_seen = 0  # since the last log step
+        self.seen = 0  # targets since the last log step
         self.measured: tuple[int, dict[str, Any]] | None = None  # the last update measured after
         self.checkpoint_folder, self.keep_checkpoints = checkpoint_folder, keep_checkpoints
         self.keep_best = any(isinstance(callback, EarlyStopping) for callback in callbacks)
@@ -65,11 +67,15 @@ class MedgptTrainer(Trainer):
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
         return self.sampler
 
+    def batch_loss(self, model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        """The sum of the loss over the items of a batch; `labels` that are not -100 are its items."""
+        return target_loss(model, inputs)
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        total = target_loss(model, inputs)
+        total = self.batch_loss(model, inputs)
         count = num_items_in_batch
         if count is None:
-            count = (inputs["shift_labels"] != IGNORED).sum()
+            count = (inputs["labels"] != IGNORED).sum()
         loss = total / count
         if self.args.average_tokens_across_devices:
             # The count is of all devices, and the gradient will be averaged over them.
@@ -77,7 +83,7 @@ class MedgptTrainer(Trainer):
         return (loss, None) if return_outputs else loss
 
     def training_step(self, model, inputs, num_items_in_batch=None):
-        self.targets_seen += int((inputs["shift_labels"] != IGNORED).sum())
+        self.seen += int((inputs["labels"] != IGNORED).sum())
         loss = super().training_step(model, inputs, num_items_in_batch)
         if not torch.isfinite(loss):
             newest = checkpoints.newest_complete(self.checkpoint_folder)
@@ -92,7 +98,7 @@ class MedgptTrainer(Trainer):
 
     def log(self, logs, start_time=None):
         if "loss" in logs:
-            logs["target_tokens"], self.targets_seen = self.targets_seen, 0
+            logs["seen"], self.seen = self.seen, 0
         super().log(logs, start_time)
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):

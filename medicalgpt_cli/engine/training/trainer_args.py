@@ -13,9 +13,9 @@ from transformers import TrainingArguments
 from medicalgpt_cli.engine.model.loading import choose_device
 from medicalgpt_cli.errors import EnvironmentFailure
 from medicalgpt_cli.settings.groups import AdapterSettings, OptimSettings
-from medicalgpt_cli.settings.stages import TrainSettings
+from medicalgpt_cli.settings.stages import PretrainSettings, RlSettings, TrainSettings
 
-DEFAULT_LEARNING_RATE = {"lora": 2e-4, "full": 2e-5, "new": 1e-3}
+DEFAULT_LEARNING_RATE = {"lora": 2e-4, "full": 2e-5, "new": 1e-3, "rl": 5e-5}
 
 
 @dataclass(frozen=True)
@@ -30,8 +30,12 @@ class Schedule:
 
 
 def learning_rate(optim: OptimSettings, adapter: AdapterSettings) -> float:
-    new = getattr(adapter, "from_config", None) is not None
-    return optim.learning_rate or DEFAULT_LEARNING_RATE["new" if new else adapter.tuning]
+    kind = adapter.tuning
+    if isinstance(adapter, RlSettings):
+        kind = "rl"
+    elif isinstance(adapter, PretrainSettings) and adapter.from_config is not None:
+        kind = "new"
+    return optim.learning_rate or DEFAULT_LEARNING_RATE[kind]
 
 
 def check_surroundings(settings: TrainSettings) -> None:

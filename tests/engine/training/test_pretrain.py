@@ -191,6 +191,13 @@ def test_weights_and_replay_are_shown_and_kept(place: Path) -> None:
     assert not (place / "nothing").exists()  # a dry run writes nothing
 
 
+def test_a_dry_run_shows_the_mix(place: Path) -> None:
+    done = pretrain(place, "--train-data", "en.txt", "--dry-run")
+    assert done.returncode == 0, done.stderr
+    assert "passes over en.txt" in done.stdout and "length in tokens" in done.stdout
+    assert "a document a block" in done.stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "word"),
     [

@@ -1,0 +1,116 @@
+"""How well a reward model tells better answers from worse ones: per file, with intervals, never pooled."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from medicalgpt_cli.engine.evaluation.statistics import expected_calibration_error, wilson_interval
+from medicalgpt_cli.engine.observer import Observer
+
+BUCKETS = ("chosen longer", "same length", "chosen shorter")
+
+
+@torch.no_grad()
+def score_rows(
+    model: torch.nn.Module,
+    rows: Sequence[Sequence[int]],
+    lay: Callable[[Sequence[Sequence[int]]], dict[str, torch.Tensor]],
+    *,
+    batch_size: int,
+    observer: Observer | None = None,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> list[float] | None:
+    """The score of each token row, whatever it is batched with; None where `should_stop` said so."""
+    device = next(model.parameters()).device
+    training = model.training
+    model.eval()
+    scores = [0.0] * len(rows)
+    order = sorted(range(len(rows)), key=lambda index: len(rows[index]))
+    task = "scoring answers"
+    if observer:
+        observer.on_task_start(task, len(rows), "answers")
+    try:
+        for start in range(0, len(order), batch_size):
+            if should_stop():
+                return None
+            piece = order[start : start + batch_size]
+            batch = {name: value.to(device) for name, value in lay([rows[index] for index in piece]).items()}
+            for index, score in zip(piece, model(**batch).logits.tolist(), strict=True):
+                scores[index] = score
+            if observer:
+                observer.on_task_advance(task, start + len(piece))
+    finally:
+        model.train(training)
+        if observer:
+            observer.on_task_end(task)
+    return scores
+
+
+def judge(
+    chosen: Sequence[float],
+    rejected: Sequence[float],
+    margins: Sequence[float],
+    longer: Sequence[bool | None],
+    sources: Sequence[str],
+) -> dict[str, Any]:
+    """Figures of a reward model on held-out pairs.
+
+    Returns:
+        loss: mean -ln sigmoid(chosen - rejected - margin). pairs. parts, one a source: pairs, loss, accuracy
+        (a tie counts half) with its 95 % interval `low`, `high` (Wilson 1927), mean margin of the scores,
+        `longer_wins`: the accuracy of taking the longer answer (ties half), calibration_error: expected
+        calibration error of p = sigmoid(difference), and accuracy by which answer is longer.
+    """
+    losses = _losses(chosen, rejected, margins)
+    names = list(dict.fromkeys(sources))
+    parts = []
+    for name in names:
+        inside = [index for index, source in enumerate(sources) if source == name]
+        parts.append({"source": name, **_part(inside, chosen, rejected, longer, losses)})
+    return {"loss": sum(losses) / max(len(losses), 1), "pairs": len(losses), "parts": parts}
+
+
+def _losses(chosen: Sequence[float], rejected: Sequence[float], margins: Sequence[float]) -> list[float]:
+    difference = torch.tensor(chosen) - torch.tensor(rejected) - torch.tensor(list(margins))
+    return torch.nn.functional.softplus(-difference.double()).tolist()
+
+
+def _part(
+    inside: Sequence[int],
+    chosen: Sequence[float],
+    rejected: Sequence[float],
+    longer: Sequence[bool | None],
+    losses: Sequence[float],
+) -> dict[str, Any]:
+    right = {index: _right(chosen[index] - rejected[index]) for index in inside}
+    total = sum(right.values())
+    low, high = wilson_interval(total, len(inside))
+    differences = [chosen[index] - rejected[index] for index in inside]
+    by_length = {}
+    for bucket, kind in zip(BUCKETS, (True, None, False), strict=True):
+        of_kind = [right[index] for index in inside if longer[index] is kind]
+        if of_kind:
+            by_length[bucket] = {"pairs": len(of_kind), "accuracy": sum(of_kind) / len(of_kind)}
+    # Each pair is asked both ways round: p and 1 - p, so that 50 % is what knowing nothing gives.
+    chances = torch.sigmoid(torch.tensor(differences).double())
+    return {
+        "pairs": len(inside),
+        "loss": sum(losses[index] for index in inside) / len(inside),
+        "accuracy": total / len(inside),
+        "low": low,
+        "high": high,
+        "margin": sum(differences) / len(inside),
+        "longer_wins": sum(0.5 if longer[index] is None else float(longer[index]) for index in inside)
+        / len(inside),
+        "calibration_error": expected_calibration_error(
+            [*chances.tolist(), *(1 - chances).tolist()], [1] * len(inside) + [0] * len(inside)
+        ),
+        "by_length": by_length,
+    }
+
+
+def _right(difference: float) -> float:
+    return 1.0 if difference > 0 else 0.5 if difference == 0 else 0.0

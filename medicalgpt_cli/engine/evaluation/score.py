@@ -1,0 +1,114 @@
+"""`medgpt score`: a file of answers or pairs in, their scores out."""
+
+from __future__ import annotations
+
+import json
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from medicalgpt_cli.engine.data.formats import Counts, first_format, load_conversations
+from medicalgpt_cli.engine.data.preferences import load_pairs
+from medicalgpt_cli.engine.data.rendering import render_answer
+from medicalgpt_cli.engine.evaluation.preferences import judge, score_rows
+from medicalgpt_cli.engine.model.loading import choose_device, choose_dtype, load_tokenizer
+from medicalgpt_cli.engine.model.references import resolve_models
+from medicalgpt_cli.engine.model.reward_model import load_reward_model
+from medicalgpt_cli.engine.observer import Observer
+from medicalgpt_cli.engine.run.files import atomic_write
+from medicalgpt_cli.engine.training import attention
+from medicalgpt_cli.engine.training.reward_data import laid_end_to_end, padded_right
+from medicalgpt_cli.errors import DataError, UsageError
+from medicalgpt_cli.settings.groups import ModelSettings
+from medicalgpt_cli.settings.stages import ScoreSettings
+
+
+def score(settings: ScoreSettings, observer: Observer) -> dict[str, Any]:
+    """Write one line a row: its id and place, and `score`, or `score_chosen` and `score_rejected` of a pair.
+
+    Returns:
+        What `--json` prints: rows, counts of what was left out, and for pairs the figures of `judge`.
+
+    Raises:
+        UsageError: no reward model, an untrained head, an existing predictions file.
+        DataError: the file is neither pairs nor conversations with an answer, or nothing fits.
+    """
+    target = settings.predictions_file or "-"
+    if target != "-" and Path(target).exists():
+        raise UsageError(
+            f"--predictions-file {target} exists already", "name a new file; nothing is overwritten"
+        )
+    named = ModelSettings(
+        base_model=settings.reward_model, use_cpu=settings.use_cpu, gpus=settings.gpus, dtype=settings.dtype
+    )
+    resolved = resolve_models(named)
+    tokenizer = load_tokenizer(named, resolved, observer)
+    counts = Counts()
+    pairs = first_format([str(settings.data_file)]) == "preference"
+    rows, lines = (_pairs if pairs else _answers)(settings, tokenizer, counts, observer)
+    if not rows:
+        raise DataError(
+            f"{settings.data_file}: no answer fits --max-length {settings.max_length}", "raise it"
+        )
+    device = choose_device(settings)
+    model = load_reward_model(resolved, choose_dtype(settings, device), device)
+    apart = attention.is_exact(model)
+    lay = laid_end_to_end if apart else partial(padded_right, pad_id=tokenizer.pad_token_id)
+    with attention.for_batches(model, apart):
+        scores = score_rows(model, rows, lay, batch_size=settings.batch_size, observer=observer) or []
+    report: dict[str, Any] = {"reward_model": resolved.label, "rows": len(lines), "data": counts.as_dict()}
+    if pairs:
+        half = len(scores) // 2
+        for line, chosen, rejected in zip(lines, scores[:half], scores[half:], strict=True):
+            line |= {"score_chosen": chosen, "score_rejected": rejected}
+        longer = [line.pop("longer") for line in lines]
+        report |= judge(scores[:half], scores[half:], [0.0] * half, longer, [str(settings.data_file)] * half)
+    else:
+        for line, one in zip(lines, scores, strict=True):
+            line["score"] = one
+    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    if target == "-":
+        sys.stdout.write(text)
+    else:
+        atomic_write(target, text)
+        report["predictions_file"] = target
+    for reason, number in counts.skipped.items():
+        observer.on_warning(f"{number:,} rows skipped: {reason}")
+    return report
+
+
+def _pairs(
+    settings: ScoreSettings, tokenizer: Any, counts: Counts, observer: Observer
+) -> tuple[list[list[int]], list[dict[str, Any]]]:
+    """All chosen answers and then all rejected ones as token ids, and a line for each pair."""
+    chosen, rejected, lines = [], [], []
+    for pair in load_pairs([str(settings.data_file)], counts, observer):
+        sides = [
+            render_answer(tokenizer, pair.messages, answer, settings.max_length)
+            for answer in (pair.chosen, pair.rejected)
+        ]
+        if None in sides:
+            counts.add_skip("longer than --max-length", pair.at)
+            continue
+        chosen.append(sides[0][0] + sides[0][1])
+        rejected.append(sides[1][0] + sides[1][1])
+        difference = len(pair.chosen) - len(pair.rejected)
+        lines.append({"id": pair.id, "at": pair.at, "longer": None if difference == 0 else difference > 0})
+    return chosen + rejected, lines
+
+
+def _answers(
+    settings: ScoreSettings, tokenizer: Any, counts: Counts, observer: Observer
+) -> tuple[list[list[int]], list[dict[str, Any]]]:
+    """The last answer of each conversation, behind what was said before it."""
+    rows, lines = [], []
+    for conversation in load_conversations([str(settings.data_file)], counts, observer):
+        *before, answer = conversation.messages
+        ids = render_answer(tokenizer, before, answer["content"], settings.max_length)
+        if ids is None:
+            counts.add_skip("longer than --max-length", conversation.at)
+            continue
+        rows.append(ids[0] + ids[1])
+        lines.append({"id": conversation.id, "at": conversation.at})
+    return rows, lines

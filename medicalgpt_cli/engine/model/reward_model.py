@@ -1,0 +1,241 @@
+"""A reward model: a base, an adapter (or full weights) and one number read off an answer's last token.
+
+On disk it is an ordinary PEFT adapter of the kind SEQ_CLS with its `score` head, or an ordinary
+`…ForSequenceClassification` folder, with the tokenizer and template that it was trained with and reward.json.
+"""
+
+from __future__ import annotations
+
+import json
+import types
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForSequenceClassification, set_seed
+from transformers.modeling_outputs import SequenceClassifierOutput
+
+from medicalgpt_cli.engine.model.loading import choose_device, choose_dtype, load_base, load_model
+from medicalgpt_cli.engine.model.references import ModelReference, ResolvedModel
+from medicalgpt_cli.engine.observer import Observer
+from medicalgpt_cli.errors import UsageError
+from medicalgpt_cli.settings.groups import AdapterSettings
+from medicalgpt_cli.settings.stages import RewardSettings
+
+RECORD = "reward.json"
+HEAD = "score"
+
+
+def new_reward_model(settings: RewardSettings, resolved: ResolvedModel, observer: Observer) -> Any:
+    """A reward model to be trained: over a base, or on top of an sft adapter, which becomes the reward's own.
+
+    The adapter and its head lie over the original base, so that policy, reference, value and reward of `rl` can
+    share one copy of its weights.
+    """
+    if settings.tuning == "full":
+        return _full(settings, resolved, observer)
+    device = choose_device(settings)
+    model = load_base(
+        resolved.base,
+        choose_dtype(settings, device),
+        device,
+        kind=AutoModelForSequenceClassification,
+        may_lack=(f"{HEAD}.weight",),
+    )
+    _read_scores_at_ends(model)
+    set_seed(settings.seed)
+    _new_head(model)
+    wrapped = _with_adapter(model, settings, resolved.adapter)
+    for weight in wrapped.parameters():
+        if weight.requires_grad and weight.dtype != torch.float32:
+            weight.data = weight.data.float()
+    return wrapped
+
+
+def load_reward_model(resolved: ResolvedModel, dtype: torch.dtype, device: torch.device) -> Any:
+    """A trained reward model, in evaluation mode; its forward takes `ends` (`score_at_ends`).
+
+    Raises:
+        UsageError: it has no head, or none that was trained.
+    """
+    place = resolved.adapter or resolved.base
+    check_head(place)
+    if resolved.adapter is None:
+        model = load_base(resolved.base, dtype, device, kind=AutoModelForSequenceClassification)
+        _read_scores_at_ends(model)
+        return model.eval().requires_grad_(False)
+    model = load_base(
+        resolved.base, dtype, device, kind=AutoModelForSequenceClassification, may_lack=(f"{HEAD}.weight",)
+    )
+    _read_scores_at_ends(model)
+    from peft import PeftModel
+
+    wrapped = PeftModel.from_pretrained(model, resolved.adapter.path)
+    return wrapped.eval().requires_grad_(False)
+
+
+def check_head(place: ModelReference) -> None:
+    """Refuse what cannot score.
+
+    Raises:
+        UsageError: not a reward model, or one whose head holds the random numbers that it began with.
+    """
+    folder = place.folder
+    if folder is None:
+        return  # a hub model is seen when it is loaded
+    record = folder / RECORD
+    if record.is_file() and not json.loads(record.read_text(encoding="utf-8")).get("head_trained"):
+        raise UsageError(
+            f"{place.name}: the head of this reward model was never trained", "train it: medgpt reward"
+        )
+    if place.kind == "adapter":
+        names = load_file(folder / "adapter_model.safetensors").keys()
+        if not any(f".{HEAD}." in name for name in names):
+            raise UsageError(
+                f"{place.name} is an adapter without a score head, not a reward model",
+                "name a run of `medgpt reward`",
+            )
+    elif "SequenceClassification" not in " ".join(_config(folder).get("architectures") or []):
+        raise UsageError(
+            f"{place.name} is a language model, not a reward model", "name a run of `medgpt reward`"
+        )
+
+
+def write_record(folder: Path, record: dict[str, Any]) -> None:
+    """reward.json: that the head was trained, on which prompts (as hashes), and how scores are spread."""
+    (folder / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+
+def read_record(place: ModelReference) -> dict[str, Any]:
+    """reward.json of a reward model of ours; empty for others."""
+    path = place.folder / RECORD if place.folder else None
+    return json.loads(path.read_text(encoding="utf-8")) if path and path.is_file() else {}
+
+
+# -- scores ------------------------------------------------------------------------------------------------
+
+
+def score_at_ends(
+    self: Any,
+    input_ids: torch.Tensor | None = None,
+    ends: torch.Tensor | None = None,
+    attention_mask: torch.Tensor | None = None,
+    position_ids: torch.Tensor | None = None,
+    cu_seq_lens_q: torch.Tensor | None = None,
+    cu_seq_lens_k: torch.Tensor | None = None,
+    prefixes: torch.Tensor | None = None,
+    **_: Any,
+) -> SequenceClassifierOutput:
+    """The forward of a reward model: one number for each position in `ends`.
+
+    The library's own finds an answer's end by the padding token's id, which many models use as end of text, too.
+
+    Args:
+        input_ids: (rows, length). ends: (answers,) where answers end, counted through all rows.
+
+    Returns:
+        logits: (answers,).
+    """
+    layout = {"cu_seq_lens_q": cu_seq_lens_q, "cu_seq_lens_k": cu_seq_lens_k, "prefixes": prefixes}
+    hidden = self.base_model(
+        input_ids=input_ids,
+        attention_mask=attention_mask,
+        position_ids=position_ids,
+        use_cache=False,
+        **{name: value for name, value in layout.items() if value is not None},
+    ).last_hidden_state
+    head = getattr(self, HEAD)
+    last = hidden.flatten(0, 1)[ends]
+    return SequenceClassifierOutput(logits=head(last.to(_weight(head).dtype)).squeeze(-1).float())
+
+
+def _weight(head: torch.nn.Module) -> torch.Tensor:
+    return next(head.parameters())
+
+
+def _read_scores_at_ends(model: Any) -> None:
+    if not isinstance(getattr(model, HEAD, None), torch.nn.Linear):
+        raise UsageError(
+            f"{type(model).__name__} has no scalar head named {HEAD}", "take a base of another architecture"
+        )
+    model.forward = types.MethodType(score_at_ends, model)
+
+
+def _new_head(model: Any) -> None:
+    """Small random numbers, standard deviation 1 / sqrt(width + 1) (Stiennon et al. 2020; Huang et al. 2024)."""
+    head = getattr(model, HEAD)
+    with torch.no_grad():
+        head.weight.normal_(std=(head.in_features + 1) ** -0.5)
+
+
+# -- adapters and full weights -----------------------------------------------------------------------------
+
+
+def _with_adapter(model: Any, adapter: AdapterSettings, given: ModelReference | None) -> Any:
+    """The model under a new adapter with its head, or under a copy of the one given."""
+    from peft import LoraConfig, PeftConfig, get_peft_model, set_peft_model_state_dict
+
+    linear = {
+        name.rpartition(".")[2]
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and name != HEAD
+    }
+    if given is None:
+        targets = sorted(linear) if adapter.target_modules == ("all",) else list(adapter.target_modules)
+        config: Any = LoraConfig(
+            r=adapter.lora_rank,
+            lora_alpha=adapter.lora_alpha,
+            lora_dropout=adapter.lora_dropout,
+            target_modules=targets,
+            use_dora=adapter.dora,
+            use_rslora=adapter.rslora,
+        )
+    else:
+        config = PeftConfig.from_pretrained(given.path)
+        config.inference_mode = False
+        if config.modules_to_save or config.trainable_token_indices:
+            raise UsageError(
+                f"{given.name} has embeddings of its own",
+                "merge it first (medgpt merge-lora), then --base-model",
+            )
+        if config.target_modules == "all-linear":
+            config.target_modules = sorted(linear)
+    config.task_type = "SEQ_CLS"
+    config.modules_to_save = [HEAD]
+    wrapped = get_peft_model(model, config)
+    if given is not None:
+        content = load_file(Path(given.path) / "adapter_model.safetensors")
+        # The head that PEFT asks for is the new one.
+        content[f"base_model.model.{HEAD}.weight"] = wrapped.get_base_model().score.weight.detach()
+        loaded = set_peft_model_state_dict(wrapped, content)
+        missing = [name for name in loaded.missing_keys if "lora_" in name]
+        if missing or loaded.unexpected_keys:
+            raise UsageError(
+                f"{given.name} does not fit this base model",
+                "leave out --base-model: the adapter knows its base",
+            )
+    return wrapped
+
+
+def _full(settings: RewardSettings, resolved: ResolvedModel, observer: Observer) -> Any:
+    """All weights in fp32, an adapter merged into them first."""
+    from dataclasses import replace
+
+    language = load_model(replace(settings, dtype="fp32"), resolved, trainable=True, observer=observer)
+    if resolved.adapter is not None:
+        language = language.merge_and_unload()
+        observer.on_notice("the adapter was merged into the weights, which are all trained")
+    config = language.config
+    config.num_labels = 1
+    set_seed(settings.seed)
+    model = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)
+    model.base_model.load_state_dict(language.base_model.state_dict())
+    _read_scores_at_ends(model)
+    _new_head(model)
+    return model.to(choose_device(settings)).requires_grad_(True)
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    path = folder / "config.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}

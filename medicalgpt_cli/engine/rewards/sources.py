@@ -1,0 +1,120 @@
+"""What an answer is worth: a reward model's score, rules, or a weighted sum of both."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from medicalgpt_cli.engine.data.prompts import Prompt
+from medicalgpt_cli.engine.data.rendering import render_answer
+from medicalgpt_cli.engine.evaluation.preferences import score_rows
+from medicalgpt_cli.engine.rewards.rules import answer_format, length_rule, right_option
+from medicalgpt_cli.engine.training.reward_data import laid_end_to_end, padded_right
+from medicalgpt_cli.errors import UsageError
+from medicalgpt_cli.settings.stages import RlSettings
+
+# Prompts, the answers' texts and their token ids (the end token included), to one number each.
+Reward = Callable[[Sequence[Prompt], Sequence[str], Sequence[Sequence[int]]], list[float]]
+
+
+@dataclass(frozen=True)
+class WeightedReward:
+    """The sum of named rewards, each with its weight; remembers the parts of the last call."""
+
+    parts: dict[str, tuple[float, Reward]]
+    last: dict[str, list[float]]
+
+    def __call__(
+        self, prompts: Sequence[Prompt], answers: Sequence[str], tokens: Sequence[Sequence[int]]
+    ) -> list[float]:
+        total = [0.0] * len(answers)
+        for name, (weight, reward) in self.parts.items():
+            self.last[name] = reward(prompts, answers, tokens)
+            total = [one + weight * more for one, more in zip(total, self.last[name], strict=True)]
+        return total
+
+
+def rule_rewards(settings: RlSettings) -> dict[str, tuple[float, Reward]]:
+    """The rewards of `--reward-rule`."""
+    rules = {
+        "right-option": right_option,
+        "answer-format": answer_format,
+        "length": length_rule(settings.length_target),
+    }
+    found: dict[str, tuple[float, Reward]] = {}
+    for text in settings.reward_rule:
+        name, _, weight = text.partition(":")
+        found[name] = (float(weight or 1), partial(_each, rules[name]))
+    return found
+
+
+def _each(
+    rule: Callable[[Prompt, str, int], float],
+    prompts: Sequence[Prompt],
+    answers: Sequence[str],
+    tokens: Sequence[Sequence[int]],
+) -> list[float]:
+    return [
+        rule(prompt, answer, len(said)) for prompt, answer, said in zip(prompts, answers, tokens, strict=True)
+    ]
+
+
+def check_keys(settings: RlSettings, prompts: Sequence[Prompt]) -> None:
+    """Rules about options need questions with options.
+
+    Raises:
+        UsageError: a prompt has none.
+    """
+    asked = [rule for rule in settings.reward_rule if rule.split(":")[0] in ("right-option", "answer-format")]
+    without = next((prompt for prompt in prompts if not prompt.key), None)
+    if asked and without is not None:
+        raise UsageError(
+            f"--reward-rule {asked[0]}: {without.at} has no options and answer",
+            "this rule is for multiple-choice questions",
+        )
+
+
+def model_reward(
+    score: Callable[..., list[float]],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+) -> Reward:
+    """The reward model's score of each answer, rendered by the reward model's own template.
+
+    Args:
+        score: token rows to scores.
+    """
+
+    def reward(
+        prompts: Sequence[Prompt], answers: Sequence[str], tokens: Sequence[Sequence[int]]
+    ) -> list[float]:
+        rows = []
+        for prompt, answer in zip(prompts, answers, strict=True):
+            ids = render_answer(tokenizer, prompt.messages, answer, max_length)
+            if ids is None:
+                raise UsageError(
+                    f"{prompt.at}: prompt and answer exceed the reward model's {max_length} tokens",
+                    "a lower --max-prompt-length or --max-new-tokens",
+                )
+            rows.append(ids[0] + ids[1])
+        return score(rows)
+
+    return reward
+
+
+def separate_scorer(model: Any, apart: bool, pad_id: int, batch_size: int) -> Callable[..., list[float]]:
+    """Scores by a reward model of its own (full weights, another base, a hub model)."""
+    from medicalgpt_cli.engine.training import attention
+
+    lay = laid_end_to_end if apart else partial(padded_right, pad_id=pad_id)
+
+    def score(rows: Sequence[Sequence[int]]) -> list[float]:
+        with attention.for_batches(model, apart), torch.no_grad():
+            return score_rows(model, rows, lay, batch_size=batch_size) or []
+
+    return score

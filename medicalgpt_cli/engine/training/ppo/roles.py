@@ -1,0 +1,187 @@
+"""Policy, reference, value and reward over one copy of the base weights.
+
+policy      the adapter that learns: a new one, or the sft adapter going on
+reference   the model as rl found it: no adapter, or a frozen copy of the sft adapter
+value       an adapter of its own with a scalar head; it starts from the reward model where that fits
+reward      the reward model's adapter and head, frozen; a reward model over other weights stays apart
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from medicalgpt_cli.engine.model.references import ModelReference, ResolvedModel
+from medicalgpt_cli.engine.model.reward_model import HEAD
+from medicalgpt_cli.errors import UsageError
+
+POLICY = "default"  # PEFT's name for an adapter that stands alone
+
+
+class Roles(torch.nn.Module):
+    """One base under several adapters. `policy` is an ordinary PeftModel; save that."""
+
+    def __init__(self, policy: Any, *, has_reference: bool, reward: ModelReference | None):
+        """
+        Args:
+            policy: a PeftModel whose adapter learns.
+            has_reference: whether rl starts from that adapter; its weights as they are become the reference.
+            reward: a reward adapter over the same base, or None.
+        """
+        super().__init__()
+        self.policy = policy
+        self.has_reference = has_reference
+        config = policy.peft_config[POLICY]
+        width = policy.config.get_text_config().hidden_size
+        device = policy.get_input_embeddings().weight.device
+        own = _adapter_weights(policy, POLICY)
+        if has_reference:
+            _add(policy, "reference", config, own)
+        self.reward_head: torch.nn.Linear | None = None
+        self.value_head = torch.nn.Linear(width, 1, bias=False, device=device)
+        torch.nn.init.zeros_(self.value_head.weight)
+        if reward is not None:
+            theirs, head = _reward_weights(reward)
+            reward_config = _as_language_adapter(Path(reward.path))
+            _add(policy, "reward", reward_config, theirs)
+            _add(policy, "value", reward_config, theirs)
+            self.reward_head = torch.nn.Linear(width, 1, bias=False, device=device)
+            self.reward_head.weight.data.copy_(head)
+            self.value_head.weight.data.copy_(head)
+        else:
+            _add(policy, "value", config, own if has_reference else None)
+        self.learning = {
+            "policy": [weight for name, weight in policy.named_parameters() if f".{POLICY}." in name],
+            "value": [weight for name, weight in policy.named_parameters() if ".value." in name]
+            + [self.value_head.weight],
+        }
+        for weight in self.learning["policy"] + self.learning["value"]:
+            weight.data = weight.data.float()
+        _no_dropout(policy)
+        self._activate(POLICY)
+
+    @property
+    def config(self) -> Any:
+        return self.policy.config
+
+    def set_attn_implementation(self, name: str) -> None:
+        self.policy.set_attn_implementation(name)
+
+    def _activate(self, name: str) -> None:
+        """Switch the adapter. PEFT then marks the others as frozen; what learns is marked again."""
+        self.policy.set_adapter(name)
+        self.requires_grad_(False)
+        for weight in self.learning["policy"] + self.learning["value"]:
+            weight.requires_grad_(True)
+
+    @contextmanager
+    def acting_as(self, role: str) -> Iterator[Any]:
+        """Inside, the base computes as "policy", "reference", "value" or "reward"."""
+        if role == "reference" and not self.has_reference:
+            with self.policy.disable_adapter():
+                yield self.policy
+            self._activate(POLICY)
+            return
+        if role == "policy":
+            yield self.policy
+            return
+        self._activate(role)
+        try:
+            yield self.policy
+        finally:
+            self._activate(POLICY)
+
+    @property
+    def _body(self) -> Any:
+        return self.policy.get_base_model().base_model
+
+    def hidden(self, role: str, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Last hidden states (rows · length, width) of token rows as `laid_end_to_end` or `padded_right` lay them."""
+        inputs = {name: value for name, value in batch.items() if name != "ends"}
+        with self.acting_as(role):
+            return self._body(**inputs, use_cache=False).last_hidden_state.flatten(0, 1)
+
+    def logits(self, role: str, batch: dict[str, torch.Tensor], positions: torch.Tensor) -> torch.Tensor:
+        """Next-token logits (positions, vocabulary) at positions counted through all rows."""
+        inputs = {name: value for name, value in batch.items() if name != "ends"}
+        with self.acting_as(role) as model:
+            base = model.get_base_model()
+            if inputs["input_ids"].shape[0] == 1:
+                return base(**inputs, use_cache=False, logits_to_keep=positions).logits[0]
+            return base(**inputs, use_cache=False).logits.flatten(0, 1)[positions]
+
+    def values(self, batch: dict[str, torch.Tensor], positions: torch.Tensor) -> torch.Tensor:
+        """The value function at positions counted through all rows: (positions,)."""
+        return self.value_head(self.hidden("value", batch)[positions].float()).squeeze(-1)
+
+    @torch.no_grad()
+    def scores(self, batch: dict[str, torch.Tensor]) -> list[float]:
+        """The shared reward model's score at each row's end."""
+        last = self.hidden("reward", batch)[batch["ends"]].float()
+        return self.reward_head(last).squeeze(-1).tolist()
+
+
+def shares_base(resolved: ResolvedModel, reward: ResolvedModel) -> bool:
+    """Whether a reward model is an adapter over the base that the policy has, too."""
+    if reward.adapter is None or not resolved.base.folder or not reward.base.folder:
+        return reward.adapter is not None and reward.base.path == resolved.base.path
+    return reward.base.folder.resolve() == resolved.base.folder.resolve()
+
+
+def _adapter_weights(policy: Any, name: str) -> dict[str, torch.Tensor]:
+    from peft import get_peft_model_state_dict
+
+    found = get_peft_model_state_dict(policy, adapter_name=name, save_embedding_layers=False)
+    return {key: value.detach().clone() for key, value in found.items()}
+
+
+def _add(policy: Any, name: str, config: Any, weights: dict[str, torch.Tensor] | None) -> None:
+    from copy import deepcopy
+
+    from peft import set_peft_model_state_dict
+
+    policy.add_adapter(name, deepcopy(config))
+    if weights is not None:
+        result = set_peft_model_state_dict(policy, weights, adapter_name=name)
+        if result.unexpected_keys:
+            raise UsageError(
+                "the reward model's adapter does not fit the policy's base",
+                "were both made over the same base?",
+            )
+
+
+def _as_language_adapter(folder: Path) -> Any:
+    """A reward adapter's configuration without its head, which is kept apart."""
+    from peft import PeftConfig
+
+    config: Any = PeftConfig.from_pretrained(folder)
+    config.task_type = "CAUSAL_LM"
+    config.modules_to_save = None
+    config.inference_mode = False
+    return config
+
+
+def _reward_weights(reward: ModelReference) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    weights = load_file(Path(reward.path) / "adapter_model.safetensors")
+    heads = [name for name in weights if f".{HEAD}." in name]
+    head = weights[next(name for name in heads if name.endswith("weight"))]
+    return {name: value for name, value in weights.items() if name not in heads}, head
+
+
+def _no_dropout(policy: Any) -> None:
+    """Dropout would make the same weights give two probabilities, and the ratio of PPO start beside 1."""
+    for module in policy.modules():
+        layers = getattr(module, "lora_dropout", None)
+        if isinstance(layers, torch.nn.ModuleDict):
+            for name in list(layers):
+                layers[name] = torch.nn.Identity()
+
+
+def rows_of(prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]) -> list[list[int]]:
+    """Each prompt with its answer as one token row."""
+    return [[*prompt, *answer] for prompt, answer in zip(prompts, answers, strict=True)]

@@ -1,0 +1,145 @@
+"""A batch of answers drawn from the policy, with all that PPO needs to know about each token."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from medicalgpt_cli.engine.data.prompts import Prompt
+from medicalgpt_cli.engine.generation.batching import batches_by_length
+from medicalgpt_cli.engine.generation.local import Answer, LocalBackend
+from medicalgpt_cli.engine.training.ppo import mathematics
+from medicalgpt_cli.engine.training.ppo.roles import Roles, rows_of
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A prompt and its token ids."""
+
+    prompt: Prompt
+    ids: list[int]
+
+
+@dataclass
+class Rollout:
+    """Answers to a batch of prompts. Tensors are (answers, longest answer) unless said; `mask` marks tokens."""
+
+    asked: list[Asked]
+    texts: list[str]
+    answers: list[list[int]]  # token ids, with the token that ended the answer where there is one
+    ended: Tensor  # (answers,) of bool
+    mask: Tensor
+    logp: Tensor  # of the policy that drew the answers
+    ref_logp: Tensor
+    values: Tensor
+    entropy: Tensor
+
+    @property
+    def lengths(self) -> list[int]:
+        return [len(answer) for answer in self.answers]
+
+    def rows(self, chosen: Sequence[int]) -> list[list[int]]:
+        return rows_of([self.asked[i].ids for i in chosen], [self.answers[i] for i in chosen])
+
+    def kl(self) -> Tensor:
+        """KL to the reference of each answer, (answers,), in nats: the sum of k1 over its tokens."""
+        return mathematics.kl_k1(self.logp, self.ref_logp, self.mask).sum(1)
+
+
+def draw(backend: LocalBackend, asked: Sequence[Asked], rollout_size: int, first_number: int) -> list[Answer]:
+    """An answer to each prompt. `first_number` makes the draws of this batch its own, whatever came before."""
+    found: dict[int, Answer] = {}
+    for piece in batches_by_length([len(one.ids) for one in asked], rollout_size):
+
+        def keep(place: int, answer: Answer, piece: list[int] = piece) -> None:
+            found[piece[place]] = answer
+
+        backend.answer_batch(
+            [asked[index].ids for index in piece], keep, numbers=[first_number + index for index in piece]
+        )
+    return [found[index] for index in range(len(asked))]
+
+
+def token_ids(answer: Answer) -> list[int]:
+    """What the policy said, the token that ended it included; an answer that ends at once has that alone."""
+    return [*answer.token_ids, answer.end] if answer.end is not None else list(answer.token_ids)
+
+
+def targets(prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]], width: int) -> list[int]:
+    """The positions that predict each answer token, counted through rows that are `width` apart (0: end to end)."""
+    found, begin = [], 0
+    for prompt, answer in zip(prompts, answers, strict=True):
+        found += range(begin + len(prompt) - 1, begin + len(prompt) + len(answer) - 1)
+        begin += width or len(prompt) + len(answer)
+    return found
+
+
+def spread(flat: Tensor, mask: Tensor) -> Tensor:
+    """(tokens,) in order to (answers, longest), 0 at padding; the gradient passes through."""
+    return torch.zeros(mask.shape, dtype=flat.dtype, device=flat.device).masked_scatter(mask, flat)
+
+
+def mask_of(answers: Sequence[Sequence[int]], device: Any) -> Tensor:
+    lengths = torch.tensor([len(answer) for answer in answers], device=device)
+    return torch.arange(max(int(lengths.max()), 1), device=device)[None, :] < lengths[:, None]
+
+
+@torch.no_grad()
+def look_back(
+    roles: Roles,
+    asked: Sequence[Asked],
+    answers: Sequence[Answer],
+    lay: Callable[[Sequence[Sequence[int]]], dict[str, Tensor]],
+    *,
+    temperature: float,
+    batch_size: int,
+) -> Rollout:
+    """Log-probabilities under policy and reference, and values, of answers that were drawn."""
+    said = [token_ids(answer) for answer in answers]
+    device = roles.value_head.weight.device
+    parts: dict[str, list[Tensor]] = {"logp": [], "ref_logp": [], "values": [], "entropy": []}
+    for start in range(0, len(asked), batch_size):
+        prompts = [one.ids for one in asked[start : start + batch_size]]
+        piece = said[start : start + batch_size]
+        batch, positions, tokens = prepared(prompts, piece, lay, device)
+        logits = roles.logits("policy", batch, positions)
+        parts["logp"].append(flat_log_probabilities(logits, tokens, temperature))
+        parts["entropy"].append(mathematics.entropy(logits[None], temperature)[0])
+        del logits
+        parts["ref_logp"].append(
+            flat_log_probabilities(roles.logits("reference", batch, positions), tokens, temperature)
+        )
+        parts["values"].append(roles.values(batch, positions))
+    mask = mask_of(said, device)
+    tensors = {name: spread(torch.cat(found), mask) for name, found in parts.items()}
+    return Rollout(
+        list(asked),
+        [answer.text for answer in answers],
+        said,
+        torch.tensor([answer.end is not None for answer in answers], device=device),
+        mask,
+        **tensors,
+    )
+
+
+def prepared(
+    prompts: Sequence[Sequence[int]],
+    answers: Sequence[Sequence[int]],
+    lay: Callable[[Sequence[Sequence[int]]], dict[str, Tensor]],
+    device: Any,
+) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+    """A batch for a forward pass, the positions that predict answer tokens, and these tokens (flat)."""
+    batch = {name: value.to(device) for name, value in lay(rows_of(prompts, answers)).items()}
+    width = 0 if batch["input_ids"].shape[0] == 1 else batch["input_ids"].shape[1]
+    positions = torch.tensor(targets(prompts, answers, width), device=device)
+    tokens = torch.tensor([token for answer in answers for token in answer], device=device)
+    return batch, positions, tokens
+
+
+def flat_log_probabilities(logits: Tensor, tokens: Tensor, temperature: float) -> Tensor:
+    """log p(token), (tokens,), of logits (tokens, vocabulary)."""
+    return mathematics.log_probabilities(logits[None], tokens[None], temperature)[0]

@@ -1,0 +1,285 @@
+"""PPO on the shared training loop: one step draws answers, scores them and makes all updates on them.
+
+The details follow Huang et al. 2024, "The N+ Implementation Details of RLHF with PPO", with these departures: the
+value function is an adapter over the policy's base, scores are divided by their running spread, and an answer
+without an end loses a penalty instead of getting a fixed score.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from medicalgpt_cli.engine.evaluation.statistics import distinct_n, pearson
+from medicalgpt_cli.engine.generation.local import LocalBackend
+from medicalgpt_cli.engine.rewards.sources import Reward
+from medicalgpt_cli.engine.training.ppo import mathematics
+from medicalgpt_cli.engine.training.ppo.mathematics import AdaptiveKL, FixedKL, RunningMoments
+from medicalgpt_cli.engine.training.ppo.roles import Roles
+from medicalgpt_cli.engine.training.ppo.rollout import (
+    Asked,
+    Rollout,
+    draw,
+    flat_log_probabilities,
+    look_back,
+    prepared,
+    spread,
+)
+from medicalgpt_cli.engine.training.trainer import MedgptTrainer
+from medicalgpt_cli.errors import TrainingFailed
+from medicalgpt_cli.settings.stages import RlSettings
+
+_WEIGHTS, _STATE = "learning.safetensors", "ppo.json"
+_ALIKE = 3  # batches in a row in which every prompt gets the same answer
+
+
+class PPOTrainer(MedgptTrainer):
+    unit = "answers"
+
+    def __init__(
+        self,
+        *,
+        settings: RlSettings,
+        reward: Reward,
+        backend: LocalBackend,
+        lay: Callable[[Sequence[Sequence[int]]], dict[str, torch.Tensor]],
+        **options: Any,
+    ):
+        self.rl, self.reward, self.backend, self.lay = settings, reward, backend, lay
+        if settings.kl_target is None:
+            self.price: FixedKL = FixedKL(settings.kl_coefficient)
+        else:
+            self.price = AdaptiveKL(settings.kl_coefficient, settings.kl_target, settings.kl_horizon)
+        self.moments = RunningMoments()
+        self.alike = 0
+        self.measures: list[dict[str, float]] = []  # of the steps since the last log step
+        super().__init__(**options)
+
+    def create_optimizer(self, *_: Any) -> torch.optim.Optimizer:
+        """AdamW over policy and value function, each with its own learning rate."""
+        if self.optimizer is None:
+            roles: Roles = self.model
+            value_rate = self.rl.value_learning_rate or self.args.learning_rate
+            self.optimizer = torch.optim.AdamW(
+                [
+                    {"params": roles.learning["policy"], "lr": self.args.learning_rate},
+                    {"params": roles.learning["value"], "lr": value_rate},
+                ],
+                weight_decay=self.args.weight_decay,
+            )
+        return self.optimizer
+
+    # -- a step ------------------------------------------------------------------------------------------------
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        """Draw, score and learn. The last gradient step is left to the loop that calls this."""
+        roles: Roles = self.accelerator.unwrap_model(model)
+        roles.eval()
+        rollout = self.roll_out(roles, inputs["asked"])
+        scores = torch.tensor(
+            self.reward([one.prompt for one in rollout.asked], rollout.texts, rollout.answers),
+            device=rollout.mask.device,
+        )
+        self._check(scores, rollout)
+        shaped = self._shaped(scores, rollout.ended)
+        rewards = mathematics.token_rewards(
+            shaped, rollout.logp, rollout.ref_logp, rollout.mask, self.price.coefficient
+        )
+        advantages, returns = mathematics.gae(
+            rewards, rollout.values, rollout.mask, self.rl.gamma, self.rl.gae_lambda
+        )
+        variance = mathematics.explained_variance(rollout.values, returns, rollout.mask)
+        advantages = mathematics.whiten(advantages, rollout.mask)
+        totals = self._learn(roles, rollout, advantages, returns)
+        self.seen += len(rollout.asked)
+        self.measures.append(
+            {
+                **self._figures(scores, shaped, rollout),
+                "explained_variance": 0.0 if variance is None else variance,
+                **totals,
+            }
+        )
+        self.price.update(float(rollout.kl().mean()), len(rollout.asked))
+        return torch.tensor(totals["policy_loss"], device=self.args.device)
+
+    def roll_out(self, roles: Roles, asked: Sequence[Asked]) -> Rollout:
+        """Answers of the policy to a batch of prompts; the draw depends on seed and step only."""
+        answers = draw(self.backend, asked, self.rl.rollout_size, self.state.global_step * self.rl.batch_size)
+        return look_back(
+            roles,
+            asked,
+            answers,
+            self.lay,
+            temperature=self.rl.temperature,
+            batch_size=self.rl.minibatch_size,
+        )
+
+    def _shaped(self, scores: torch.Tensor, ended: torch.Tensor) -> torch.Tensor:
+        """The scores that are learnt from: (answers,)."""
+        if self.rl.normalise_scores:
+            self.moments.update(scores)
+            scores = mathematics.normalise(scores, self.moments, shift=False)
+        scores = mathematics.score_clip(scores, self.rl.score_clip)
+        return mathematics.missing_end_penalty(scores, ended, self.rl.missing_end_penalty)
+
+    def _learn(
+        self, roles: Roles, rollout: Rollout, advantages: torch.Tensor, returns: torch.Tensor
+    ) -> dict[str, float]:
+        """All gradient steps on a rollout; the means of what they measured."""
+        generator = torch.Generator().manual_seed(self.rl.seed * 1_000_003 + self.state.global_step)
+        batches = [
+            piece.tolist()
+            for _ in range(self.rl.ppo_epochs)
+            for piece in torch.randperm(len(rollout.asked), generator=generator).split(self.rl.minibatch_size)
+        ]
+        totals: dict[str, float] = {}
+        for number, chosen in enumerate(batches, 1):
+            loss, measured = self.minibatch_loss(roles, rollout, chosen, advantages, returns)
+            if not torch.isfinite(loss):
+                raise TrainingFailed(
+                    f"the loss became {float(loss)} at step {self.state.global_step + 1}",
+                    "lower --learning-rate, or raise --kl-coefficient",
+                )
+            self.accelerator.backward(loss)
+            for name, value in measured.items():
+                totals[name] = totals.get(name, 0.0) + value / len(batches)
+            if number < len(batches):  # the last one is made by the loop, which also counts it
+                self.accelerator.clip_grad_norm_(roles.parameters(), self.args.max_grad_norm)
+                self.optimizer.step()
+                self.optimizer.zero_grad()
+        return totals
+
+    def minibatch_loss(
+        self,
+        roles: Roles,
+        rollout: Rollout,
+        chosen: Sequence[int],
+        advantages: torch.Tensor,
+        returns: torch.Tensor,
+    ) -> tuple[torch.Tensor, dict[str, float]]:
+        """The clipped losses of some answers of a rollout, with gradient, and what they measure."""
+        prompts = [rollout.asked[index].ids for index in chosen]
+        answers = [rollout.answers[index] for index in chosen]
+        batch, positions, tokens = prepared(prompts, answers, self.lay, rollout.mask.device)
+        pick = torch.tensor(list(chosen), device=rollout.mask.device)
+        mask = rollout.mask[pick]
+        logits = roles.logits("policy", batch, positions)
+        logp = spread(flat_log_probabilities(logits, tokens, self.rl.temperature), mask)
+        policy, measured = mathematics.policy_loss(
+            logp, rollout.logp[pick], advantages[pick], mask, self.rl.clip_range
+        )
+        loss = policy
+        if self.rl.entropy_coefficient:
+            uncertainty = spread(mathematics.entropy(logits[None], self.rl.temperature)[0], mask)
+            loss = loss - self.rl.entropy_coefficient * mathematics.masked_mean(uncertainty, mask)
+        values = spread(roles.values(batch, positions), mask)
+        value, value_measured = mathematics.value_loss(
+            values, rollout.values[pick], returns[pick], mask, self.rl.clip_range_value
+        )
+        return loss + self.rl.value_coefficient * value, {
+            "policy_loss": float(policy.detach()),
+            "value_loss": float(value.detach()),
+            "approx_kl": float(measured["approx_kl"]),
+            "clip_fraction": float(measured["clip_fraction"]),
+            "value_clip_fraction": float(value_measured["clip_fraction"]),
+        }
+
+    # -- what is watched ---------------------------------------------------------------------------------------
+
+    def _figures(self, scores: torch.Tensor, shaped: torch.Tensor, rollout: Rollout) -> dict[str, float]:
+        lengths = rollout.lengths
+        distinct = distinct_n(rollout.answers, 2)
+        with_length = pearson(scores.tolist(), lengths)
+        return {
+            "reward": float(scores.mean()),
+            "reward_shaped": float(shaped.mean()),
+            "kl": float(rollout.kl().mean()),
+            "kl_k3": float(mathematics.kl_k3(rollout.logp, rollout.ref_logp, rollout.mask).sum(1).mean()),
+            "kl_coefficient": self.price.coefficient,
+            "entropy": float(mathematics.masked_mean(rollout.entropy, rollout.mask)),
+            "answer_tokens": sum(lengths) / len(lengths),
+            "ended": float(rollout.ended.float().mean()),
+            "distinct_2": 0.0 if distinct is None else distinct,
+            "reward_length_correlation": 0.0 if with_length is None else with_length,
+        }
+
+    def _check(self, scores: torch.Tensor, rollout: Rollout) -> None:
+        """Stop with a word where learning has gone wrong.
+
+        Raises:
+            TrainingFailed: a score is no number, the KL has blown up, or all answers have become one.
+        """
+        step = self.state.global_step + 1
+        if not torch.isfinite(scores).all() or not torch.isfinite(rollout.logp).all():
+            raise TrainingFailed(f"a score or probability is no number at step {step}", self._last_good())
+        kl = float(rollout.kl().mean())
+        if kl > self.rl.kl_limit:
+            raise TrainingFailed(
+                f"the KL to the start reached {kl:.1f} nats an answer at step {step} (--kl-limit {self.rl.kl_limit:g})",
+                f"raise --kl-coefficient or lower --learning-rate; {self._last_good()}",
+            )
+        different_prompts = len({tuple(one.ids) for one in rollout.asked})
+        self.alike = (
+            self.alike + 1 if different_prompts > 3 and len(set(map(tuple, rollout.answers))) == 1 else 0
+        )
+        if self.alike >= _ALIKE:
+            raise TrainingFailed(
+                f"every prompt gets the same answer since step {step - _ALIKE + 1}",
+                f"look at the reward, raise --kl-coefficient; {self._last_good()}",
+            )
+
+    def _last_good(self) -> str:
+        from medicalgpt_cli.engine.run import checkpoints
+
+        newest = checkpoints.newest_complete(self.checkpoint_folder)
+        return f"the last good checkpoint is {newest}" if newest else "no checkpoint was written yet"
+
+    def log(self, logs, start_time=None):
+        if "loss" in logs and self.measures:
+            steps, self.measures = self.measures, []
+            logs |= {name: sum(step[name] for step in steps) / len(steps) for name in steps[0]}
+        super().log(logs, start_time)
+
+    # -- checkpoints -------------------------------------------------------------------------------------------
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        """What learns, the price of KL and the moments of the scores. Optimizer and random state are the loop's."""
+        folder = Path(output_dir or self.args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(self._learning(), folder / _WEIGHTS)
+        state = {"price": self.price.state_dict(), "moments": asdict(self.moments), "alike": self.alike}
+        (folder / _STATE).write_text(json.dumps(state), encoding="utf-8")
+
+    def _learning(self) -> dict[str, torch.Tensor]:
+        return {
+            name: weight.detach().cpu().contiguous()
+            for name, weight in self.model.named_parameters()
+            if weight.requires_grad
+        }
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        folder = Path(resume_from_checkpoint)
+        saved = load_file(folder / _WEIGHTS)
+        ours = {name: weight for name, weight in self.model.named_parameters() if weight.requires_grad}
+        if saved.keys() != ours.keys():
+            raise TrainingFailed(f"{folder} holds another model", "start a new run")
+        with torch.no_grad():
+            for name, weight in ours.items():
+                weight.copy_(saved[name])
+        state = json.loads((folder / _STATE).read_text(encoding="utf-8"))
+        self.price.load_state_dict(state["price"])
+        self.moments.load_state_dict(state["moments"])
+        self.alike = state["alike"]
+
+
+def spread_of(scores: Sequence[float]) -> float:
+    """Population standard deviation."""
+    mean = sum(scores) / len(scores)
+    return math.sqrt(sum((score - mean) ** 2 for score in scores) / len(scores))

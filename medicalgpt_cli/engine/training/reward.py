@@ -1,0 +1,152 @@
+"""A reward model from pairs of answers: Bradley-Terry, both answers in one forward pass."""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from typing import Any
+
+import torch
+
+from medicalgpt_cli.engine.evaluation.preferences import judge, score_rows
+from medicalgpt_cli.engine.model.dropout import use_fast_dropout
+from medicalgpt_cli.engine.model.reward_model import new_reward_model, write_record
+from medicalgpt_cli.engine.observer import Observer
+from medicalgpt_cli.engine.run.folder import RunFolder
+from medicalgpt_cli.engine.training import attention
+from medicalgpt_cli.engine.training.batches import EpochSampler
+from medicalgpt_cli.engine.training.callbacks import StopOnSignal
+from medicalgpt_cli.engine.training.loop import Stage
+from medicalgpt_cli.engine.training.preference_loss import bradley_terry_loss
+from medicalgpt_cli.engine.training.reward_data import (
+    PairDataset,
+    RewardData,
+    answers_of,
+    laid_end_to_end,
+    load_reward_data,
+    padded_right,
+    pair_batch,
+)
+from medicalgpt_cli.engine.training.trainer import MedgptTrainer
+from medicalgpt_cli.settings.stages import RewardSettings
+
+
+class RewardTrainer(MedgptTrainer):
+    unit = "pairs"
+    centring = 0.0
+
+    def batch_loss(self, model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        """The sum of the pairs' losses."""
+        batch = {name: value for name, value in inputs.items() if name not in ("labels", "margins")}
+        chosen, rejected = model(**batch).logits.chunk(2)
+        self._note((chosen - rejected).detach())
+        return bradley_terry_loss(chosen, rejected, inputs["margins"], self.centring) * len(chosen)
+
+    def _note(self, differences: torch.Tensor) -> None:
+        seen = self.__dict__.setdefault("differences", [])  # since the last log step
+        seen += differences.tolist()
+
+    def log(self, logs, start_time=None):
+        if "loss" in logs and self.__dict__.get("differences"):
+            seen, self.differences = self.differences, []
+            logs["accuracy"] = sum(one > 0 for one in seen) / len(seen)
+            logs["margin"] = sum(seen) / len(seen)
+        super().log(logs, start_time)
+
+
+class RewardStage(Stage):
+    name = "reward"
+    trainer = RewardTrainer
+    settings: RewardSettings
+    data: RewardData
+
+    def load_data(self, observer: Observer) -> RewardData:
+        return load_reward_data(self.settings, self.tokenizer, observer)
+
+    @property
+    def examples(self) -> int:
+        return len(self.data.training)
+
+    def facts(self) -> dict[str, Any]:
+        """Pairs, and the tokens of the whole run."""
+        passes = self.schedule.updates / self.schedule.updates_per_epoch
+        return {
+            "pairs": len(self.data.training),
+            "held_out_pairs": len(self.data.held_out),
+            "tokens": round(self.data.report["training"]["tokens"] * passes),
+        }
+
+    def load(self, observer: Observer) -> Any:
+        model = new_reward_model(self.settings, self.resolved, observer)
+        if next(model.parameters()).device.type == "cpu":
+            use_fast_dropout(model)
+        return model
+
+    def keeps_apart(self, model: Any, observer: Observer) -> bool:
+        """End to end where it was asked for and the model keeps the answers apart."""
+        if self.settings.layout == "padded":
+            return False
+        if not attention.is_exact(model):
+            observer.on_notice("batches are padded: this model cannot keep the answers of one row apart")
+            return False
+        return True
+
+    def trainer_parts(self, model: Any, stop: StopOnSignal) -> dict[str, Any]:
+        dataset, settings = PairDataset(self.data.training), self.settings
+        self.trainer.centring = settings.centring
+        measure = partial(self._held_out, model, should_stop=lambda: stop.received is not None)
+        return {
+            "train_dataset": dataset,
+            "sampler": EpochSampler(
+                dataset.lengths,
+                settings.batch_size,
+                settings.seed,
+                by_length=settings.batch_order == "by-length",
+            ),
+            "collate": partial(pair_batch, lay=self._lay),
+            "measure": measure if self.data.held_out else None,
+        }
+
+    @property
+    def _lay(self) -> Any:
+        return (
+            laid_end_to_end
+            if self.padding_free
+            else partial(padded_right, pad_id=self.tokenizer.pad_token_id)
+        )
+
+    def _held_out(self, model: Any, **options: Any) -> dict[str, Any] | None:
+        pairs = self.data.held_out
+        with attention.for_batches(model, self.padding_free):
+            scores = score_rows(
+                model, answers_of(pairs), self._lay, batch_size=2 * self.settings.batch_size, **options
+            )
+        if scores is None:
+            return None
+        figures = judge(
+            scores[: len(pairs)],
+            scores[len(pairs) :],
+            [pair.margin for pair in pairs],
+            [pair.longer_chosen for pair in pairs],
+            [pair.source for pair in pairs],
+        )
+        mean = sum(scores) / len(scores)
+        spread = math.sqrt(sum((score - mean) ** 2 for score in scores) / len(scores))
+        return {**figures, "score_mean": mean, "score_spread": spread}
+
+    def measure(self, model: Any, observer: Observer, known: dict[str, Any] | None = None) -> dict[str, Any]:
+        """Accuracy, margin and calibration on held-out pairs; empty where nothing is held out."""
+        if not self.data.held_out:
+            return {"metrics": {}}
+        return {"metrics": known or self._held_out(model, observer=observer)}
+
+    def save(self, model: Any, folder: RunFolder, after: dict[str, Any]) -> None:
+        record = {
+            "format": 1,
+            "head_trained": True,
+            "trained_on": self.data.prompts,
+            **{name: after["metrics"].get(name) for name in ("score_mean", "score_spread")},
+        }
+        folder.new_model.mkdir(exist_ok=True)
+        write_record(folder.new_model, record)
+        super().save(model, folder, after)

@@ -1,0 +1,228 @@
+"""The data of a reward model: pairs read, audited, split by prompt, rendered to tokens, counted."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import takewhile
+from typing import Any
+
+import torch
+from torch.utils.data import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from medicalgpt_cli.engine.data.formats import Counts, load_prompts
+from medicalgpt_cli.engine.data.preferences import (
+    Pair,
+    audit,
+    audit_notices,
+    load_pairs,
+    prompt_hash,
+)
+from medicalgpt_cli.engine.data.rendering import render_answer
+from medicalgpt_cli.engine.data.report import histogram, percentiles
+from medicalgpt_cli.engine.data.splitting import split, without_held_out
+from medicalgpt_cli.engine.observer import Observer
+from medicalgpt_cli.errors import DataError
+from medicalgpt_cli.settings.stages import RewardSettings
+
+
+@dataclass(frozen=True)
+class RenderedPair:
+    """Both answers behind their prompt, as token ids that end with the end of the answer's turn."""
+
+    chosen: list[int]
+    rejected: list[int]
+    margin: float
+    longer_chosen: bool | None  # by characters; None where both are equally long
+    source: str
+
+    @property
+    def worth_sharing(self) -> int:
+        """How many tokens both rows begin with, the prompt and perhaps more; 0 where it is faster to repeat them.
+        """
+        both = zip(self.chosen[:-1], self.rejected[:-1], strict=False)
+        shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], both))
+        return shared
+
+
+class PairDataset(Dataset):
+    def __init__(self, pairs: Sequence[RenderedPair]):
+        self.pairs = pairs
+        self.lengths = [len(pair.chosen) + len(pair.rejected) for pair in pairs]
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitem__(self, index: int) -> RenderedPair:
+        return self.pairs[index]
+
+
+@dataclass(frozen=True)
+class RewardData:
+    training: list[RenderedPair]
+    held_out: list[RenderedPair]
+    prompts: list[str]  # hashes of the prompts that are trained on
+    report: dict[str, Any]
+    fingerprints: dict[str, str]
+
+
+def load_reward_data(
+    settings: RewardSettings, tokenizer: PreTrainedTokenizerBase, observer: Observer
+) -> RewardData:
+    """Read `--train-data` and what is held out. No prompt stands on both sides.
+
+    Raises:
+        DataError: a row is no pair, or nothing is left to train on.
+    """
+    counts, held_counts = Counts(), Counts()
+    options = {"margin_column": settings.margin_column}
+    training = load_pairs(settings.train_data, counts, observer, max_samples=settings.max_samples, **options)
+    if settings.eval_data:
+        held = load_pairs(settings.eval_data, held_counts, observer, **options)
+        training = without_held_out(training, held, counts)
+    else:
+        training, held = split(training, settings.eval_fraction, settings.seed)
+        held_counts.read, held_counts.formats = len(held), counts.formats
+        counts.read -= len(held)
+    if settings.exclude_prompts:
+        excluded = load_prompts(settings.exclude_prompts, Counts(), observer)
+        training = without_held_out(training, excluded, counts, "its prompt stands in --exclude-prompts")
+    audits = {"training": audit(training), "held_out": audit(held)}
+    kept = _rendered(training, tokenizer, settings, counts)
+    kept_held = _rendered(held, tokenizer, settings, held_counts)
+    if not kept:
+        raise DataError("no pair is left to train on", "the counts above say why; --dry-run shows them")
+    counts.notices += audit_notices(audits["training"])
+    if held:
+        held_counts.notices += audit_notices(audits["held_out"])
+    trained = {pair.at for pair, _ in kept}
+    return RewardData(
+        [one for _, one in kept],
+        [one for _, one in kept_held],
+        sorted({prompt_hash(pair.messages) for pair in training if pair.at in trained}),
+        {
+            "training": _describe(kept, counts, settings) | {"audit": audits["training"]},
+            "held_out": _describe(kept_held, held_counts, settings) | {"audit": audits["held_out"]},
+        },
+        {"training": _fingerprint(kept), "held_out": _fingerprint(kept_held)},
+    )
+
+
+def _rendered(
+    pairs: Sequence[Pair], tokenizer: PreTrainedTokenizerBase, settings: RewardSettings, counts: Counts
+) -> list[tuple[Pair, RenderedPair]]:
+    found = []
+    for pair in pairs:
+        sides = [
+            render_answer(tokenizer, pair.messages, answer, settings.max_length)
+            for answer in (pair.chosen, pair.rejected)
+        ]
+        if None in sides:
+            counts.add_skip("longer than --max-length", pair.at)
+            continue
+        (prompt, chosen), (other_prompt, rejected) = sides
+        if len(prompt) != len(other_prompt):  # both must be judged behind the same history
+            shorter = min(len(prompt), len(other_prompt))
+            prompt = other_prompt = prompt if len(prompt) == shorter else other_prompt
+            counts.add_truncation("oldest exchanges dropped to fit --max-length", pair.at, 0)
+        longer = None if len(pair.chosen) == len(pair.rejected) else len(pair.chosen) > len(pair.rejected)
+        found.append(
+            (
+                pair,
+                RenderedPair(
+                    prompt + chosen, other_prompt + rejected, pair.margin or 0.0, longer, pair.source
+                ),
+            )
+        )
+    return found
+
+
+def _describe(
+    pairs: Sequence[tuple[Pair, RenderedPair]], counts: Counts, settings: RewardSettings
+) -> dict[str, Any]:
+    lengths = sorted(len(side) for _, one in pairs for side in (one.chosen, one.rejected))
+    return {
+        **counts.as_dict(),
+        "pairs": len(pairs),
+        "tokens": sum(lengths),
+        "max_length": settings.max_length,
+        "lengths": percentiles(lengths),
+        "histogram": histogram(lengths),
+    }
+
+
+def _fingerprint(pairs: Sequence[tuple[Pair, RenderedPair]]) -> str:
+    digest = hashlib.sha256()
+    for _, one in pairs:
+        digest.update(repr((one.chosen, one.rejected, one.margin)).encode())
+    return digest.hexdigest()
+
+
+# -- batches -----------------------------------------------------------------------------------------------
+
+
+def answers_of(pairs: Sequence[RenderedPair]) -> list[list[int]]:
+    """All chosen answers, then all rejected ones."""
+    return [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
+
+
+def laid_end_to_end(rows: Sequence[Sequence[int]]) -> dict[str, torch.Tensor]:
+    """Token rows without padding: input_ids and position_ids (1, total); ends (rows,); cu_seq_lens (rows + 1,)."""
+    bounds = torch.tensor([0, *(len(row) for row in rows)]).cumsum(0)
+    return {
+        "input_ids": torch.tensor([[token for row in rows for token in row]]),
+        "position_ids": torch.tensor([[place for row in rows for place in range(len(row))]]),
+        "ends": bounds[1:] - 1,
+        "cu_seq_lens_q": bounds.to(torch.int32),
+        "cu_seq_lens_k": bounds.to(torch.int32),
+    }
+
+
+def padded_right(rows: Sequence[Sequence[int]], pad_id: int) -> dict[str, torch.Tensor]:
+    """Token rows padded on the right: input_ids and attention_mask (rows, longest); ends (rows,)."""
+    longest = max(len(row) for row in rows)
+    return {
+        "input_ids": torch.tensor([[*row, *[pad_id] * (longest - len(row))] for row in rows]),
+        "attention_mask": torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows]),
+        "ends": torch.tensor([index * longest + len(row) - 1 for index, row in enumerate(rows)]),
+    }
+
+
+def behind_their_prompts(pairs: Sequence[RenderedPair]) -> dict[str, torch.Tensor]:
+    """Pairs without padding, with what both answers of a pair begin with laid down once.
+
+    A pair is its chosen row, and then the rest of its rejected one, which borrows the beginning.
+
+    Returns:
+        input_ids and position_ids (1, total); ends (2 · pairs,), all chosen answers first; cu_seq_lens
+        (rows + 1,); prefixes (rows, 2) for `padding_free_attention`.
+    """
+    rows: list[Sequence[int]] = []
+    starts: list[int] = []  # the position of each row's first token
+    prefixes: list[tuple[int, int]] = []
+    laid = 0
+    for pair in pairs:
+        shared = pair.worth_sharing
+        rows += [pair.chosen, pair.rejected[shared:]]
+        starts += [0, shared]
+        prefixes += [(0, 0), (laid, laid + shared)]
+        laid += len(pair.chosen) + len(pair.rejected) - shared
+    batch = laid_end_to_end(rows)
+    positions = [place + start for row, start in zip(rows, starts, strict=True) for place in range(len(row))]
+    return {
+        **batch,
+        "position_ids": torch.tensor([positions]),
+        "ends": torch.cat([batch["ends"][0::2], batch["ends"][1::2]]),
+        "prefixes": torch.tensor(prefixes),
+    }
+
+
+def pair_batch(pairs: Sequence[RenderedPair], lay: Any, *, share: bool = False) -> dict[str, torch.Tensor]:
+    """Both answers of every pair for one forward pass; `labels` counts the pairs."""
+    return {
+        **(behind_their_prompts(pairs) if share else lay(answers_of(pairs))),
+        "margins": torch.tensor([pair.margin for pair in pairs]),
+        "labels": torch.ones(len(pairs), dtype=torch.long),
+    }

@@ -1,0 +1,277 @@
+"""Reinforcement learning: prompts answered, answers scored, the policy moved towards what scores well."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+
+from medicalgpt_cli.engine.evaluation.statistics import mean_interval
+from medicalgpt_cli.engine.generation.local import LocalBackend
+from medicalgpt_cli.engine.model.loading import choose_device, choose_dtype, load_tokenizer
+from medicalgpt_cli.engine.model.references import ResolvedModel, resolve_models
+from medicalgpt_cli.engine.model.reward_model import check_head, load_reward_model, read_record
+from medicalgpt_cli.engine.observer import Observer
+from medicalgpt_cli.engine.rewards.sources import (
+    Reward,
+    WeightedReward,
+    model_reward,
+    rule_rewards,
+    separate_scorer,
+)
+from medicalgpt_cli.engine.run.folder import RunFolder
+from medicalgpt_cli.engine.training import attention
+from medicalgpt_cli.engine.training.batches import EpochSampler, ExampleDataset
+from medicalgpt_cli.engine.training.callbacks import StopOnSignal
+from medicalgpt_cli.engine.training.loop import Stage
+from medicalgpt_cli.engine.training.ppo.roles import Roles, shares_base
+from medicalgpt_cli.engine.training.ppo.rollout import draw, look_back
+from medicalgpt_cli.engine.training.ppo.trainer import PPOTrainer
+from medicalgpt_cli.engine.training.reward_data import laid_end_to_end, padded_right
+from medicalgpt_cli.engine.training.rl_data import RlData, load_rl_data
+from medicalgpt_cli.engine.training.tuning import load_trainable, save_result
+from medicalgpt_cli.errors import UsageError
+from medicalgpt_cli.settings.groups import ModelSettings, SamplingSettings
+from medicalgpt_cli.settings.stages import RlSettings
+
+_HELD_OUT_NUMBERS = 10**12  # draws on held-out prompts never meet those of training
+
+
+class RlStage(Stage):
+    name = "rl"
+    trainer = PPOTrainer
+    settings: RlSettings
+    data: RlData
+
+    # -- before weights ----------------------------------------------------------------------------------------
+
+    def resolve(self) -> ResolvedModel:
+        resolved = resolve_models(self.settings)
+        self.reward_resolved: ResolvedModel | None = None
+        if self.settings.reward_model:
+            self.reward_resolved = resolve_models(self._reward_settings())
+            check_head(self.reward_resolved.adapter or self.reward_resolved.base)
+        return resolved
+
+    def _reward_settings(self) -> ModelSettings:
+        settings = self.settings
+        return ModelSettings(
+            base_model=settings.reward_model,
+            use_cpu=settings.use_cpu,
+            gpus=settings.gpus,
+            dtype=settings.dtype,
+        )
+
+    def load_data(self, observer: Observer) -> RlData:
+        self.reward_tokenizer = None
+        seen: list[str] = []
+        if self.reward_resolved is not None:
+            self.reward_tokenizer = load_tokenizer(self._reward_settings(), self.reward_resolved, observer)
+            record = read_record(self.reward_resolved.adapter or self.reward_resolved.base)
+            seen = record.get("trained_on", [])
+        return load_rl_data(self.settings, self.tokenizer, frozenset(seen), self._context(), observer)
+
+    def _context(self) -> int:
+        limit = self.tokenizer.model_max_length
+        return limit if limit < 10**6 else 10**6
+
+    @property
+    def examples(self) -> int:
+        return len(self.data.training)
+
+    def facts(self) -> dict[str, Any]:
+        """Prompts, and the answers of the whole run."""
+        return {
+            "prompts": len(self.data.training),
+            "held_out_prompts": len(self.data.held_out),
+            "answers": self.schedule.updates * min(self.settings.batch_size, len(self.data.training)),
+            "reward": ", ".join(
+                [
+                    *([str(self.settings.reward_model)] if self.reward_resolved else []),
+                    *self.settings.reward_rule,
+                ]
+            ),
+        }
+
+    # -- model and rewards -------------------------------------------------------------------------------------
+
+    def load(self, observer: Observer) -> Roles:
+        policy = load_trainable(self.settings, self.resolved, observer)
+        shared = self.reward_resolved is not None and shares_base(self.resolved, self.reward_resolved)
+        torch.manual_seed(self.settings.seed)
+        roles = Roles(
+            policy,
+            has_reference=self.resolved.adapter is not None,
+            reward=self.reward_resolved.adapter if shared else None,
+        )
+        self.rewards = self._rewards(roles, shared, observer)
+        return roles
+
+    def _rewards(self, roles: Roles, shared: bool, observer: Observer) -> Reward:
+        parts = rule_rewards(self.settings)
+        if self.reward_resolved is not None:
+            scorer = self._shared_scorer(roles) if shared else self._separate_scorer(observer)
+            reward = model_reward(scorer, self.reward_tokenizer, self._context())
+            parts = {"reward model": (self.settings.reward_weight, reward), **parts}
+            observer.on_notice(
+                "policy, reference, value and reward share one copy of the base weights"
+                if shared
+                else "the reward model has weights of its own"
+            )
+        return WeightedReward(parts, {})
+
+    def _shared_scorer(self, roles: Roles) -> Any:
+        def score(rows: list[list[int]]) -> list[float]:
+            found = [0.0] * len(rows)
+            order = sorted(range(len(rows)), key=lambda index: len(rows[index]))
+            device = roles.value_head.weight.device
+            size = self.settings.minibatch_size
+            with attention.for_batches(roles.policy, self.padding_free):
+                for start in range(0, len(order), size):
+                    piece = order[start : start + size]
+                    batch = self._lay([rows[index] for index in piece])
+                    batch = {name: value.to(device) for name, value in batch.items()}
+                    for index, one in zip(piece, roles.scores(batch), strict=True):
+                        found[index] = one
+            return found
+
+        return score
+
+    def _separate_scorer(self, observer: Observer) -> Any:
+        device = choose_device(self.settings)
+        model = load_reward_model(self.reward_resolved, choose_dtype(self.settings, device), device)
+        return separate_scorer(
+            model, attention.is_exact(model), self.reward_tokenizer.pad_token_id, self.settings.minibatch_size
+        )
+
+    def keeps_apart(self, model: Roles, observer: Observer) -> bool:
+        if not attention.is_exact(model.policy):
+            observer.on_notice("batches are padded: this model cannot keep the answers of one row apart")
+            return False
+        return True
+
+    @property
+    def _lay(self) -> Any:
+        return (
+            laid_end_to_end
+            if self.padding_free
+            else partial(padded_right, pad_id=self.tokenizer.pad_token_id)
+        )
+
+    def _backend(self, roles: Roles) -> LocalBackend:
+        sampling = SamplingSettings(
+            max_new_tokens=self.settings.max_new_tokens,
+            temperature=self.settings.temperature,
+            seed=self.settings.seed,
+        )
+        return _Drawing(roles.policy, self.tokenizer, sampling)
+
+    def trainer_parts(self, model: Roles, stop: StopOnSignal) -> dict[str, Any]:
+        settings = self.settings
+        self.check_rewards(model)
+        dataset = _Prompts(self.data.training)
+        return {
+            "train_dataset": dataset,
+            "sampler": EpochSampler([0] * len(dataset), settings.batch_size, settings.seed, by_length=False),
+            "collate": lambda asked: {"asked": list(asked)},
+            "measure": partial(self._held_out, model) if self.data.held_out else None,
+            "settings": settings,
+            "reward": self.rewards,
+            "backend": self._backend(model),
+            "lay": self._lay,
+        }
+
+    def check_rewards(self, roles: Roles) -> None:
+        """Refuse a reward model that scores everything the same.
+
+        Raises:
+            UsageError: it does.
+        """
+        if self.reward_resolved is None:
+            return
+        prompts = [one.prompt for one in self.data.training[:8]]
+        texts = ["Yes.", "I do not know.", "a b c d e f g", "请及时就医。"]
+        scores = [
+            self.rewards.parts["reward model"][1](prompts[:1], [text], [[0]])[0] for text in texts
+        ] + self.rewards.parts["reward model"][1](prompts, ["Yes."] * len(prompts), [[0]] * len(prompts))
+        if max(scores) - min(scores) < 1e-6:
+            raise UsageError(
+                f"the reward model gives every answer the same score ({scores[0]:.4g})",
+                "was its training finished? `medgpt score` shows its scores",
+            )
+
+    # -- held out ----------------------------------------------------------------------------------------------
+
+    def _held_out(self, roles: Roles, observer: Observer | None = None) -> dict[str, Any]:
+        return self._answered(roles, observer)[0]
+
+    def _answered(self, roles: Roles, observer: Observer | None) -> tuple[dict[str, Any], list[str]]:
+        """Reward, KL and length of answers drawn for the held-out prompts, the same draws each time."""
+        held, task = self.data.held_out, "answering held-out prompts"
+        if observer:
+            observer.on_task_start(task, None, "")
+        roles.eval()
+        with attention.for_batches(roles.policy, self.padding_free):
+            answers = draw(self._backend(roles), held, self.settings.rollout_size, _HELD_OUT_NUMBERS)
+            rollout = look_back(
+                roles,
+                held,
+                answers,
+                self._lay,
+                temperature=self.settings.temperature,
+                batch_size=self.settings.minibatch_size,
+            )
+            rewards = self.rewards([one.prompt for one in held], rollout.texts, rollout.answers)
+        if observer:
+            observer.on_task_end(task)
+        low, high = mean_interval(rewards)
+        return {
+            "reward": sum(rewards) / len(rewards),
+            "reward_low": low,
+            "reward_high": high,
+            "kl": float(rollout.kl().mean()),
+            "answer_tokens": sum(rollout.lengths) / len(held),
+            "ended": float(rollout.ended.float().mean()),
+            "prompts": len(held),
+        }, rollout.texts
+
+    def measure(
+        self, model: Roles, observer: Observer, known: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        if not self.data.held_out:
+            return {"metrics": {}, "answers": []}
+        figures, texts = self._answered(model, observer)
+        return {"metrics": figures, "answers": texts[: self.settings.sample_answers]}
+
+    def compare(self, before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
+        samples = [
+            {"question": asked.prompt.messages[-1]["content"], "before": old, "after": new}
+            for asked, old, new in zip(self.data.held_out, before["answers"], after["answers"], strict=False)
+        ]
+        return {"samples": samples}
+
+    def save(self, model: Roles, folder: RunFolder, after: dict[str, Any]) -> None:
+        """The policy alone: one ordinary adapter over the original base."""
+        save_result(self.settings, self.resolved, model.policy, self.tokenizer, folder)
+
+
+class _Prompts(ExampleDataset):
+    """Prompts as the trainer wants them; their lengths do not matter for the order."""
+
+    def __init__(self, asked: list[Any]):
+        self.examples, self.lengths = asked, [len(one.ids) for one in asked]
+
+
+class _Drawing(LocalBackend):
+    """Draws with the model's own attention: the one for rows laid end to end has no cache."""
+
+    def _run(self, rows: list[Any]) -> Any:
+        before = self.model.config._attn_implementation
+        if before == attention.NAME:
+            self.model.set_attn_implementation("sdpa")
+        try:
+            yield from super()._run(rows)
+        finally:
+            if before == attention.NAME:
+                self.model.set_attn_implementation(attention.NAME)
