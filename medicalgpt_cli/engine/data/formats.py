@@ -228,7 +228,7 @@ def to_conversation(row: Row, counts: Counts) -> Conversation | None:
         keys = ", ".join(sorted(map(str, row.value)))
         raise DataError(f"no answer to learn from; keys found: {keys}", f"expected: {_EXPECTED}", at=row.at)
     messages, identifier = messages_of(row, counts)
-    messages = _join_same_role(messages, row.at, counts)
+    messages = join_same_role(messages, row.at, counts)
     while messages and messages[-1]["role"] != "assistant":
         if any(one["role"] == "assistant" for one in messages):
             counts.add_merge("turns behind the last answer left out", row.at)
@@ -431,7 +431,7 @@ def _text(value: Any, name: str, at: str) -> str:
 # -- odd rows ----------------------------------------------------------------------------------------------
 
 
-def _join_same_role(messages: Iterable[Message], at: str, counts: Counts) -> list[Message]:
+def join_same_role(messages: Iterable[Message], at: str, counts: Counts) -> list[Message]:
     """Two user turns in a row are one; so are two answers. A system message counts only in front."""
     joined: list[Message] = []
     for message in messages:

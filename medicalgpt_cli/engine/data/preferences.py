@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from medicalgpt_cli.engine.data.formats import (
     Message,
     answer_keys,
     detect_format,
+    join_same_role,
     preference_prompt,
     rows_of,
 )
@@ -74,7 +76,7 @@ def _pair_of(row: Row, counts: Counts, margin_column: str | None) -> Pair | None
         if not isinstance(text, str):
             raise DataError(f"{name} is not text", "mend or remove this record", at=at)
         answers.append(text)
-    messages = preference_prompt(value, at)
+    messages = join_same_role(preference_prompt(value, at), at, counts)
     if messages and messages[-1]["role"] == "assistant":
         raise DataError(
             "the prompt ends with an answer", "the last turn in front of both answers is the user's", at=at
@@ -100,7 +102,13 @@ def _margin(value: dict[str, Any], column: str | None, at: str) -> float | None:
     if column is None:
         return None
     margin = value.get(column)
-    if isinstance(margin, bool) or not isinstance(margin, int | float) or margin != margin or margin < 0:
+    if isinstance(margin, str):  # of a table
+        try:
+            margin = float(margin)
+        except ValueError:
+            margin = None
+    number = isinstance(margin, int | float) and not isinstance(margin, bool) and math.isfinite(margin)
+    if not number or margin < 0:
         raise DataError(
             f"{column} is no number of at least 0",
             "--margin-column names the column with each pair's margin",
@@ -146,7 +154,7 @@ def audit_notices(found: dict[str, Any]) -> list[str]:
         )
     if found["longer_chosen"] is not None:
         lines.append(
-            f"the longer answer is the chosen one in {100 * found['longer_chosen']:.0f} % of them "
+            f"where lengths differ, the longer answer is the chosen one in {100 * found['longer_chosen']:.0f} % "
             f"({found['mean_characters_chosen']:,.0f} characters against {found['mean_characters_rejected']:,.0f})"
         )
     return lines

@@ -37,7 +37,7 @@ def lora_config(model: Any, adapter: AdapterSettings, new_rows: Sequence[int] = 
         r=adapter.lora_rank,
         lora_alpha=adapter.lora_alpha,
         lora_dropout=adapter.lora_dropout,
-        target_modules=_targets(model, adapter.target_modules),
+        target_modules=target_layers(model, adapter.target_modules),
         use_dora=adapter.dora,
         use_rslora=adapter.rslora,
         task_type="CAUSAL_LM",
@@ -110,7 +110,7 @@ def save_adapter(model: Any, folder: Path, base: str) -> None:
     (folder / "README.md").unlink(missing_ok=True)  # PEFT's model card template says nothing
 
 
-def _targets(model: Any, named: tuple[str, ...]) -> str | list[str]:
+def target_layers(model: Any, named: tuple[str, ...]) -> str | list[str]:
     if named == ("all",):
         return "all-linear"  # every linear layer but the output head, found by PEFT
     if "all" in named:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,26 +29,31 @@ from medicalgpt_cli.engine.training.reward_data import (
     pair_batch,
 )
 from medicalgpt_cli.engine.training.trainer import MedgptTrainer
+from medicalgpt_cli.engine.training.tuning import keep_shape
 from medicalgpt_cli.settings.stages import RewardSettings
 
 
 class RewardTrainer(MedgptTrainer):
     unit = "pairs"
-    centring = 0.0
+
+    def __init__(self, *, centring: float, **parts: Any):
+        """
+        Args:
+            centring: weight of the term that holds scores near 0 (`bradley_terry_loss`).
+        """
+        super().__init__(**parts)
+        self.centring = centring
+        self.differences: list[float] = []  # of the scores, since the last log step
 
     def batch_loss(self, model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         """The sum of the pairs' losses."""
         batch = {name: value for name, value in inputs.items() if name not in ("labels", "margins")}
         chosen, rejected = model(**batch).logits.chunk(2)
-        self._note((chosen - rejected).detach())
+        self.differences += (chosen - rejected).tolist()
         return bradley_terry_loss(chosen, rejected, inputs["margins"], self.centring) * len(chosen)
 
-    def _note(self, differences: torch.Tensor) -> None:
-        seen = self.__dict__.setdefault("differences", [])  # since the last log step
-        seen += differences.tolist()
-
     def log(self, logs, start_time=None):
-        if "loss" in logs and self.__dict__.get("differences"):
+        if "loss" in logs and self.differences:
             seen, self.differences = self.differences, []
             logs["accuracy"] = sum(one > 0 for one in seen) / len(seen)
             logs["margin"] = sum(seen) / len(seen)
@@ -77,6 +83,8 @@ class RewardStage(Stage):
         }
 
     def load(self, observer: Observer) -> Any:
+        if self.resolved.adapter is not None and self.settings.tuning == "lora":
+            keep_shape(self.settings, Path(self.resolved.adapter.path), observer)
         model = new_reward_model(self.settings, self.resolved, observer)
         if next(model.parameters()).device.type == "cpu":
             use_fast_dropout(model)
@@ -93,7 +101,6 @@ class RewardStage(Stage):
 
     def trainer_parts(self, model: Any, stop: StopOnSignal) -> dict[str, Any]:
         dataset, settings = PairDataset(self.data.training), self.settings
-        self.trainer.centring = settings.centring
         measure = partial(self._held_out, model, should_stop=lambda: stop.received is not None)
         return {
             "train_dataset": dataset,
@@ -103,8 +110,11 @@ class RewardStage(Stage):
                 settings.seed,
                 by_length=settings.batch_order == "by-length",
             ),
-            "collate": partial(pair_batch, lay=self._lay),
+            "collate": partial(
+                pair_batch, lay=self._lay, share=self.padding_free and attention.borrows_prefixes(model)
+            ),
             "measure": measure if self.data.held_out else None,
+            "centring": settings.centring,
         }
 
     @property

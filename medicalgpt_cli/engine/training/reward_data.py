@@ -20,11 +20,11 @@ from medicalgpt_cli.engine.data.preferences import (
     load_pairs,
     prompt_hash,
 )
-from medicalgpt_cli.engine.data.rendering import render_answer
+from medicalgpt_cli.engine.data.rendering import encode_prompt, render_answer
 from medicalgpt_cli.engine.data.report import histogram, percentiles
 from medicalgpt_cli.engine.data.splitting import split, without_held_out
 from medicalgpt_cli.engine.observer import Observer
-from medicalgpt_cli.errors import DataError
+from medicalgpt_cli.errors import DataError, UsageError
 from medicalgpt_cli.settings.stages import RewardSettings
 
 
@@ -39,12 +39,10 @@ class RenderedPair:
     source: str
 
     @property
-    def worth_sharing(self) -> int:
-        """How many tokens both rows begin with, the prompt and perhaps more; 0 where it is faster to repeat them.
-        """
+    def shared(self) -> int:
+        """How many tokens both rows begin with: the prompt, and what both answers begin with; not the last one."""
         both = zip(self.chosen[:-1], self.rejected[:-1], strict=False)
-        shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], both))
-        return shared
+        return sum(1 for _ in takewhile(lambda tokens: tokens[0] == tokens[1], both))
 
 
 class PairDataset(Dataset):
@@ -113,30 +111,51 @@ def load_reward_data(
 def _rendered(
     pairs: Sequence[Pair], tokenizer: PreTrainedTokenizerBase, settings: RewardSettings, counts: Counts
 ) -> list[tuple[Pair, RenderedPair]]:
-    found = []
-    for pair in pairs:
-        sides = [
-            render_answer(tokenizer, pair.messages, answer, settings.max_length)
-            for answer in (pair.chosen, pair.rejected)
-        ]
-        if None in sides:
-            counts.add_skip("longer than --max-length", pair.at)
-            continue
-        (prompt, chosen), (other_prompt, rejected) = sides
-        if len(prompt) != len(other_prompt):  # both must be judged behind the same history
-            shorter = min(len(prompt), len(other_prompt))
-            prompt = other_prompt = prompt if len(prompt) == shorter else other_prompt
-            counts.add_truncation("oldest exchanges dropped to fit --max-length", pair.at, 0)
-        longer = None if len(pair.chosen) == len(pair.rejected) else len(pair.chosen) > len(pair.rejected)
-        found.append(
-            (
-                pair,
-                RenderedPair(
-                    prompt + chosen, other_prompt + rejected, pair.margin or 0.0, longer, pair.source
-                ),
-            )
-        )
-    return found
+    rendered = ((pair, render_pair(tokenizer, pair, settings.max_length, counts)) for pair in pairs)
+    return [(pair, one) for pair, one in rendered if one is not None]
+
+
+def render_pair(
+    tokenizer: PreTrainedTokenizerBase, pair: Pair, max_length: int, counts: Counts
+) -> RenderedPair | None:
+    """Both answers behind the same prompt, its oldest exchanges dropped until the longer answer fits.
+
+    None where nothing can be judged; what was left out or shortened is counted.
+
+    Raises:
+        UsageError: the tokenizer has no chat template.
+    """
+
+    def render(answer: str, budget: int) -> tuple[list[int], list[int]] | None:
+        return render_answer(tokenizer, pair.messages, answer, budget)
+
+    try:
+        chosen, rejected = render(pair.chosen, max_length), render(pair.rejected, max_length)
+        if chosen and rejected and chosen[0] != rejected[0]:  # shortened for the longer answer only
+            ahead = len(chosen[1]) - len(rejected[1])
+            if ahead > 0:
+                rejected = render(pair.rejected, max_length - ahead)
+            else:
+                chosen = render(pair.chosen, max_length + ahead)
+    except UsageError as problem:
+        if not tokenizer.chat_template:
+            raise
+        counts.add_skip(problem.message, pair.at)
+        return None
+    if chosen is None or rejected is None:
+        counts.add_skip("longer than --max-length", pair.at)
+        return None
+    if chosen == rejected:
+        counts.add_skip("both answers are the same behind the chat template", pair.at)
+        return None
+    if sum(one["role"] == "user" for one in pair.messages) > 1:  # else there is nothing to drop
+        lost = len(encode_prompt(tokenizer, pair.messages)) - len(chosen[0])
+        if lost:
+            counts.add_truncation("oldest exchanges dropped to fit --max-length", pair.at, lost)
+    longer = None if len(pair.chosen) == len(pair.rejected) else len(pair.chosen) > len(pair.rejected)
+    return RenderedPair(
+        chosen[0] + chosen[1], rejected[0] + rejected[1], pair.margin or 0.0, longer, pair.source
+    )
 
 
 def _describe(
@@ -204,7 +223,7 @@ def behind_their_prompts(pairs: Sequence[RenderedPair]) -> dict[str, torch.Tenso
     prefixes: list[tuple[int, int]] = []
     laid = 0
     for pair in pairs:
-        shared = pair.worth_sharing
+        shared = pair.shared
         rows += [pair.chosen, pair.rejected[shared:]]
         starts += [0, shared]
         prefixes += [(0, 0), (laid, laid + shared)]

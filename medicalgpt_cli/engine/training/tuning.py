@@ -51,13 +51,13 @@ def load_trainable(settings: TrainSettings, resolved: ResolvedModel, observer: O
                 f"the embeddings of {len(rows):,} tokens that were added to the base learn, too"
             )
     else:
-        _keep_shape(settings, Path(resolved.adapter.path), observer)
+        keep_shape(settings, Path(resolved.adapter.path), observer)
     if choose_device(settings).type == "cpu":
         use_fast_dropout(model)
     return model
 
 
-def _keep_shape(settings: TrainSettings, adapter: Path, observer: Observer) -> None:
+def keep_shape(settings: TrainSettings, adapter: Path, observer: Observer) -> None:
     """An adapter that is trained on keeps its rank, scale and kind; asking for others is refused."""
     differing = different_shape(adapter, settings)
     asked = [name for name in differing if settings.origins.get(name, "default") != "default"]
