@@ -23,10 +23,10 @@ _Asked = TypeVar("_Asked", bound=_HasMessages)
 
 
 def prompt_key(conversation: _HasMessages) -> str:
-    """What makes two conversations the same question: all that is said before the first answer."""
+    """What makes two conversations the same question: all that the user says before the first answer to it."""
     opening = []
     for message in conversation.messages:
-        if message["role"] == "assistant":
+        if message["role"] == "assistant" and opening:  # not a greeting in front of the first question
             break
         if message["role"] == "user":
             opening.append(" ".join(message["content"].split()))

@@ -13,7 +13,6 @@ from medicalgpt_cli.engine.observer import Observer
 BUCKETS = ("chosen longer", "same length", "chosen shorter")
 
 
-@torch.no_grad()
 def score_rows(
     model: torch.nn.Module,
     rows: Sequence[Sequence[int]],
@@ -24,22 +23,59 @@ def score_rows(
     should_stop: Callable[[], bool] = lambda: False,
 ) -> list[float] | None:
     """The score of each token row, whatever it is batched with; None where `should_stop` said so."""
+    lengths = [len(row) for row in rows]
+    found = _in_batches(model, rows, lengths, lay, batch_size, "answers", observer, should_stop)
+    return None if found is None else [one for (one,) in found]
+
+
+def score_pairs(
+    model: torch.nn.Module,
+    pairs: Sequence[Any],
+    lay: Callable[[Sequence[Any]], dict[str, torch.Tensor]],
+    *,
+    batch_size: int,
+    observer: Observer | None = None,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> tuple[list[float], list[float]] | None:
+    """The scores of all chosen and of all rejected answers; None where `should_stop` said so.
+
+    Args:
+        pairs: with `chosen` and `rejected` as token ids. lay: pairs to a batch, all chosen answers first.
+    """
+    lengths = [len(pair.chosen) + len(pair.rejected) for pair in pairs]
+    found = _in_batches(model, pairs, lengths, lay, batch_size, "pairs", observer, should_stop)
+    return None if found is None else ([one for one, _ in found], [other for _, other in found])
+
+
+@torch.no_grad()
+def _in_batches(
+    model: torch.nn.Module,
+    items: Sequence[Any],
+    lengths: Sequence[int],
+    lay: Callable[[Sequence[Any]], dict[str, torch.Tensor]],
+    batch_size: int,
+    unit: str,
+    observer: Observer | None,
+    should_stop: Callable[[], bool],
+) -> list[list[float]] | None:
+    """The scores of each item; a batch of n items has the first score of each, then the second of each."""
     device = next(model.parameters()).device
     training = model.training
     model.eval()
-    scores = [0.0] * len(rows)
-    order = sorted(range(len(rows)), key=lambda index: len(rows[index]))
-    task = "scoring answers"
+    scores: list[list[float]] = [[] for _ in items]
+    order = sorted(range(len(items)), key=lambda index: lengths[index])
+    task = f"scoring {unit}"
     if observer:
-        observer.on_task_start(task, len(rows), "answers")
+        observer.on_task_start(task, len(items), unit)
     try:
         for start in range(0, len(order), batch_size):
             if should_stop():
                 return None
             piece = order[start : start + batch_size]
-            batch = {name: value.to(device) for name, value in lay([rows[index] for index in piece]).items()}
-            for index, score in zip(piece, model(**batch).logits.tolist(), strict=True):
-                scores[index] = score
+            batch = {name: value.to(device) for name, value in lay([items[index] for index in piece]).items()}
+            logits = model(**batch).logits.view(-1, len(piece))
+            for index, found in zip(piece, logits.T.tolist(), strict=True):
+                scores[index] = found
             if observer:
                 observer.on_task_advance(task, start + len(piece))
     finally:

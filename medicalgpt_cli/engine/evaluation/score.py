@@ -11,14 +11,20 @@ from typing import Any
 from medicalgpt_cli.engine.data.formats import Counts, first_format, load_conversations
 from medicalgpt_cli.engine.data.preferences import load_pairs
 from medicalgpt_cli.engine.data.rendering import render_answer
-from medicalgpt_cli.engine.evaluation.preferences import judge, score_rows
+from medicalgpt_cli.engine.evaluation.preferences import judge, score_pairs, score_rows
 from medicalgpt_cli.engine.model.loading import choose_device, choose_dtype, load_tokenizer
 from medicalgpt_cli.engine.model.references import resolve_models
-from medicalgpt_cli.engine.model.reward_model import load_reward_model
+from medicalgpt_cli.engine.model.reward_model import check_head, load_reward_model
 from medicalgpt_cli.engine.observer import Observer
 from medicalgpt_cli.engine.run.files import atomic_write
 from medicalgpt_cli.engine.training import attention
-from medicalgpt_cli.engine.training.reward_data import laid_end_to_end, padded_right
+from medicalgpt_cli.engine.training.reward_data import (
+    RenderedPair,
+    laid_end_to_end,
+    padded_right,
+    pair_layout,
+    render_pair,
+)
 from medicalgpt_cli.errors import DataError, UsageError
 from medicalgpt_cli.settings.groups import ModelSettings
 from medicalgpt_cli.settings.stages import ScoreSettings
@@ -43,6 +49,7 @@ def score(settings: ScoreSettings, observer: Observer) -> dict[str, Any]:
         base_model=settings.reward_model, use_cpu=settings.use_cpu, gpus=settings.gpus, dtype=settings.dtype
     )
     resolved = resolve_models(named)
+    check_head(resolved.adapter or resolved.base)
     tokenizer = load_tokenizer(named, resolved, observer)
     counts = Counts()
     pairs = first_format([str(settings.data_file)]) == "preference"
@@ -54,17 +61,25 @@ def score(settings: ScoreSettings, observer: Observer) -> dict[str, Any]:
     device = choose_device(settings)
     model = load_reward_model(resolved, choose_dtype(settings, device), device)
     apart = attention.is_exact(model)
-    lay = laid_end_to_end if apart else partial(padded_right, pad_id=tokenizer.pad_token_id)
-    with attention.for_batches(model, apart):
-        scores = score_rows(model, rows, lay, batch_size=settings.batch_size, observer=observer) or []
+    options = {"batch_size": settings.batch_size, "observer": observer}
     report: dict[str, Any] = {"reward_model": resolved.label, "rows": len(lines), "data": counts.as_dict()}
     if pairs:
-        half = len(scores) // 2
-        for line, chosen, rejected in zip(lines, scores[:half], scores[half:], strict=True):
-            line |= {"score_chosen": chosen, "score_rejected": rejected}
-        longer = [line.pop("longer") for line in lines]
-        report |= judge(scores[:half], scores[half:], [0.0] * half, longer, [str(settings.data_file)] * half)
+        lay_pairs = pair_layout(model, apart, tokenizer.pad_token_id)
+        with attention.for_batches(model, apart):
+            chosen, rejected = score_pairs(model, rows, lay_pairs, **options) or ([], [])
+        for line, one, other in zip(lines, chosen, rejected, strict=True):
+            line |= {"score_chosen": one, "score_rejected": other}
+        report |= judge(
+            chosen,
+            rejected,
+            [0.0] * len(rows),
+            [pair.longer_chosen for pair in rows],
+            [str(settings.data_file)] * len(rows),
+        )
     else:
+        lay = laid_end_to_end if apart else partial(padded_right, pad_id=tokenizer.pad_token_id)
+        with attention.for_batches(model, apart):
+            scores = score_rows(model, rows, lay, **options) or []
         for line, one in zip(lines, scores, strict=True):
             line["score"] = one
     text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
@@ -80,22 +95,15 @@ def score(settings: ScoreSettings, observer: Observer) -> dict[str, Any]:
 
 def _pairs(
     settings: ScoreSettings, tokenizer: Any, counts: Counts, observer: Observer
-) -> tuple[list[list[int]], list[dict[str, Any]]]:
-    """All chosen answers and then all rejected ones as token ids, and a line for each pair."""
-    chosen, rejected, lines = [], [], []
+) -> tuple[list[RenderedPair], list[dict[str, Any]]]:
+    """The pairs as token ids, and a line for each."""
+    rows, lines = [], []
     for pair in load_pairs([str(settings.data_file)], counts, observer):
-        sides = [
-            render_answer(tokenizer, pair.messages, answer, settings.max_length)
-            for answer in (pair.chosen, pair.rejected)
-        ]
-        if None in sides:
-            counts.add_skip("longer than --max-length", pair.at)
-            continue
-        chosen.append(sides[0][0] + sides[0][1])
-        rejected.append(sides[1][0] + sides[1][1])
-        difference = len(pair.chosen) - len(pair.rejected)
-        lines.append({"id": pair.id, "at": pair.at, "longer": None if difference == 0 else difference > 0})
-    return chosen + rejected, lines
+        one = render_pair(tokenizer, pair, settings.max_length, counts)
+        if one is not None:
+            rows.append(one)
+            lines.append({"id": pair.id, "at": pair.at})
+    return rows, lines
 
 
 def _answers(

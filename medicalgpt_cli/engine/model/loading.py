@@ -203,7 +203,9 @@ def load_base(
         options |= {"device_map": "balanced", "max_memory": free}
     with _explained(base):
         _refuse_unsafe(base)
-        if kind is not AutoModelForCausalLM:
+        if kind is AutoModelForCausalLM:
+            _refuse_reward_model(base)
+        else:
             options["num_labels"] = 1
         loaded, found = kind.from_pretrained(source, output_loading_info=True, **options)
     _must_be_complete(base.name, set(found["missing_keys"]) - set(may_lack))
@@ -321,6 +323,15 @@ def _refuse_unsafe(base: ModelReference) -> None:
             f"{base.name}: the weights are pickled (.bin), and loading them could run code",
             "convert them to safetensors, or take the model's safetensors version",
         )
+
+
+def _refuse_reward_model(base: ModelReference) -> None:
+    """One with tied embeddings would load as a language model, and speak as one that was trained to score."""
+    config = Path(base.path) / "config.json"
+    if base.kind == "folder" and "SequenceClassification" in str(
+        json.loads(config.read_text(encoding="utf-8")).get("architectures")
+    ):
+        raise UsageError(f"{base.name} is a reward model: it scores answers", "medgpt score takes it")
 
 
 def _known_types() -> Any:

@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import json
 import types
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, set_seed
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from medicalgpt_cli.engine.model.loading import choose_device, choose_dtype, load_base, load_model
+from medicalgpt_cli.engine.model.adapters import target_layers
+from medicalgpt_cli.engine.model.loading import choose_device, choose_dtype, load_base
 from medicalgpt_cli.engine.model.references import ModelReference, ResolvedModel
 from medicalgpt_cli.engine.observer import Observer
 from medicalgpt_cli.errors import UsageError
@@ -28,24 +31,22 @@ HEAD = "score"
 
 
 def new_reward_model(settings: RewardSettings, resolved: ResolvedModel, observer: Observer) -> Any:
-    """A reward model to be trained: over a base, or on top of an sft adapter, which becomes the reward's own.
+    """A reward model to be trained: over a base, or on top of an adapter, which becomes the reward's own.
 
     The adapter and its head lie over the original base, so that policy, reference, value and reward of `rl` can
-    share one copy of its weights.
+    share one copy of its weights. With full tuning all weights learn, in fp32, an adapter merged into them first.
+    A head that was trained before is kept.
     """
-    if settings.tuning == "full":
-        return _full(settings, resolved, observer)
-    device = choose_device(settings)
-    model = load_base(
-        resolved.base,
-        choose_dtype(settings, device),
-        device,
-        kind=AutoModelForSequenceClassification,
-        may_lack=(f"{HEAD}.weight",),
-    )
-    _read_scores_at_ends(model)
+    full, device = settings.tuning == "full", choose_device(settings)
+    model = _with_head(resolved.base, torch.float32 if full else choose_dtype(settings, device), device)
     set_seed(settings.seed)
-    _new_head(model)
+    if not _scores(model.config.architectures):
+        _new_head(model)
+    if full:
+        if resolved.adapter is not None:
+            model = _with_adapter(model, settings, resolved.adapter).merge_and_unload()
+            observer.on_notice("the adapter was merged into the weights, which are all trained")
+        return model.requires_grad_(True)
     wrapped = _with_adapter(model, settings, resolved.adapter)
     for weight in wrapped.parameters():
         if weight.requires_grad and weight.dtype != torch.float32:
@@ -57,22 +58,13 @@ def load_reward_model(resolved: ResolvedModel, dtype: torch.dtype, device: torch
     """A trained reward model, in evaluation mode; its forward takes `ends` (`score_at_ends`).
 
     Raises:
-        UsageError: it has no head, or none that was trained.
+        UsageError: it has no head, none that was trained, or its adapter does not fit its base.
     """
-    place = resolved.adapter or resolved.base
-    check_head(place)
-    if resolved.adapter is None:
-        model = load_base(resolved.base, dtype, device, kind=AutoModelForSequenceClassification)
-        _read_scores_at_ends(model)
-        return model.eval().requires_grad_(False)
-    model = load_base(
-        resolved.base, dtype, device, kind=AutoModelForSequenceClassification, may_lack=(f"{HEAD}.weight",)
-    )
-    _read_scores_at_ends(model)
-    from peft import PeftModel
-
-    wrapped = PeftModel.from_pretrained(model, resolved.adapter.path)
-    return wrapped.eval().requires_grad_(False)
+    check_head(resolved.adapter or resolved.base)
+    model = _with_head(resolved.base, dtype, device, complete=resolved.adapter is None)
+    if resolved.adapter is not None:
+        model = _attached(model, resolved.adapter)
+    return model.eval().requires_grad_(False)
 
 
 def check_head(place: ModelReference) -> None:
@@ -90,16 +82,30 @@ def check_head(place: ModelReference) -> None:
             f"{place.name}: the head of this reward model was never trained", "train it: medgpt reward"
         )
     if place.kind == "adapter":
-        names = load_file(folder / "adapter_model.safetensors").keys()
-        if not any(f".{HEAD}." in name for name in names):
+        if not any(f".{HEAD}." in name for name in _names(folder)):
             raise UsageError(
                 f"{place.name} is an adapter without a score head, not a reward model",
                 "name a run of `medgpt reward`",
             )
-    elif "SequenceClassification" not in " ".join(_config(folder).get("architectures") or []):
+    elif not _scores(_config(folder).get("architectures")):
         raise UsageError(
             f"{place.name} is a language model, not a reward model", "name a run of `medgpt reward`"
         )
+
+
+def _names(adapter: Path) -> list[str]:
+    """The names of an adapter's weights, read without the weights."""
+    try:
+        with safe_open(adapter / "adapter_model.safetensors", "pt") as file:
+            return list(file.keys())
+    except (OSError, SafetensorError):
+        raise UsageError(
+            f"{adapter}: adapter_model.safetensors is missing or damaged", "was the copy complete?"
+        ) from None
+
+
+def _scores(architectures: Sequence[str] | None) -> bool:
+    return any("SequenceClassification" in name for name in architectures or [])
 
 
 def write_record(folder: Path, record: dict[str, Any]) -> None:
@@ -147,19 +153,31 @@ def score_at_ends(
     ).last_hidden_state
     head = getattr(self, HEAD)
     last = hidden.flatten(0, 1)[ends]
-    return SequenceClassifierOutput(logits=head(last.to(_weight(head).dtype)).squeeze(-1).float())
+    with torch.autocast(last.device.type, enabled=False):  # bfloat16 has three digits
+        scores = head(last.to(head.weight.dtype))
+    return SequenceClassifierOutput(logits=scores.squeeze(-1).float())
 
 
-def _weight(head: torch.nn.Module) -> torch.Tensor:
-    return next(head.parameters())
+def _with_head(base: ModelReference, dtype: torch.dtype, device: torch.device, complete: bool = False) -> Any:
+    """A base with a scalar head in fp32, random where the files have none, and `score_at_ends` for its forward.
 
-
-def _read_scores_at_ends(model: Any) -> None:
+    Raises:
+        UsageError: its architecture has no such head, or it is to be `complete` and the files lack it.
+    """
+    model = load_base(
+        base,
+        dtype,
+        device,
+        kind=AutoModelForSequenceClassification,
+        may_lack=() if complete else (f"{HEAD}.weight",),
+    )
     if not isinstance(getattr(model, HEAD, None), torch.nn.Linear):
         raise UsageError(
             f"{type(model).__name__} has no scalar head named {HEAD}", "take a base of another architecture"
         )
+    getattr(model, HEAD).float()
     model.forward = types.MethodType(score_at_ends, model)
+    return model
 
 
 def _new_head(model: Any) -> None:
@@ -182,19 +200,20 @@ def _with_adapter(model: Any, adapter: AdapterSettings, given: ModelReference | 
         if isinstance(module, torch.nn.Linear) and name != HEAD
     }
     if given is None:
-        targets = sorted(linear) if adapter.target_modules == ("all",) else list(adapter.target_modules)
+        targets = target_layers(model, adapter.target_modules)
         config: Any = LoraConfig(
             r=adapter.lora_rank,
             lora_alpha=adapter.lora_alpha,
             lora_dropout=adapter.lora_dropout,
-            target_modules=targets,
+            target_modules=sorted(linear) if targets == "all-linear" else targets,
             use_dora=adapter.dora,
             use_rslora=adapter.rslora,
         )
     else:
         config = PeftConfig.from_pretrained(given.path)
         config.inference_mode = False
-        if config.modules_to_save or config.trainable_token_indices:
+        own = set(config.modules_to_save or ()) - {HEAD, "classifier"}  # PEFT names both of any classifier
+        if own or config.trainable_token_indices:
             raise UsageError(
                 f"{given.name} has embeddings of its own",
                 "merge it first (medgpt merge-lora), then --base-model",
@@ -205,35 +224,40 @@ def _with_adapter(model: Any, adapter: AdapterSettings, given: ModelReference | 
     config.modules_to_save = [HEAD]
     wrapped = get_peft_model(model, config)
     if given is not None:
+        _names(Path(given.path))  # refuses a file that is missing or damaged
         content = load_file(Path(given.path) / "adapter_model.safetensors")
-        # The head that PEFT asks for is the new one.
-        content[f"base_model.model.{HEAD}.weight"] = wrapped.get_base_model().score.weight.detach()
+        # PEFT asks for a head, which an adapter of a language model does not have.
+        content.setdefault(f"base_model.model.{HEAD}.weight", getattr(model, HEAD).weight.detach())
         loaded = set_peft_model_state_dict(wrapped, content)
         missing = [name for name in loaded.missing_keys if "lora_" in name]
         if missing or loaded.unexpected_keys:
-            raise UsageError(
-                f"{given.name} does not fit this base model",
-                "leave out --base-model: the adapter knows its base",
-            )
+            raise _misfit(given)
     return wrapped
 
 
-def _full(settings: RewardSettings, resolved: ResolvedModel, observer: Observer) -> Any:
-    """All weights in fp32, an adapter merged into them first."""
-    from dataclasses import replace
+def _attached(model: Any, adapter: ModelReference) -> Any:
+    """The model under a trained adapter with its head."""
+    from peft import PeftModel, get_peft_model_state_dict
 
-    language = load_model(replace(settings, dtype="fp32"), resolved, trainable=True, observer=observer)
-    if resolved.adapter is not None:
-        language = language.merge_and_unload()
-        observer.on_notice("the adapter was merged into the weights, which are all trained")
-    config = language.config
-    config.num_labels = 1
-    set_seed(settings.seed)
-    model = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)
-    model.base_model.load_state_dict(language.base_model.state_dict())
-    _read_scores_at_ends(model)
-    _new_head(model)
-    return model.to(choose_device(settings)).requires_grad_(True)
+    try:
+        wrapped = PeftModel.from_pretrained(model, adapter.path)
+    except (RuntimeError, ValueError, KeyError) as problem:
+        if "size mismatch" in str(problem) or "not found in the base model" in str(problem):
+            raise _misfit(adapter) from None
+        raise
+    # PEFT only warns where the file and the model have different layers.
+    if set(_names(Path(adapter.path))) != set(
+        get_peft_model_state_dict(wrapped, save_embedding_layers=False)
+    ):
+        raise _misfit(adapter)
+    return wrapped
+
+
+def _misfit(adapter: ModelReference) -> UsageError:
+    return UsageError(
+        f"{adapter.name} does not fit its base model: it was trained over another one",
+        "leave out --base-model: the adapter knows its base",
+    )
 
 
 def _config(folder: Path) -> dict[str, Any]:

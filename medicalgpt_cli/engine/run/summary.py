@@ -86,26 +86,18 @@ def part_table(before: Mapping[str, Any], after: Mapping[str, Any]) -> tuple[lis
                 [one["source"], one["language"], f"{one['bytes']:,}", was, f"{one['bits_per_byte']:.4f}"]
             )
         return head, rows
-    head = [
-        "held-out pairs",
-        "pairs",
-        "accuracy before",
-        "after",
-        "95 %",
-        "longer wins",
-        "margin",
-        "calibration error",
-    ]
+    accuracy = ["accuracy before", "after"] if old else ["accuracy"]  # scores of a file have no before
+    head = ["held-out pairs", "pairs", *accuracy, "95 %", "longer wins", "margin", "calibration error"]
     for one in parts:
         past = old.get((one["source"], None))
-        was = f"{100 * past['accuracy']:.1f} %" if past else "–"
+        was = [f"{100 * past['accuracy']:.1f} %" if past else "–"] if old else []
         now, interval = f"{100 * one['accuracy']:.1f} %", f"{100 * one['low']:.1f}–{100 * one['high']:.1f}"
         rest = [
             f"{100 * one['longer_wins']:.1f} %",
             f"{one['margin']:.3f}",
             f"{one['calibration_error']:.3f}",
         ]
-        rows.append([one["source"], f"{one['pairs']:,}", was, now, interval, *rest])
+        rows.append([one["source"], f"{one['pairs']:,}", *was, now, interval, *rest])
     return head, rows
 
 

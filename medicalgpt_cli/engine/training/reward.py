@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from medicalgpt_cli.engine.evaluation.preferences import judge, score_rows
+from medicalgpt_cli.engine.evaluation.preferences import judge, score_pairs
 from medicalgpt_cli.engine.model.dropout import use_fast_dropout
 from medicalgpt_cli.engine.model.reward_model import new_reward_model, write_record
 from medicalgpt_cli.engine.observer import Observer
@@ -21,15 +21,14 @@ from medicalgpt_cli.engine.training.loop import Stage
 from medicalgpt_cli.engine.training.preference_loss import bradley_terry_loss
 from medicalgpt_cli.engine.training.reward_data import (
     PairDataset,
+    PairLayout,
     RewardData,
-    answers_of,
-    laid_end_to_end,
     load_reward_data,
-    padded_right,
     pair_batch,
+    pair_layout,
 )
 from medicalgpt_cli.engine.training.trainer import MedgptTrainer
-from medicalgpt_cli.engine.training.tuning import keep_shape
+from medicalgpt_cli.engine.training.tuning import keep_shape, refuse_half_precision
 from medicalgpt_cli.settings.stages import RewardSettings
 
 
@@ -65,6 +64,7 @@ class RewardStage(Stage):
     trainer = RewardTrainer
     settings: RewardSettings
     data: RewardData
+    lay: PairLayout  # known together with `padding_free`
 
     def load_data(self, observer: Observer) -> RewardData:
         return load_reward_data(self.settings, self.tokenizer, observer)
@@ -85,6 +85,7 @@ class RewardStage(Stage):
     def load(self, observer: Observer) -> Any:
         if self.resolved.adapter is not None and self.settings.tuning == "lora":
             keep_shape(self.settings, Path(self.resolved.adapter.path), observer)
+        refuse_half_precision(self.settings)
         model = new_reward_model(self.settings, self.resolved, observer)
         if next(model.parameters()).device.type == "cpu":
             use_fast_dropout(model)
@@ -92,12 +93,11 @@ class RewardStage(Stage):
 
     def keeps_apart(self, model: Any, observer: Observer) -> bool:
         """End to end where it was asked for and the model keeps the answers apart."""
-        if self.settings.layout == "padded":
-            return False
-        if not attention.is_exact(model):
+        apart = self.settings.layout == "padding-free" and attention.is_exact(model)
+        if self.settings.layout == "padding-free" and not apart:
             observer.on_notice("batches are padded: this model cannot keep the answers of one row apart")
-            return False
-        return True
+        self.lay = pair_layout(model, apart, self.tokenizer.pad_token_id)
+        return apart
 
     def trainer_parts(self, model: Any, stop: StopOnSignal) -> dict[str, Any]:
         dataset, settings = PairDataset(self.data.training), self.settings
@@ -110,32 +110,20 @@ class RewardStage(Stage):
                 settings.seed,
                 by_length=settings.batch_order == "by-length",
             ),
-            "collate": partial(
-                pair_batch, lay=self._lay, share=self.padding_free and attention.borrows_prefixes(model)
-            ),
+            "collate": partial(pair_batch, lay=self.lay),
             "measure": measure if self.data.held_out else None,
             "centring": settings.centring,
         }
 
-    @property
-    def _lay(self) -> Any:
-        return (
-            laid_end_to_end
-            if self.padding_free
-            else partial(padded_right, pad_id=self.tokenizer.pad_token_id)
-        )
-
     def _held_out(self, model: Any, **options: Any) -> dict[str, Any] | None:
         pairs = self.data.held_out
         with attention.for_batches(model, self.padding_free):
-            scores = score_rows(
-                model, answers_of(pairs), self._lay, batch_size=2 * self.settings.batch_size, **options
-            )
-        if scores is None:
+            found = score_pairs(model, pairs, self.lay, batch_size=self.settings.batch_size, **options)
+        if found is None:
             return None
+        scores = [*found[0], *found[1]]
         figures = judge(
-            scores[: len(pairs)],
-            scores[len(pairs) :],
+            *found,
             [pair.margin for pair in pairs],
             [pair.longer_chosen for pair in pairs],
             [pair.source for pair in pairs],

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import takewhile
 from typing import Any
 
@@ -24,6 +25,7 @@ from medicalgpt_cli.engine.data.rendering import encode_prompt, render_answer
 from medicalgpt_cli.engine.data.report import histogram, percentiles
 from medicalgpt_cli.engine.data.splitting import split, without_held_out
 from medicalgpt_cli.engine.observer import Observer
+from medicalgpt_cli.engine.training import attention
 from medicalgpt_cli.errors import DataError, UsageError
 from medicalgpt_cli.settings.stages import RewardSettings
 
@@ -43,6 +45,9 @@ class RenderedPair:
         """How many tokens both rows begin with: the prompt, and what both answers begin with; not the last one."""
         both = zip(self.chosen[:-1], self.rejected[:-1], strict=False)
         return sum(1 for _ in takewhile(lambda tokens: tokens[0] == tokens[1], both))
+
+
+PairLayout = Callable[[Sequence[RenderedPair]], dict[str, torch.Tensor]]
 
 
 class PairDataset(Dataset):
@@ -182,11 +187,6 @@ def _fingerprint(pairs: Sequence[tuple[Pair, RenderedPair]]) -> str:
 # -- batches -----------------------------------------------------------------------------------------------
 
 
-def answers_of(pairs: Sequence[RenderedPair]) -> list[list[int]]:
-    """All chosen answers, then all rejected ones."""
-    return [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
-
-
 def laid_end_to_end(rows: Sequence[Sequence[int]]) -> dict[str, torch.Tensor]:
     """Token rows without padding: input_ids and position_ids (1, total); ends (rows,); cu_seq_lens (rows + 1,)."""
     bounds = torch.tensor([0, *(len(row) for row in rows)]).cumsum(0)
@@ -238,10 +238,26 @@ def behind_their_prompts(pairs: Sequence[RenderedPair]) -> dict[str, torch.Tenso
     }
 
 
-def pair_batch(pairs: Sequence[RenderedPair], lay: Any, *, share: bool = False) -> dict[str, torch.Tensor]:
+def each_by_itself(
+    pairs: Sequence[RenderedPair], lay: Callable[[Sequence[Sequence[int]]], dict[str, torch.Tensor]]
+) -> dict[str, torch.Tensor]:
+    """Pairs as `lay` lays rows: all chosen ones, then all rejected ones."""
+    return lay([pair.chosen for pair in pairs] + [pair.rejected for pair in pairs])
+
+
+def pair_layout(model: Any, padding_free: bool, pad_id: int) -> PairLayout:
+    """How `model` is given pairs: their prompts once where it can, end to end, or padded."""
+    if padding_free and attention.borrows_prefixes(model):
+        return behind_their_prompts
+    return partial(
+        each_by_itself, lay=laid_end_to_end if padding_free else partial(padded_right, pad_id=pad_id)
+    )
+
+
+def pair_batch(pairs: Sequence[RenderedPair], lay: PairLayout) -> dict[str, torch.Tensor]:
     """Both answers of every pair for one forward pass; `labels` counts the pairs."""
     return {
-        **(behind_their_prompts(pairs) if share else lay(answers_of(pairs))),
+        **lay(pairs),
         "margins": torch.tensor([pair.margin for pair in pairs]),
         "labels": torch.ones(len(pairs), dtype=torch.long),
     }

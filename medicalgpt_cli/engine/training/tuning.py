@@ -31,12 +31,8 @@ def load_trainable(settings: TrainSettings, resolved: ResolvedModel, observer: O
     Full tuning: all weights, an adapter merged into them first. Full weights are held in fp32, which
     AdamW's small steps need; the GPU computes in `--dtype` under autocast.
     """
+    refuse_half_precision(settings)
     if settings.tuning == "full":
-        if settings.dtype in ("bf16", "fp16") and choose_device(settings).type == "cpu":
-            raise UsageError(
-                f"--dtype {settings.dtype}: a processor tunes all weights in fp32",
-                "leave --dtype out, or train a LoRA adapter",
-            )
         model = load_model(replace(settings, dtype="fp32"), resolved, trainable=True, observer=observer)
         if resolved.adapter is not None:
             model = model.merge_and_unload()
@@ -55,6 +51,20 @@ def load_trainable(settings: TrainSettings, resolved: ResolvedModel, observer: O
     if choose_device(settings).type == "cpu":
         use_fast_dropout(model)
     return model
+
+
+def refuse_half_precision(settings: TrainSettings) -> None:
+    """A processor has no autocast for weights that all learn.
+
+    Raises:
+        UsageError: it was asked for.
+    """
+    half = settings.tuning == "full" and settings.dtype in ("bf16", "fp16")
+    if half and choose_device(settings).type == "cpu":
+        raise UsageError(
+            f"--dtype {settings.dtype}: a processor tunes all weights in fp32",
+            "leave --dtype out, or train a LoRA adapter",
+        )
 
 
 def keep_shape(settings: TrainSettings, adapter: Path, observer: Observer) -> None:

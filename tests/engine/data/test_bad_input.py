@@ -29,7 +29,7 @@ def cases(*stages: str) -> list:
 def test_no_case_is_forgotten():
     files = {path.name for path in BAD.iterdir()} - {"EXPECTED.json", "real_gbk_dialogues.csv"}
     assert {case["file"] for case in CASES} == files
-    # reward, eval and phi have no stage of their own yet: only their reading is tested, below
+    # reward: test_preferences.py; eval and phi have no stage of their own yet: only their reading is tested
     assert {case["stage"] for case in CASES} == {"sft", "reward", "eval", "phi", "pretrain"}
 
 
