@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from medicalgpt_cli.errors import UsageError
-from medicalgpt_cli.settings.fields import check_bounds, opt
+from medicalgpt_cli.settings.fields import check_bounds, flag_of, opt, options_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +29,14 @@ class Settings:
 
     def check(self) -> None:
         """Rules between fields. Raises UsageError. Overrides call `super().check()`."""
+
+    def chosen(self, name: str) -> bool:
+        """Whether a person decided on a field: one that differs from its default, or was given as a flag or variable.
+
+        A recipe that a run leaves spells every default out; these decide nothing.
+        """
+        is_default = getattr(self, name) == options_of(self)[name][0].default
+        return not is_default or self.origins.get(name, "default") in ("flag", "environment")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,13 +120,21 @@ class AdapterSettings(Settings):
 
     def check(self) -> None:
         super().check()
-        if self.tuning == "full" and (self.dora or self.rslora):
-            flag = "--dora" if self.dora else "--rslora"
-            raise UsageError(f"{flag} goes with --tuning lora", f"leave out {flag} or --tuning full")
-        if self.tuning == "full" and self.embeddings != "auto":
-            raise UsageError(
-                "--embeddings goes with --tuning lora", "full tuning trains all rows: leave --embeddings out"
-            )
+        if self.tuning == "full":
+            self.refuse_adapter_options("--tuning full")
+
+    def refuse_adapter_options(self, instead: str) -> None:
+        """
+        Raises:
+            UsageError: an option about adapters was chosen where all weights are trained.
+        """
+        about_adapters = options_of(self).keys() & {*AdapterSettings.__annotations__} - {"tuning"}
+        for name in sorted(about_adapters):
+            if self.chosen(name):
+                raise UsageError(
+                    f"{flag_of(name)} is about an adapter, and {instead} trains all weights",
+                    f"leave out {flag_of(name)} or {instead}",
+                )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,6 +157,30 @@ class DataSettings(Settings):
                 "--train-data is missing",
                 "name a file, a folder or a hub data set; `medgpt data FILE` shows what a file holds",
             )
+
+
+@dataclass(frozen=True, kw_only=True)
+class CorpusSettings(Settings):
+    """How plain text becomes documents."""
+
+    panel: ClassVar[str] = "Data"
+
+    text_unit: str = opt(
+        "auto",
+        "What one document of a text file is; auto: blocks between blank lines where there are any, else lines.",
+        choices=("auto", "line", "block", "file"),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardModelSettings(Settings):
+    """Which model scores answers."""
+
+    panel: ClassVar[str] = "Model"
+
+    reward_model: str | None = opt(
+        None, "A run of `medgpt reward`, a reward model's folder or a hub name.", metavar="NAME"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,12 +11,14 @@ from medicalgpt_cli.errors import UsageError
 from medicalgpt_cli.settings.fields import flag_of, opt
 from medicalgpt_cli.settings.groups import (
     AdapterSettings,
+    CorpusSettings,
     DataSettings,
     DeviceSettings,
     ExampleSettings,
     ModelSettings,
     OptimSettings,
     OutputSettings,
+    RewardModelSettings,
     RunSettings,
     SamplingSettings,
 )
@@ -39,16 +41,11 @@ class TrainSettings(RunSettings, OptimSettings, AdapterSettings, DataSettings, M
 
 
 @dataclass(frozen=True, kw_only=True)
-class PretrainSettings(TrainSettings):
+class PretrainSettings(CorpusSettings, TrainSettings):
     """Continued pretraining on plain text."""
 
     panel: ClassVar[str] = "Pretraining"
 
-    text_unit: str = opt(
-        "auto",
-        "What one document of a text file is; auto: blocks between blank lines where there are any, else lines.",
-        choices=("auto", "line", "block", "file"),
-    )
     block_size: int = opt(1024, "Tokens of a training block; documents are packed into blocks.", min=16)
     replay_data: tuple[str, ...] = opt(
         (), "General text mixed in against forgetting; can be repeated.", metavar="PATH"
@@ -63,7 +60,7 @@ class PretrainSettings(TrainSettings):
 
     def check(self) -> None:
         super().check()
-        if self.origins.get("replay_share", "default") != "default" and not self.replay_data:
+        if self.chosen("replay_share") and not self.replay_data and self.resume is None:
             raise UsageError("--replay-share needs --replay-data", "name the general text to mix in")
         if self.from_config is None:
             return
@@ -73,12 +70,13 @@ class PretrainSettings(TrainSettings):
             )
         if not self.tokenizer_path:
             raise UsageError("--from-config needs --tokenizer-path", "name the new model's tokenizer folder")
-        if self.origins.get("tuning", "default") != "default" and self.tuning == "lora":
+        if self.chosen("tuning") and self.tuning == "lora":
             raise UsageError("--from-config trains all weights", "leave out --tuning lora")
+        self.refuse_adapter_options("--from-config")
 
 
 @dataclass(frozen=True, kw_only=True)
-class VocabularySettings(OutputSettings, ModelSettings):
+class VocabularySettings(OutputSettings, CorpusSettings, ModelSettings):
     """Widen a model's vocabulary with the words of a corpus."""
 
     panel: ClassVar[str] = "Vocabulary"
@@ -87,11 +85,6 @@ class VocabularySettings(OutputSettings, ModelSettings):
         (), "A text file, folder or hub data set to find words in; can be repeated.", metavar="PATH"
     )
     output_dir: Path | None = opt(None, "Where the widened model goes.", metavar="DIR")
-    text_unit: str = opt(
-        "auto",
-        "What one document of a text file is; auto: blocks between blank lines where there are any, else lines.",
-        choices=("auto", "line", "block", "file"),
-    )
     sentencepiece_model: Path | None = opt(
         None, "Take the words of this SentencePiece model instead of training one.", metavar="FILE"
     )
@@ -125,7 +118,7 @@ class VocabularySettings(OutputSettings, ModelSettings):
             raise UsageError("--gpus: the vocabulary is widened on the processor", "leave --gpus out")
         if self.sentencepiece_model:
             for name in ("algorithm", "size", "character_coverage"):
-                if self.origins.get(name, "default") != "default":
+                if self.chosen(name):
                     raise UsageError(
                         f"{flag_of(name)} is about training a SentencePiece model",
                         f"leave out {flag_of(name)} or --sentencepiece-model",
@@ -172,14 +165,17 @@ class RewardSettings(ExampleSettings, TrainSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class RlSettings(TrainSettings):
-    """Reinforcement learning: PPO against a reward model, rules, or both."""
+class RlSettings(RewardModelSettings, TrainSettings):
+    """Reinforcement learning: PPO, RLOO or GRPO against a reward model, rules, or both."""
 
     panel: ClassVar[str] = "Reinforcement learning"
 
-    reward_model: str | None = opt(
-        None, "A run of `medgpt reward`, a reward model's folder or a hub name.", metavar="NAME"
+    algorithm: str = opt(
+        "ppo",
+        "ppo learns a value function; rloo and grpo compare several answers to one prompt instead.",
+        choices=("ppo", "rloo", "grpo"),
     )
+    group_size: int = opt(4, "Answers to one prompt, for rloo and grpo.", min=2)
     reward_weight: float = opt(1.0, "What the reward model's score is multiplied by.")
     reward_rule: tuple[str, ...] = opt(
         (),
@@ -187,7 +183,7 @@ class RlSettings(TrainSettings):
         metavar="RULE",
     )
     length_target: int = opt(128, "Tokens up to which the rule `length` gives the whole reward.", min=1)
-    batch_size: int = opt(32, "Prompts answered before each update of the policy.", min=1)
+    batch_size: int = opt(32, "Prompts answered before the policy learns from the answers.", min=1)
     minibatch_size: int = opt(8, "Answers of a gradient step.", min=1)
     rollout_size: int = opt(16, "Prompts answered at one time.", min=1)
     ppo_epochs: int = opt(4, "Passes over the answers of a batch.", min=1)
@@ -229,18 +225,22 @@ class RlSettings(TrainSettings):
                 "no reward is named", "give --reward-model (a run of `medgpt reward`), --reward-rule, or both"
             )
         for flag, off in (
-            ("neftune_alpha", None), ("early_stopping", None), ("gradient_accumulation", 1), ("tuning", "lora")
+            ("neftune_alpha", None), ("early_stopping", None), ("gradient_accumulation", 1),
+            ("gradient_checkpointing", False), ("tuning", "lora"),
         ):  # fmt: skip
             if getattr(self, flag) != off:
                 hint = {"gradient_accumulation": "--minibatch-size says what a gradient step is made of"}
                 raise UsageError(f"{flag_of(flag)} is not for rl", hint.get(flag, "leave it out"))
         if self.embeddings not in ("auto", "frozen"):
             raise UsageError("--embeddings: rl leaves them as they are", "leave it out")
-        if self.minibatch_size > self.batch_size:
+        if self.minibatch_size > self.batch_size * self.answers_a_prompt:
             raise UsageError(
                 f"--minibatch-size {self.minibatch_size} is larger than --batch-size {self.batch_size}",
                 "a minibatch is a part of the batch",
             )
+        for name in ("group_size",) if self.algorithm == "ppo" else OF_THE_VALUE_FUNCTION:
+            if self.chosen(name):
+                raise UsageError(f"{flag_of(name)} is not for {self.algorithm}", "leave it out")
         for rule in self.reward_rule:
             name, _, weight = rule.partition(":")
             if name not in RULES or not _is_number(weight or "1"):
@@ -249,7 +249,15 @@ class RlSettings(TrainSettings):
                     f"one of {', '.join(RULES)}, perhaps with a weight: {RULES[0]}:0.5",
                 )
 
+    @property
+    def answers_a_prompt(self) -> int:
+        """How many answers are drawn for each prompt."""
+        return 1 if self.algorithm == "ppo" else self.group_size
 
+
+OF_THE_VALUE_FUNCTION = (
+    "value_learning_rate", "clip_range_value", "value_coefficient", "gamma", "gae_lambda",
+)  # fmt: skip
 RULES = ("right-option", "answer-format", "length")
 
 
@@ -261,14 +269,11 @@ def _is_number(text: str) -> bool:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ScoreSettings(OutputSettings, DeviceSettings):
+class ScoreSettings(OutputSettings, RewardModelSettings, DeviceSettings):
     """Score answers with a reward model."""
 
     panel: ClassVar[str] = "Scores"
 
-    reward_model: str | None = opt(
-        None, "A run of `medgpt reward`, a reward model's folder or a hub name.", metavar="NAME"
-    )
     data_file: str | None = opt(
         None, "Preference pairs, or conversations that end with an answer.", metavar="FILE"
     )

@@ -13,9 +13,10 @@ def show_environment(found: Mapping[str, Any]) -> None:
     """Print what engine/run/environment.describe found, one fact a line, without box lines."""
     from rich.text import Text
 
-    console = results()
-    for label, value in rows(found):
-        console.print(Text.assemble((f"{label:<16}", "cyan"), value), soft_wrap=True)
+    console, lines = results(), rows(found)
+    width = max(len(label) for label, _ in lines) + 2
+    for label, value in lines:
+        console.print(Text.assemble((label.ljust(width), "cyan"), value), soft_wrap=True)
 
 
 def rows(found: Mapping[str, Any]) -> list[tuple[str, str]]:

@@ -62,6 +62,10 @@ def parse_source(text: str, *, replay: bool = False) -> Source:
         weight = float(number)
     except ValueError:
         return Source(text, None, replay)
+    if replay:
+        raise UsageError(
+            f"--replay-data {text}: a replay source has no weight", "--replay-share says how much is replayed"
+        )
     if not 0 < weight < float("inf"):
         raise UsageError(f"--train-data {text}: the weight has to be above 0", "for example zh.jsonl:0.7")
     return Source(name, weight, replay)

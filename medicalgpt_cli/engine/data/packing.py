@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -59,14 +59,15 @@ class PackedBlocks(Dataset):
         begin = index * self.block_size
         end = min(begin + self.block_size, self.tokens)
         ids = self._stream(begin, min(end + 1, self.tokens))
-        following = ids[1:] if len(ids) > end - begin else [*ids[1:], self._behind_the_last(ids[-1])]
+        following = ids[1:] if len(ids) > end - begin else [*ids[1:], self._behind_the_last]
         # A begin-of-text token is put there, not predicted.
         targets = [IGNORED if self.start != self.end and one == self.start else one for one in following]
         first, last = np.searchsorted(self.bounds, [begin, end], side="left")
         starts = [int(bound - begin) for bound in self.bounds[first:last]]
         return Block(ids[: end - begin], targets, starts if starts[:1] == [0] else [0, *starts])
 
-    def _behind_the_last(self, token: int) -> int:
+    @property
+    def _behind_the_last(self) -> int:
         return IGNORED if self.start != self.end else self.end
 
     def _stream(self, begin: int, end: int) -> list[int]:
@@ -185,7 +186,12 @@ class HeldOut:
 
 
 def held_out_windows(
-    corpus: Corpus, order: np.ndarray, block_size: int, budget: int, separate_end: bool, decode: object
+    corpus: Corpus,
+    order: np.ndarray,
+    block_size: int,
+    budget: int,
+    separate_end: bool,
+    decode: Callable[[list[int]], str],
 ) -> tuple[HeldOut, int]:
     """Windows of documents in the order given, until `budget` targets are reached.
 

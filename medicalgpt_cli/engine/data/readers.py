@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from medicalgpt_cli.errors import DataError
+from medicalgpt_cli.errors import DataError, UsageError
 
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".txt", ".md")
 COMPRESSIONS = (".gz", ".zst")
@@ -111,6 +111,22 @@ def read_rows(
 def is_text(source: Path | HubDataset) -> bool:
     """Whether a source is a plain text file, whose documents are a matter of `text_unit`."""
     return isinstance(source, Path) and _kind(source) in (".txt", ".md")
+
+
+def check_text_unit(sources: Sequence[str], text_unit: str) -> None:
+    """
+    Raises:
+        UsageError: a `--text-unit` is asked for, and none of the sources is a text file.
+        DataError: a source is missing.
+    """
+    if text_unit == "auto":
+        return
+    files, _ = expand_sources(sources)
+    if not any(is_text(file) for file in files):
+        raise UsageError(
+            f"--text-unit {text_unit}: {sources[0]} has its documents as records",
+            "leave it out: it is about .txt and .md files",
+        )
 
 
 def unit_of(path: Path) -> str:

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
 from medicalgpt_cli.engine.data.packing import Block, HeldOut
+from medicalgpt_cli.engine.evaluation.batched import by_length, in_batches, never
+from medicalgpt_cli.engine.evaluation.heldout import figures
 from medicalgpt_cli.engine.observer import Observer
 from medicalgpt_cli.engine.training.losses import target_loss
 
 
-@torch.no_grad()
 def text_loss(
     model: torch.nn.Module,
     text: HeldOut,
@@ -21,62 +21,46 @@ def text_loss(
     *,
     batch_size: int,
     observer: Observer | None = None,
-    should_stop: Callable[[], bool] = lambda: False,
+    should_stop: Callable[[], bool] = never,
 ) -> dict[str, Any] | None:
     """Loss over every token of the held-out windows, however they are batched.
 
     Returns:
-        loss: nats a token. perplexity: exp(loss).
-        bits_per_byte: total loss in bits over the UTF-8 bytes of the text; every byte of a measured document
-        is counted, so that it stays comparable when the vocabulary changes.
-        tokens, bytes: what was measured on.
-        parts: the same by source and language. None where `should_stop` said so.
+        The `figures` of all windows (every byte of a measured document counts), and `parts`: the same by
+        source and language. None where `should_stop` said so.
     """
-    device = next(model.parameters()).device
-    training = model.training
-    model.eval()
-    totals = dict.fromkeys(text.bytes, 0.0)
-    tokens = dict.fromkeys(text.bytes, 0)
-    task = "measuring held-out text"
-    done = 0
-    if observer:
-        observer.on_task_start(task, len(text.windows), "blocks")
-    try:
-        for group in totals:
-            blocks = [window.block for window in text.windows if window.group == group]
-            tokens[group] = sum(len(block.targets) for block in blocks)
-            blocks.sort(key=lambda block: len(block.input_ids))
-            for start in range(0, len(blocks), batch_size):
-                if should_stop():
-                    return None
-                piece = blocks[start : start + batch_size]
-                batch = {name: value.to(device) for name, value in collate(piece).items()}
-                totals[group] += float(target_loss(model, batch))
-                done += len(piece)
-                if observer:
-                    observer.on_task_advance(task, done)
-    finally:
-        model.train(training)
-        if observer:
-            observer.on_task_end(task)
+    groups, blocks = list(text.bytes), [window.block for window in text.windows]
+    batches: list[list[int]] = []
+    group_of: list[tuple[str, str]] = []  # of each batch
+    for group in groups:
+        inside = [index for index, window in enumerate(text.windows) if window.group == group]
+        pieces = by_length([len(blocks[index].input_ids) for index in inside], batch_size)
+        batches += [[inside[place] for place in piece] for piece in pieces]
+        group_of += [group] * len(pieces)
+    losses = in_batches(
+        model,
+        blocks,
+        batches,
+        collate,
+        lambda batch: float(target_loss(model, batch)),
+        task="measuring held-out text",
+        unit="blocks",
+        observer=observer,
+        should_stop=should_stop,
+    )
+    if losses is None:
+        return None
+    totals, tokens = dict.fromkeys(groups, 0.0), dict.fromkeys(groups, 0)
+    for group, batch, loss in zip(group_of, batches, losses, strict=True):
+        totals[group] += loss
+        tokens[group] += sum(len(blocks[index].targets) for index in batch)
     parts = [
         {
             "source": group[0],
             "language": group[1],
-            **_figures(totals[group], tokens[group], text.bytes[group]),
+            **figures(totals[group], tokens[group], text.bytes[group]),
         }
         for group in totals
     ]
-    whole = _figures(sum(totals.values()), sum(tokens.values()), sum(text.bytes.values()))
+    whole = figures(sum(totals.values()), sum(tokens.values()), sum(text.bytes.values()))
     return {**whole, "parts": parts}
-
-
-def _figures(total: float, tokens: int, size: int) -> dict[str, Any]:
-    loss = total / max(tokens, 1)
-    return {
-        "loss": loss,
-        "perplexity": math.exp(min(loss, 700.0)),
-        "bits_per_byte": total / math.log(2) / max(size, 1),
-        "tokens": tokens,
-        "bytes": size,
-    }

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from medicalgpt_cli.engine.data.rendering import Example
+from medicalgpt_cli.engine.evaluation.batched import by_length, in_batches, never
 from medicalgpt_cli.engine.observer import Observer
 from medicalgpt_cli.engine.training.batches import IGNORED, target_count
 from medicalgpt_cli.engine.training.losses import target_loss
@@ -23,7 +25,6 @@ def target_bytes(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase
     return total
 
 
-@torch.no_grad()
 def held_out(
     model: torch.nn.Module,
     examples: Sequence[Example],
@@ -32,37 +33,40 @@ def held_out(
     *,
     batch_size: int,
     observer: Observer | None = None,
-    should_stop: Callable[[], bool] = lambda: False,
-) -> dict[str, float] | None:
+    should_stop: Callable[[], bool] = never,
+) -> dict[str, Any] | None:
     """Mean loss over every target token of `examples`, however they are batched.
 
     Returns:
-        loss: nats a target token. perplexity: exp(loss).
-        bits_per_byte: total loss in bits over the UTF-8 bytes of the target text; it stays comparable when
-        the vocabulary changes. tokens, bytes: what was measured on. None where `should_stop` said so.
+        The `figures` of all targets. None where `should_stop` said so.
     """
-    device = next(model.parameters()).device
-    training = model.training
-    model.eval()
-    total = 0.0
-    by_length = sorted(examples, key=lambda example: len(example.input_ids))
-    task = "measuring held-out loss"
-    if observer:
-        observer.on_task_start(task, len(by_length), "examples")
-    try:
-        for start in range(0, len(by_length), batch_size):
-            if should_stop():
-                return None
-            piece = by_length[start : start + batch_size]
-            batch = {name: value.to(device) for name, value in collate(piece).items()}
-            total += float(target_loss(model, batch))
-            if observer:
-                observer.on_task_advance(task, start + len(piece))
-    finally:
-        model.train(training)
-        if observer:
-            observer.on_task_end(task)
-    tokens, size = target_count(examples), target_bytes(examples, tokenizer)
+    losses = in_batches(
+        model,
+        examples,
+        by_length([len(example.input_ids) for example in examples], batch_size),
+        collate,
+        lambda batch: float(target_loss(model, batch)),
+        task="measuring held-out loss",
+        unit="examples",
+        observer=observer,
+        should_stop=should_stop,
+    )
+    if losses is None:
+        return None
+    return figures(sum(losses), target_count(examples), target_bytes(examples, tokenizer))
+
+
+def figures(total: float, tokens: int, size: int) -> dict[str, Any]:
+    """What a summed loss says.
+
+    Args:
+        total: nats over all targets. size: UTF-8 bytes of the text that the targets spell.
+
+    Returns:
+        loss: nats a target token. perplexity: exp(loss).
+        bits_per_byte: total loss in bits over the bytes; it stays comparable when the vocabulary changes.
+        tokens, bytes: what was measured on.
+    """
     loss = total / max(tokens, 1)
     return {
         "loss": loss,

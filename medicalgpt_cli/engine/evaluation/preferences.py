@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from medicalgpt_cli.engine.evaluation.batched import by_length, in_batches, never
 from medicalgpt_cli.engine.evaluation.statistics import expected_calibration_error, wilson_interval
 from medicalgpt_cli.engine.observer import Observer
 
@@ -20,11 +21,11 @@ def score_rows(
     *,
     batch_size: int,
     observer: Observer | None = None,
-    should_stop: Callable[[], bool] = lambda: False,
+    should_stop: Callable[[], bool] = never,
 ) -> list[float] | None:
     """The score of each token row, whatever it is batched with; None where `should_stop` said so."""
     lengths = [len(row) for row in rows]
-    found = _in_batches(model, rows, lengths, lay, batch_size, "answers", observer, should_stop)
+    found = _scored(model, rows, lengths, lay, batch_size, "answers", observer, should_stop)
     return None if found is None else [one for (one,) in found]
 
 
@@ -35,7 +36,7 @@ def score_pairs(
     *,
     batch_size: int,
     observer: Observer | None = None,
-    should_stop: Callable[[], bool] = lambda: False,
+    should_stop: Callable[[], bool] = never,
 ) -> tuple[list[float], list[float]] | None:
     """The scores of all chosen and of all rejected answers; None where `should_stop` said so.
 
@@ -43,12 +44,11 @@ def score_pairs(
         pairs: with `chosen` and `rejected` as token ids. lay: pairs to a batch, all chosen answers first.
     """
     lengths = [len(pair.chosen) + len(pair.rejected) for pair in pairs]
-    found = _in_batches(model, pairs, lengths, lay, batch_size, "pairs", observer, should_stop)
+    found = _scored(model, pairs, lengths, lay, batch_size, "pairs", observer, should_stop)
     return None if found is None else ([one for one, _ in found], [other for _, other in found])
 
 
-@torch.no_grad()
-def _in_batches(
+def _scored(
     model: torch.nn.Module,
     items: Sequence[Any],
     lengths: Sequence[int],
@@ -59,29 +59,24 @@ def _in_batches(
     should_stop: Callable[[], bool],
 ) -> list[list[float]] | None:
     """The scores of each item; a batch of n items has the first score of each, then the second of each."""
-    device = next(model.parameters()).device
-    training = model.training
-    model.eval()
+    batches = by_length(lengths, batch_size)
+    found = in_batches(
+        model,
+        items,
+        batches,
+        lay,
+        lambda batch: model(**batch).logits.tolist(),
+        task=f"scoring {unit}",
+        unit=unit,
+        observer=observer,
+        should_stop=should_stop,
+    )
+    if found is None:
+        return None
     scores: list[list[float]] = [[] for _ in items]
-    order = sorted(range(len(items)), key=lambda index: lengths[index])
-    task = f"scoring {unit}"
-    if observer:
-        observer.on_task_start(task, len(items), unit)
-    try:
-        for start in range(0, len(order), batch_size):
-            if should_stop():
-                return None
-            piece = order[start : start + batch_size]
-            batch = {name: value.to(device) for name, value in lay([items[index] for index in piece]).items()}
-            logits = model(**batch).logits.view(-1, len(piece))
-            for index, found in zip(piece, logits.T.tolist(), strict=True):
-                scores[index] = found
-            if observer:
-                observer.on_task_advance(task, start + len(piece))
-    finally:
-        model.train(training)
-        if observer:
-            observer.on_task_end(task)
+    for batch, of_batch in zip(batches, found, strict=True):
+        for place, index in enumerate(batch):
+            scores[index] = of_batch[place :: len(batch)]
     return scores
 
 

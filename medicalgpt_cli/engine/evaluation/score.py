@@ -89,7 +89,7 @@ def score(settings: ScoreSettings, observer: Observer) -> dict[str, Any]:
         atomic_write(target, text)
         report["predictions_file"] = target
     for reason, number in counts.skipped.items():
-        observer.on_warning(f"{number:,} rows skipped: {reason}")
+        observer.on_warning(f"skipped: {number:,} ({reason})")
     return report
 
 

@@ -76,8 +76,8 @@ def check_head(place: ModelReference) -> None:
     folder = place.folder
     if folder is None:
         return  # a hub model is seen when it is loaded
-    record = folder / RECORD
-    if record.is_file() and not json.loads(record.read_text(encoding="utf-8")).get("head_trained"):
+    record = read_record(place)
+    if record and not record.get("head_trained"):
         raise UsageError(
             f"{place.name}: the head of this reward model was never trained", "train it: medgpt reward"
         )
@@ -114,9 +114,23 @@ def write_record(folder: Path, record: dict[str, Any]) -> None:
 
 
 def read_record(place: ModelReference) -> dict[str, Any]:
-    """reward.json of a reward model of ours; empty for others."""
+    """reward.json of a reward model of ours; empty for others.
+
+    Raises:
+        UsageError: it is damaged.
+    """
     path = place.folder / RECORD if place.folder else None
-    return json.loads(path.read_text(encoding="utf-8")) if path and path.is_file() else {}
+    return _object(path) if path and path.is_file() else {}
+
+
+def _object(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        content = None
+    if not isinstance(content, dict):
+        raise UsageError(f"{path}: not a JSON object", "was the copy complete?")
+    return content
 
 
 # -- scores ------------------------------------------------------------------------------------------------
@@ -256,10 +270,10 @@ def _attached(model: Any, adapter: ModelReference) -> Any:
 def _misfit(adapter: ModelReference) -> UsageError:
     return UsageError(
         f"{adapter.name} does not fit its base model: it was trained over another one",
-        "leave out --base-model: the adapter knows its base",
+        "name the adapter by itself: it knows its base",
     )
 
 
 def _config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return _object(path) if path.is_file() else {}

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from medicalgpt_cli.engine.data.formats import Counts, Document, iterate_texts
-from medicalgpt_cli.engine.data.readers import expand_sources
+from medicalgpt_cli.engine.data.readers import check_text_unit, expand_sources
 from medicalgpt_cli.engine.model.loading import DTYPES, load_base, load_tokenizer, read_tokenizer
 from medicalgpt_cli.engine.model.merging import check_output, task
 from medicalgpt_cli.engine.model.references import ModelReference, ResolvedModel, resolve_models
@@ -59,6 +59,7 @@ def extend(settings: VocabularySettings, observer: Observer) -> dict[str, Any]:
     check_output(output, resolved)
     stored = _stored_dtype(settings, resolved)
     expand_sources(settings.check_data)  # a missing file is said at once
+    check_text_unit([*settings.train_data, *settings.check_data], settings.text_unit)
     terms = read_terms(settings.terms)
     old = load_tokenizer(settings, resolved, observer, plain_template=False)
     _check_tokenizer(old)
@@ -164,7 +165,7 @@ def _measured(settings: VocabularySettings, observer: Observer) -> Corpus:
     for notice in counts.notices:
         observer.on_notice(notice)
     for reason, number in counts.skipped.items():
-        observer.on_notice(f"{number:,} records skipped: {reason}")
+        observer.on_notice(f"skipped: {number:,} ({reason})")
     return corpus
 
 

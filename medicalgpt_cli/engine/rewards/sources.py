@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -27,7 +27,7 @@ class WeightedReward:
     """The sum of named rewards, each with its weight; remembers the parts of the last call."""
 
     parts: dict[str, tuple[float, Reward]]
-    last: dict[str, list[float]]
+    last: dict[str, list[float]] = field(default_factory=dict)
 
     def __call__(
         self, prompts: Sequence[Prompt], answers: Sequence[str], tokens: Sequence[Sequence[int]]
@@ -37,6 +37,12 @@ class WeightedReward:
             self.last[name] = reward(prompts, answers, tokens)
             total = [one + weight * more for one, more in zip(total, self.last[name], strict=True)]
         return total
+
+    def means(self) -> dict[str, float]:
+        """The mean of each part of the last call before its weight; none where the parts are one."""
+        if len(self.parts) < 2:
+            return {}
+        return {f"reward_{name.replace(' ', '_')}": sum(one) / len(one) for name, one in self.last.items()}
 
 
 def rule_rewards(settings: RlSettings) -> dict[str, tuple[float, Reward]]:

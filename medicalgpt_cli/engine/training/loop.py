@@ -43,6 +43,8 @@ class Stage(ABC):
     name: ClassVar[str]
     trainer: ClassVar[type[MedgptTrainer]] = MedgptTrainer
     chats: ClassVar[bool] = True  # needs a chat template, if need be the plain one
+    items: ClassVar[str] = "answers"  # what attention keeps apart in a row
+    otherwise: ClassVar[str] = "batches are padded"  # what is done where it cannot
     settings: Any
     data: Any  # what `load_data` gave
     padding_free: bool  # whether batches lie end to end; known once the model is there
@@ -87,16 +89,25 @@ class Stage(ABC):
         """What the plan says about the data."""
 
     @abstractmethod
-    def keeps_apart(self, model: Any, observer: Observer) -> bool:
-        """Whether batches lie end to end, their examples kept apart by attention."""
-
-    @abstractmethod
     def trainer_parts(self, model: Any, stop: StopOnSignal) -> dict[str, Any]:
         """`train_dataset`, `sampler`, `collate` and `measure` (None where nothing is held out)."""
 
     @abstractmethod
     def measure(self, model: Any, observer: Observer, known: dict[str, Any] | None = None) -> dict[str, Any]:
         """{"metrics": …, …}: held-out figures, measured anew unless `known`, and what else is compared."""
+
+    def keeps_apart(self, model: Any, observer: Observer) -> bool:
+        """Whether batches lie end to end, their items kept apart by attention: where asked for and exact."""
+        if getattr(self.settings, "layout", None) == "padded":
+            return False
+        if self.settings.neftune_alpha is not None:
+            why = "NEFTune scales its noise by the length of a row"
+        elif not attention.is_exact(model):
+            why = f"this model cannot keep the {self.items} of one row apart"
+        else:
+            return True
+        observer.on_notice(f"{self.otherwise}: {why}")
+        return False
 
     def load(self, observer: Observer) -> Any:
         """The model with the weights that are to be trained requiring gradients."""

@@ -20,6 +20,8 @@ from medicalgpt_cli.settings.stages import PretrainSettings
 class PretrainStage(Stage):
     name = "pretrain"
     chats = False
+    items = "documents"
+    otherwise = "documents of a block see each other"
     settings: PretrainSettings
     data: PretrainData
 
@@ -55,17 +57,12 @@ class PretrainStage(Stage):
         }
 
     def keeps_apart(self, model: Any, observer: Observer) -> bool:
-        """Documents of a block are kept apart where the model allows it."""
-        if self.settings.neftune_alpha is not None:
-            observer.on_notice("documents of a block see each other: NEFTune needs padded rows")
-            return False
-        if not attention.is_exact(model):
-            observer.on_notice("documents of a block see each other: this model cannot keep them apart")
-            return False
-        observer.on_notice(
-            "documents of a block are kept apart: attention and positions begin anew with each"
-        )
-        return True
+        apart = super().keeps_apart(model, observer)
+        if apart:
+            observer.on_notice(
+                "documents of a block are kept apart: attention and positions begin anew with each"
+            )
+        return apart
 
     def trainer_parts(self, model: Any, stop: StopOnSignal) -> dict[str, Any]:
         measure = partial(self._held_out, model, should_stop=lambda: stop.received is not None)

@@ -32,6 +32,7 @@ from medicalgpt_cli.engine.data.packing import (
     held_out_windows,
     quotas,
 )
+from medicalgpt_cli.engine.data.readers import check_text_unit
 from medicalgpt_cli.engine.data.rendering import document_marks
 from medicalgpt_cli.engine.data.report import histogram, percentiles
 from medicalgpt_cli.engine.observer import Observer
@@ -63,6 +64,7 @@ def load_pretrain_data(
     sources += [parse_source(text, replay=True) for text in settings.replay_data]
     held_sources = [Source(name) for name in settings.eval_data]
     check_weights(sources)
+    check_text_unit([one.name for one in sources + held_sources], settings.text_unit)
     start, end, separate = document_marks(tokenizer)
     temporary = ExitStack()
     cache = cache_folder()
@@ -177,6 +179,9 @@ def _training_report(
     repeated = sum(len(corpus) - len(np.unique(corpus.hashes)) for corpus in corpora)
     short = [(c.source.name, one.tail) for c, one in zip(corpora, packed, strict=True) if one.tail]
     merged = _merged_counts(corpora)
+    used = sum(map(len, chosen))
+    held_out = sum(map(len, corpora)) - used - sum(skipped.values())
+    merged |= {"read": merged["read"] - held_out, "used": used}
     for reason, number in skipped.items():
         merged["skipped"][reason] = number
     notices = [*merged["notices"]]

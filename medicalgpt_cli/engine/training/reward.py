@@ -92,10 +92,7 @@ class RewardStage(Stage):
         return model
 
     def keeps_apart(self, model: Any, observer: Observer) -> bool:
-        """End to end where it was asked for and the model keeps the answers apart."""
-        apart = self.settings.layout == "padding-free" and attention.is_exact(model)
-        if self.settings.layout == "padding-free" and not apart:
-            observer.on_notice("batches are padded: this model cannot keep the answers of one row apart")
+        apart = super().keeps_apart(model, observer)
         self.lay = pair_layout(model, apart, self.tokenizer.pad_token_id)
         return apart
 

@@ -43,6 +43,7 @@ class RlStage(Stage):
     trainer = PPOTrainer
     settings: RlSettings
     data: RlData
+    answers: list[str]  # of the last measure
 
     # -- before weights ----------------------------------------------------------------------------------------
 
@@ -85,7 +86,10 @@ class RlStage(Stage):
         return {
             "prompts": len(self.data.training),
             "held_out_prompts": len(self.data.held_out),
-            "answers": self.schedule.updates * min(self.settings.batch_size, len(self.data.training)),
+            "algorithm": self.settings.algorithm,
+            "answers": self.schedule.updates
+            * min(self.settings.batch_size, len(self.data.training))
+            * self.settings.answers_a_prompt,
             "reward": ", ".join(
                 [
                     *([str(self.settings.reward_model)] if self.reward_resolved else []),
@@ -104,6 +108,7 @@ class RlStage(Stage):
             policy,
             has_reference=self.resolved.adapter is not None,
             reward=self.reward_resolved.adapter if shared else None,
+            has_value=self.settings.algorithm == "ppo",
         )
         self.rewards = self._rewards(roles, shared, observer)
         return roles
@@ -115,17 +120,17 @@ class RlStage(Stage):
             reward = model_reward(scorer, self.reward_tokenizer, self._context())
             parts = {"reward model": (self.settings.reward_weight, reward), **parts}
             observer.on_notice(
-                "policy, reference, value and reward share one copy of the base weights"
+                "all roles share one copy of the base weights"
                 if shared
                 else "the reward model has weights of its own"
             )
-        return WeightedReward(parts, {})
+        return WeightedReward(parts)
 
     def _shared_scorer(self, roles: Roles) -> Any:
         def score(rows: list[list[int]]) -> list[float]:
             found = [0.0] * len(rows)
             order = sorted(range(len(rows)), key=lambda index: len(rows[index]))
-            device = roles.value_head.weight.device
+            device = roles.device
             size = self.settings.minibatch_size
             with attention.for_batches(roles.policy, self.padding_free):
                 for start in range(0, len(order), size):
@@ -146,10 +151,7 @@ class RlStage(Stage):
         )
 
     def keeps_apart(self, model: Roles, observer: Observer) -> bool:
-        if not attention.is_exact(model.policy):
-            observer.on_notice("batches are padded: this model cannot keep the answers of one row apart")
-            return False
-        return True
+        return super().keeps_apart(model.policy, observer)
 
     @property
     def _lay(self) -> Any:
@@ -204,7 +206,8 @@ class RlStage(Stage):
     # -- held out ----------------------------------------------------------------------------------------------
 
     def _held_out(self, roles: Roles, observer: Observer | None = None) -> dict[str, Any]:
-        return self._answered(roles, observer)[0]
+        figures, self.answers = self._answered(roles, observer)
+        return figures
 
     def _answered(self, roles: Roles, observer: Observer | None) -> tuple[dict[str, Any], list[str]]:
         """Reward, KL and length of answers drawn for the held-out prompts, the same draws each time."""
@@ -230,6 +233,7 @@ class RlStage(Stage):
             "reward": sum(rewards) / len(rewards),
             "reward_low": low,
             "reward_high": high,
+            **self.rewards.means(),
             "kl": float(rollout.kl().mean()),
             "answer_tokens": sum(rollout.lengths) / len(held),
             "ended": float(rollout.ended.float().mean()),
@@ -241,8 +245,8 @@ class RlStage(Stage):
     ) -> dict[str, Any]:
         if not self.data.held_out:
             return {"metrics": {}, "answers": []}
-        figures, texts = self._answered(model, observer)
-        return {"metrics": figures, "answers": texts[: self.settings.sample_answers]}
+        figures = known or self._held_out(model, observer)  # known ones come with their answers
+        return {"metrics": figures, "answers": self.answers[: self.settings.sample_answers]}
 
     def compare(self, before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
         samples = [

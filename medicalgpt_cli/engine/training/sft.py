@@ -24,6 +24,7 @@ from medicalgpt_cli.settings.stages import SftSettings
 
 class SftStage(Stage):
     name = "sft"
+    items = "examples"
     settings: SftSettings
     data: SftData
 
@@ -44,18 +45,6 @@ class SftStage(Stage):
             "tokens": round(sum(len(example.input_ids) for example in training) * passes),
             "target_tokens": round(target_count(training) * passes),
         }
-
-    def keeps_apart(self, model: Any, observer: Observer) -> bool:
-        """End to end where it was asked for and the model gives the same logits for it."""
-        if self.settings.layout == "padded":
-            return False
-        if self.settings.neftune_alpha is not None:
-            observer.on_notice("batches are padded: NEFTune scales its noise by the length of a row")
-            return False
-        if not attention.is_exact(model):
-            observer.on_notice("batches are padded: this model cannot keep the examples of one row apart")
-            return False
-        return True
 
     def trainer_parts(self, model: Any, stop: StopOnSignal) -> dict[str, Any]:
         dataset = ExampleDataset(self.data.training)

@@ -70,7 +70,7 @@ def refuse_half_precision(settings: TrainSettings) -> None:
 def keep_shape(settings: TrainSettings, adapter: Path, observer: Observer) -> None:
     """An adapter that is trained on keeps its rank, scale and kind; asking for others is refused."""
     differing = different_shape(adapter, settings)
-    asked = [name for name in differing if settings.origins.get(name, "default") != "default"]
+    asked = [name for name in differing if settings.chosen(name)]
     if asked:
         raise UsageError(
             f"{flag_of(asked[0])} {getattr(settings, asked[0])}: the adapter to go on with has {differing[asked[0]]}",

@@ -90,16 +90,11 @@ def entropy(logits: Tensor, temperature: float = 1.0) -> Tensor:
 def kl_k1(logp: Tensor, ref_logp: Tensor, mask: Tensor | None = None) -> Tensor:
     """logp - ref_logp per token: unbiased for KL(policy || reference) on tokens the policy drew.
 
-    The three estimators are of Schulman's note "Approximating KL Divergence" (2020). With `mask` the result and
+    Both estimators are of Schulman's note "Approximating KL Divergence" (2020). With `mask` the result and
     its gradient are 0 at padding.
     """
     difference = logp - ref_logp
     return difference if mask is None else _kept(difference, mask)
-
-
-def kl_k2(logp: Tensor, ref_logp: Tensor, mask: Tensor | None = None) -> Tensor:
-    """(logp - ref_logp)^2 / 2 per token: biased, little variance, never negative."""
-    return 0.5 * kl_k1(logp, ref_logp, mask).square()
 
 
 def kl_k3(logp: Tensor, ref_logp: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -119,14 +114,6 @@ def score_clip(scores: Tensor, limit: float | None) -> Tensor:
 def missing_end_penalty(scores: Tensor, ended: Tensor, penalty: float) -> Tensor:
     """Scores (batch,) less `penalty` for each response that did not produce its end token (`ended` False)."""
     return torch.where(ended, scores, scores - penalty)
-
-
-def missing_end_score(scores: Tensor, ended: Tensor, score: float) -> Tensor:
-    """Scores (batch,) with a fixed `score`, whatever was said, for responses without an end token.
-
-    Huang et al. 2024, "The N+ Implementation Details of RLHF with PPO": -1 there.
-    """
-    return torch.where(ended, scores, score)
 
 
 @torch.no_grad()
@@ -180,6 +167,21 @@ def rloo_advantages(scores: Tensor, group_size: int) -> Tensor:
     groups = scores.reshape(-1, group_size)
     others = (groups.sum(1, keepdim=True) - groups) / (group_size - 1)
     return (groups - others).flatten()
+
+
+def group_advantages(scores: Tensor, group_size: int) -> Tensor:
+    """Each score less the mean of its prompt's scores, over their standard deviation (n - 1) plus 1e-4, (batch,).
+
+    Shao et al. 2024, "DeepSeekMath" (GRPO); the constant is TRL's, and keeps a group of equal scores at 0.
+
+    Args:
+        scores: as in `rloo_advantages`.
+    """
+    if group_size < 2:
+        raise ValueError("a group has at least two responses")
+    groups = scores.reshape(-1, group_size)
+    centred = groups - groups.mean(1, keepdim=True)
+    return (centred / (groups.std(1, keepdim=True) + 1e-4)).flatten()
 
 
 # ---- losses

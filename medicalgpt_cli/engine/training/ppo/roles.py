@@ -2,7 +2,7 @@
 
 policy      the adapter that learns: a new one, or the sft adapter going on
 reference   the model as rl found it: no adapter, or a frozen copy of the sft adapter
-value       an adapter of its own with a scalar head; it starts from the reward model where that fits
+value       for PPO: an adapter of its own with a scalar head; it starts from the reward model where that fits
 reward      the reward model's adapter and head, frozen; a reward model over other weights stays apart
 """
 
@@ -26,12 +26,15 @@ POLICY = "default"  # PEFT's name for an adapter that stands alone
 class Roles(torch.nn.Module):
     """One base under several adapters. `policy` is an ordinary PeftModel; save that."""
 
-    def __init__(self, policy: Any, *, has_reference: bool, reward: ModelReference | None):
+    def __init__(
+        self, policy: Any, *, has_reference: bool, reward: ModelReference | None, has_value: bool = True
+    ):
         """
         Args:
             policy: a PeftModel whose adapter learns.
             has_reference: whether rl starts from that adapter; its weights as they are become the reference.
             reward: a reward adapter over the same base, or None.
+            has_value: whether there is a value function; only PPO has one.
         """
         super().__init__()
         self.policy = policy
@@ -43,23 +46,27 @@ class Roles(torch.nn.Module):
         if has_reference:
             _add(policy, "reference", config, own)
         self.reward_head: torch.nn.Linear | None = None
-        self.value_head = torch.nn.Linear(width, 1, bias=False, device=device)
-        torch.nn.init.zeros_(self.value_head.weight)
+        self.value_head: torch.nn.Linear | None = None
+        if has_value:
+            self.value_head = torch.nn.Linear(width, 1, bias=False, device=device)
+            torch.nn.init.zeros_(self.value_head.weight)
         if reward is not None:
             theirs, head = _reward_weights(reward)
             reward_config = _as_language_adapter(Path(reward.path))
             _add(policy, "reward", reward_config, theirs)
-            _add(policy, "value", reward_config, theirs)
             self.reward_head = torch.nn.Linear(width, 1, bias=False, device=device)
             self.reward_head.weight.data.copy_(head)
-            self.value_head.weight.data.copy_(head)
-        else:
+            if self.value_head is not None:
+                _add(policy, "value", reward_config, theirs)
+                self.value_head.weight.data.copy_(head)
+        elif self.value_head is not None:
             _add(policy, "value", config, own if has_reference else None)
         self.learning = {
             "policy": [weight for name, weight in policy.named_parameters() if f".{POLICY}." in name],
-            "value": [weight for name, weight in policy.named_parameters() if ".value." in name]
-            + [self.value_head.weight],
+            "value": [weight for name, weight in policy.named_parameters() if ".value." in name],
         }
+        if self.value_head is not None:
+            self.learning["value"].append(self.value_head.weight)
         for weight in self.learning["policy"] + self.learning["value"]:
             weight.data = weight.data.float()
         _no_dropout(policy)
@@ -68,6 +75,10 @@ class Roles(torch.nn.Module):
     @property
     def config(self) -> Any:
         return self.policy.config
+
+    @property
+    def device(self) -> torch.device:
+        return self.policy.get_input_embeddings().weight.device
 
     def set_attn_implementation(self, name: str) -> None:
         self.policy.set_attn_implementation(name)

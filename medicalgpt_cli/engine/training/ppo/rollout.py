@@ -35,7 +35,7 @@ class Rollout:
     mask: Tensor
     logp: Tensor  # of the policy that drew the answers
     ref_logp: Tensor
-    values: Tensor
+    values: Tensor | None  # where there is a value function
     entropy: Tensor
 
     @property
@@ -98,9 +98,9 @@ def look_back(
     temperature: float,
     batch_size: int,
 ) -> Rollout:
-    """Log-probabilities under policy and reference, and values, of answers that were drawn."""
+    """Log-probabilities under policy and reference, and the values if any, of answers that were drawn."""
     said = [token_ids(answer) for answer in answers]
-    device = roles.value_head.weight.device
+    device = roles.device
     parts: dict[str, list[Tensor]] = {"logp": [], "ref_logp": [], "values": [], "entropy": []}
     for start in range(0, len(asked), batch_size):
         prompts = [one.ids for one in asked[start : start + batch_size]]
@@ -113,9 +113,10 @@ def look_back(
         parts["ref_logp"].append(
             flat_log_probabilities(roles.logits("reference", batch, positions), tokens, temperature)
         )
-        parts["values"].append(roles.values(batch, positions))
+        if roles.value_head is not None:
+            parts["values"].append(roles.values(batch, positions))
     mask = mask_of(said, device)
-    tensors = {name: spread(torch.cat(found), mask) for name, found in parts.items()}
+    tensors = {name: spread(torch.cat(found), mask) if found else None for name, found in parts.items()}
     return Rollout(
         list(asked),
         [answer.text for answer in answers],

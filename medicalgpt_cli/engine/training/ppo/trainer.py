@@ -1,14 +1,15 @@
-"""PPO on the shared training loop: one step draws answers, scores them and makes all updates on them.
+"""PPO, RLOO and GRPO on the shared training loop: a step draws answers, scores them and makes all updates on them.
 
-The details follow Huang et al. 2024, "The N+ Implementation Details of RLHF with PPO", with these departures: the
-value function is an adapter over the policy's base, scores are divided by their running spread, and an answer
-without an end loses a penalty instead of getting a fixed score.
+PPO follows Huang et al. 2024, "The N+ Implementation Details of RLHF with PPO", with these departures: the value
+function is an adapter over the policy's base, scores are divided by their running spread, and an answer without an
+end loses a penalty instead of getting a fixed score. RLOO (Ahmadian et al. 2024) has the price of KL in the reward and
+compares with the prompt's other answers; GRPO (Shao et al. 2024) has it in the loss, as k3. Both have PPO's clipped
+loss as a mean over tokens, and no value function.
 """
 
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -19,7 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from medicalgpt_cli.engine.evaluation.statistics import distinct_n, pearson
 from medicalgpt_cli.engine.generation.local import LocalBackend
-from medicalgpt_cli.engine.rewards.sources import Reward
+from medicalgpt_cli.engine.rewards.sources import WeightedReward
 from medicalgpt_cli.engine.training.ppo import mathematics
 from medicalgpt_cli.engine.training.ppo.mathematics import AdaptiveKL, FixedKL, RunningMoments
 from medicalgpt_cli.engine.training.ppo.roles import Roles
@@ -47,7 +48,7 @@ class PPOTrainer(MedgptTrainer):
         self,
         *,
         settings: RlSettings,
-        reward: Reward,
+        reward: WeightedReward,
         backend: LocalBackend,
         lay: Callable[[Sequence[Sequence[int]]], dict[str, torch.Tensor]],
         **options: Any,
@@ -67,13 +68,10 @@ class PPOTrainer(MedgptTrainer):
         if self.optimizer is None:
             roles: Roles = self.model
             value_rate = self.rl.value_learning_rate or self.args.learning_rate
-            self.optimizer = torch.optim.AdamW(
-                [
-                    {"params": roles.learning["policy"], "lr": self.args.learning_rate},
-                    {"params": roles.learning["value"], "lr": value_rate},
-                ],
-                weight_decay=self.args.weight_decay,
-            )
+            groups = [{"params": roles.learning["policy"], "lr": self.args.learning_rate}]
+            if roles.learning["value"]:
+                groups.append({"params": roles.learning["value"], "lr": value_rate})
+            self.optimizer = torch.optim.AdamW(groups, weight_decay=self.args.weight_decay)
         return self.optimizer
 
     # -- a step ------------------------------------------------------------------------------------------------
@@ -89,29 +87,22 @@ class PPOTrainer(MedgptTrainer):
         )
         self._check(scores, rollout)
         shaped = self._shaped(scores, rollout.ended)
-        rewards = mathematics.token_rewards(
-            shaped, rollout.logp, rollout.ref_logp, rollout.mask, self.price.coefficient
-        )
-        advantages, returns = mathematics.gae(
-            rewards, rollout.values, rollout.mask, self.rl.gamma, self.rl.gae_lambda
-        )
-        variance = mathematics.explained_variance(rollout.values, returns, rollout.mask)
-        advantages = mathematics.whiten(advantages, rollout.mask)
+        advantages, returns = self._advantages(shaped, rollout)
         totals = self._learn(roles, rollout, advantages, returns)
         self.seen += len(rollout.asked)
-        self.measures.append(
-            {
-                **self._figures(scores, shaped, rollout),
-                "explained_variance": 0.0 if variance is None else variance,
-                **totals,
-            }
-        )
+        figures = self._figures(scores, shaped, rollout)
+        if returns is not None:
+            variance = mathematics.explained_variance(rollout.values, returns, rollout.mask)
+            figures["explained_variance"] = 0.0 if variance is None else variance
+        self.measures.append({**figures, **totals})
         self.price.update(float(rollout.kl().mean()), len(rollout.asked))
         return torch.tensor(totals["policy_loss"], device=self.args.device)
 
     def roll_out(self, roles: Roles, asked: Sequence[Asked]) -> Rollout:
         """Answers of the policy to a batch of prompts; the draw depends on seed and step only."""
-        answers = draw(self.backend, asked, self.rl.rollout_size, self.state.global_step * self.rl.batch_size)
+        asked = [one for one in asked for _ in range(self.rl.answers_a_prompt)]
+        first = self.state.global_step * self.rl.batch_size * self.rl.answers_a_prompt
+        answers = draw(self.backend, asked, self.rl.rollout_size, first)
         return look_back(
             roles,
             asked,
@@ -129,8 +120,25 @@ class PPOTrainer(MedgptTrainer):
         scores = mathematics.score_clip(scores, self.rl.score_clip)
         return mathematics.missing_end_penalty(scores, ended, self.rl.missing_end_penalty)
 
+    def _advantages(self, shaped: torch.Tensor, rollout: Rollout) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Advantages and, where there is a value function, returns: both (answers, longest), 0 at padding."""
+        if self.rl.algorithm == "ppo":
+            rewards = mathematics.token_rewards(
+                shaped, rollout.logp, rollout.ref_logp, rollout.mask, self.price.coefficient
+            )
+            advantages, returns = mathematics.gae(
+                rewards, rollout.values, rollout.mask, self.rl.gamma, self.rl.gae_lambda
+            )
+            return mathematics.whiten(advantages, rollout.mask), returns
+        if self.rl.algorithm == "rloo":
+            rewards = shaped - self.price.coefficient * rollout.kl()
+            of_answers = mathematics.rloo_advantages(rewards, self.rl.group_size)
+        else:
+            of_answers = mathematics.group_advantages(shaped, self.rl.group_size)
+        return of_answers[:, None] * rollout.mask, None
+
     def _learn(
-        self, roles: Roles, rollout: Rollout, advantages: torch.Tensor, returns: torch.Tensor
+        self, roles: Roles, rollout: Rollout, advantages: torch.Tensor, returns: torch.Tensor | None
     ) -> dict[str, float]:
         """All gradient steps on a rollout; the means of what they measured."""
         generator = torch.Generator().manual_seed(self.rl.seed * 1_000_003 + self.state.global_step)
@@ -162,7 +170,7 @@ class PPOTrainer(MedgptTrainer):
         rollout: Rollout,
         chosen: Sequence[int],
         advantages: torch.Tensor,
-        returns: torch.Tensor,
+        returns: torch.Tensor | None,
     ) -> tuple[torch.Tensor, dict[str, float]]:
         """The clipped losses of some answers of a rollout, with gradient, and what they measure."""
         prompts = [rollout.asked[index].ids for index in chosen]
@@ -176,18 +184,26 @@ class PPOTrainer(MedgptTrainer):
             logp, rollout.logp[pick], advantages[pick], mask, self.rl.clip_range
         )
         loss = policy
+        figures = {
+            "policy_loss": float(policy.detach()),
+            "approx_kl": float(measured["approx_kl"]),
+            "clip_fraction": float(measured["clip_fraction"]),
+        }
+        if self.rl.algorithm == "grpo":
+            kl = mathematics.kl_k3(logp, rollout.ref_logp[pick], mask)
+            loss = loss + self.price.coefficient * mathematics.masked_mean(kl, mask)
         if self.rl.entropy_coefficient:
             uncertainty = spread(mathematics.entropy(logits[None], self.rl.temperature)[0], mask)
             loss = loss - self.rl.entropy_coefficient * mathematics.masked_mean(uncertainty, mask)
+        if returns is None:
+            return loss, figures
         values = spread(roles.values(batch, positions), mask)
         value, value_measured = mathematics.value_loss(
             values, rollout.values[pick], returns[pick], mask, self.rl.clip_range_value
         )
         return loss + self.rl.value_coefficient * value, {
-            "policy_loss": float(policy.detach()),
+            **figures,
             "value_loss": float(value.detach()),
-            "approx_kl": float(measured["approx_kl"]),
-            "clip_fraction": float(measured["clip_fraction"]),
             "value_clip_fraction": float(value_measured["clip_fraction"]),
         }
 
@@ -199,6 +215,7 @@ class PPOTrainer(MedgptTrainer):
         with_length = pearson(scores.tolist(), lengths)
         return {
             "reward": float(scores.mean()),
+            **self.reward.means(),
             "reward_shaped": float(shaped.mean()),
             "kl": float(rollout.kl().mean()),
             "kl_k3": float(mathematics.kl_k3(rollout.logp, rollout.ref_logp, rollout.mask).sum(1).mean()),
@@ -277,9 +294,3 @@ class PPOTrainer(MedgptTrainer):
         self.price.load_state_dict(state["price"])
         self.moments.load_state_dict(state["moments"])
         self.alike = state["alike"]
-
-
-def spread_of(scores: Sequence[float]) -> float:
-    """Population standard deviation."""
-    mean = sum(scores) / len(scores)
-    return math.sqrt(sum((score - mean) ** 2 for score in scores) / len(scores))
