@@ -204,7 +204,10 @@ def test_a_dry_run_shows_the_mix(place: Path) -> None:
         (("--train-data", "missing.jsonl"), "no such file"),
         (("--replay-share", "0.5"), "--replay-share needs --replay-data"),
         (("--embeddings", "new"), "--embeddings new"),
-        (("--tuning", "full", "--embeddings", "all"), "--embeddings goes with --tuning lora"),
+        (("--replay-data", "en.txt:0.5"), "--replay-data en.txt:0.5: a replay source has no weight"),
+        (("--embeddings", "all", "--tuning", "full"), "--embeddings is about an adapter"),
+        (("--tuning", "full", "--lora-rank", "8"), "--lora-rank is about an adapter"),
+        (("--text-unit", "line"), "--text-unit line: zh.jsonl has its documents as records"),
         (("--text-unit", "chapter"), "--text-unit chapter"),
         (("--block-size", "4"), "--block-size"),
         (("--train-data", "zh.jsonl"), "named twice"),
@@ -214,6 +217,21 @@ def test_wrong_settings(place: Path, arguments, word) -> None:
     done = pretrain(place, *arguments, "--output-dir", "never")
     assert done.returncode == 2, done.stderr
     assert word in done.stderr and "hint:" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_runs_own_recipe_runs_again(whole, place: Path) -> None:
+    """It spells every default out, also of options that go with others that were not given."""
+    again = ("--recipe", "whole/recipe.yaml", "--output-dir", "again", "--max-steps", "2", "--json")
+    done = medgpt("pretrain", *again, cwd=place, env={"MEDGPT_HOME": str(place / "home")})
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["before"] == whole[1]["before"]
+
+
+def test_what_is_held_out_is_not_counted_as_used(place: Path) -> None:
+    done = pretrain(place, "--eval-fraction", "0.25", "--dry-run", "--json")
+    data = json.loads(done.stdout)["data"]
+    assert data["training"]["read"] == data["training"]["used"] == data["training"]["documents"] == 30
+    assert data["held_out"]["read"] == data["held_out"]["used"] == 10
 
 
 def test_held_out_text_is_not_trained_on(place: Path) -> None:

@@ -198,6 +198,9 @@ def test_a_reward_model_over_other_weights(place: Path, tmp_path: Path) -> None:
         (("--reward-rule", "length", "--max-prompt-length", "8"), "no prompt is left"),
         (("--reward-rule", "length", "--gradient-accumulation", "2"), "not for rl"),
         (("--reward-rule", "length", "--minibatch-size", "64"), "larger than --batch-size"),
+        (("--reward-rule", "length", "--gradient-checkpointing"), "--gradient-checkpointing is not for rl"),
+        (("--reward-rule", "length", "--group-size", "8"), "--group-size is not for ppo"),
+        (("--reward-rule", "length", "--algorithm", "rloo", "--gamma", "0.9"), "--gamma is not for rloo"),
     ],
 )
 def test_wrong_settings(place: Path, given, word: str) -> None:
@@ -211,12 +214,41 @@ def test_wrong_settings(place: Path, given, word: str) -> None:
     assert word in done.stderr and "hint:" in done.stderr and "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize("kind", ["untrained", "constant", "nan"])
+@pytest.mark.parametrize("algorithm", ["rloo", "grpo"])
+def test_other_algorithms_leave_the_same_kind_of_run(place: Path, tmp_path: Path, algorithm: str) -> None:
+    flags = (
+        "--algorithm",
+        algorithm,
+        "--batch-size",
+        "4",
+        "--reward-rule",
+        "length",
+        "--kl-coefficient",
+        "0.2",
+    )
+    whole = medgpt(*arguments(tmp_path / "whole", *flags, "--json"), cwd=place)
+    assert whole.returncode == 0, whole.stderr
+    record = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
+    assert {"reward", "reward_reward_model", "reward_length", "kl", "policy_loss"} <= record[0].keys()
+    assert not any("value" in name for name in record[0])
+    shutil.copytree(tmp_path / "whole", tmp_path / "cut")
+    shutil.rmtree(tmp_path / "cut" / "checkpoints" / "checkpoint-10")
+    shutil.rmtree(tmp_path / "cut" / "model")
+    run = json.loads((tmp_path / "cut" / "run.json").read_text())
+    (tmp_path / "cut" / "run.json").write_text(json.dumps({**run, "status": "stopped"}))
+    done = medgpt("rl", "--resume", tmp_path / "cut", cwd=place)
+    assert done.returncode == 0, done.stderr
+    assert_same(weights(tmp_path / "whole"), weights(tmp_path / "cut"))
+
+
+@pytest.mark.parametrize("kind", ["untrained", "torn", "constant", "nan"])
 def test_a_reward_model_that_cannot_be_trusted(place: Path, tmp_path: Path, kind: str) -> None:
     shutil.copytree(place / "reward" / "model", tmp_path / "bad")
     if kind == "untrained":
         record = json.loads((tmp_path / "bad" / "reward.json").read_text())
         (tmp_path / "bad" / "reward.json").write_text(json.dumps({**record, "head_trained": False}))
+    elif kind == "torn":
+        (tmp_path / "bad" / "reward.json").write_text('{"head_trai')
     else:
         file = tmp_path / "bad" / "adapter_model.safetensors"
         content = load_file(file)
@@ -228,6 +260,11 @@ def test_a_reward_model_that_cannot_be_trusted(place: Path, tmp_path: Path, kind
         *(*QUICK, "--max-steps", "2", "--output-dir", tmp_path / "run"),
         cwd=place,
     )
-    word = {"untrained": "never trained", "constant": "the same score", "nan": "no number"}[kind]
+    word = {
+        "untrained": "never trained",
+        "torn": "not a JSON object",
+        "constant": "the same score",
+        "nan": "no number",
+    }[kind]
     assert done.returncode == (5 if kind == "nan" else 2), done.stderr
     assert word in done.stderr and "Traceback" not in done.stderr
