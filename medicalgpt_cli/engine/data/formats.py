@@ -333,6 +333,7 @@ def _from_prompt(value: dict[str, Any], at: str) -> list[Message]:
 def _from_preference(value: dict[str, Any], at: str) -> list[Message]:
     """The chosen answer of a preference pair is what is worth learning."""
     chosen = answer_keys(value, at)[0]
+    value = with_plain_answers(value, at)
     return [*preference_prompt(value, at), _message("assistant", value[chosen], chosen, at)]
 
 
@@ -351,6 +352,43 @@ def answer_keys(value: dict[str, Any], at: str) -> tuple[str, str]:
         "expected: conversations, prompt or question, with chosen and rejected",
         at=at,
     )
+
+
+def with_plain_answers(value: dict[str, Any], at: str) -> dict[str, Any]:
+    """A preference pair with texts as answers, where it has messages: one, or a list that may begin with the prompt.
+
+    Raises:
+        DataError: a list does not end with an answer, or the prompts of the two sides, or of the record, differ.
+    """
+    names = answer_keys(value, at)
+    value = {**value}
+    if isinstance(value.get("prompt"), list):
+        value["messages"] = value.pop("prompt")
+    prompts: dict[str, list[Message]] = {}
+    for name in names:
+        said = value[name]
+        listed = [said] if isinstance(said, dict) else said
+        if not isinstance(listed, list) or not any(isinstance(one, dict) for one in listed):
+            continue
+        turns = _turns(listed, name, "role", "content", at)
+        if turns[-1]["role"] != "assistant":
+            raise DataError(f"{name} does not end with an answer", "its last turn is the assistant's", at=at)
+        value[name] = turns[-1]["content"]
+        if turns[:-1]:
+            prompts[name] = turns[:-1]
+    if not prompts:
+        return value
+    if any(key in value for key in ("conversations", "conversation", "messages", "instruction", *_QUESTIONS)):
+        prompts["the record"] = preference_prompt(value, at)
+    first, *others = prompts
+    for other in others:
+        if prompts[other] != prompts[first]:
+            raise DataError(
+                f"{first} and {other} have different prompts",
+                "both answers stand behind the same turns",
+                at=at,
+            )
+    return {**value, "messages": prompts[first]}
 
 
 def preference_prompt(value: dict[str, Any], at: str) -> list[Message]:

@@ -17,6 +17,7 @@ from medicalgpt_cli.engine.data.formats import (
     join_same_role,
     preference_prompt,
     rows_of,
+    with_plain_answers,
 )
 from medicalgpt_cli.engine.data.readers import Row
 from medicalgpt_cli.engine.observer import Observer
@@ -66,6 +67,7 @@ def _pair_of(row: Row, counts: Counts, margin_column: str | None) -> Pair | None
     if detect_format(value, at) != "preference":
         answer_keys(value if isinstance(value, dict) else {}, at)  # says what is missing
     better, worse = answer_keys(value, at)
+    value = with_plain_answers(value, at)
     counts.formats.setdefault(row.path, "preference")
     answers = []
     for name in (better, worse):

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from medicalgpt_cli.engine.data.formats import Counts
+from medicalgpt_cli.engine.data.formats import Counts, load_conversations
 from medicalgpt_cli.engine.data.preferences import Pair, audit, audit_notices, load_pairs, prompt_hash
 from medicalgpt_cli.engine.data.rendering import encode_prompt, render_answer
 from medicalgpt_cli.engine.observer import Observer
@@ -84,6 +84,37 @@ def test_formats(name: str, keys: tuple[str, str], tmp_path: Path) -> None:
     assert counts.used == 1
 
 
+def answered(prompt: list[dict[str, str]], texts: dict[str, str]) -> dict[str, list[dict[str, str]]]:
+    """Both answers as lists of messages behind the prompt."""
+    return {
+        name: [*prompt, {"role": "assistant", "content": text}]
+        for name, text in zip(("chosen", "rejected"), texts.values(), strict=True)
+    }
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        answered(turns("Fever?"), ANSWERS),  # the prompt stands in front of both answers only
+        {"prompt": "Fever?", **answered(turns("Fever?"), ANSWERS)},
+        {"prompt": turns("Fever?"), **answered([], ANSWERS)},
+        {
+            "conversations": [{"from": "human", "value": "Fever?"}],
+            "chosen": {"from": "gpt", "value": "Drink water."},
+            "rejected": {"from": "gpt", "value": "No idea."},
+        },
+    ],
+    ids=["prompt within", "prompt twice", "prompt as messages", "one message"],
+)
+def test_answers_as_messages(row, tmp_path: Path) -> None:
+    file = write_jsonl(tmp_path / "a.jsonl", [row])
+    (found,), _ = load(file)
+    assert list(found.messages) == turns("Fever?")
+    assert (found.chosen, found.rejected) == ("Drink water.", "No idea.")
+    (conversation,) = load_conversations([str(file)], Counts(), Observer())
+    assert list(conversation.messages) == turns("Fever?", "Drink water.")
+
+
 def test_two_turns_of_one_role_are_joined_as_for_sft(tmp_path: Path) -> None:
     said = [{"from": "human", "value": "I am ill."}, {"from": "human", "value": "Fever?"}]
     (found,), counts = load(write_jsonl(tmp_path / "a.jsonl", [{"conversations": said, **ANSWERS}]))
@@ -108,6 +139,9 @@ def test_a_table(tmp_path: Path) -> None:
         ({"messages": turns("Fever?", "Drink."), **ANSWERS}, "ends with an answer"),
         ({"prompt": 7, **ANSWERS}, "prompt is a number"),
         ({"prompt": "Fever?", "chosen": 7, "rejected": "x"}, "chosen is not text"),
+        ({"prompt": "Fever?", **answered(turns("Cough?"), ANSWERS)}, "have different prompts"),
+        ({"prompt": "Fever?", "chosen": turns("Fever?"), "rejected": "x"}, "does not end with an answer"),
+        ({"prompt": "Fever?", "chosen": [], "rejected": "x"}, "chosen is not text"),
         ({"messages": [{"role": "nurse", "content": "Fever?"}], **ANSWERS}, "unknown role"),
     ],
 )

@@ -10,6 +10,7 @@ import pytest
 from tests.benchmarks.held_out_reference import held_out_loss
 from tests.cli import medgpt
 from tests.engine.training.trl_reference import our_losses, trl_losses
+from tests.engine.training.trl_reward_reference import trl_reward_losses
 
 pytestmark = pytest.mark.slow
 
@@ -24,6 +25,26 @@ def test_loss_curve_equals_trl_over_100_steps(real_model: Path, full_data: Path,
     worst = max(abs(a - b) for a, b in zip(ours, theirs, strict=True))
     print(f"loss {ours[0]:.4f} → {ours[-1]:.4f}; largest difference to TRL over 100 steps: {worst:.2e}")
     assert len(ours) == len(theirs) == 100
+    assert worst <= 2e-3
+
+
+@pytest.mark.parametrize("pairs", ["exam_pairs_en", "exam_pairs_zh"])
+def test_reward_loss_curve_equals_trl_over_30_steps(
+    real_model: Path, full_data: Path, tmp_path: Path, pairs: str
+) -> None:
+    run = tmp_path / "run"
+    done = medgpt(
+        *("reward", "--base-model", real_model, "--train-data", full_data / "preference" / f"{pairs}.jsonl"),
+        *("--eval-fraction", "0", "--max-steps", "30", "--lora-dropout", "0", "--use-cpu", "--dtype", "fp32"),
+        *("--output-dir", run),
+        timeout=3000,
+    )
+    assert done.returncode == 0, done.stderr
+    ours = [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    theirs = trl_reward_losses(real_model, tmp_path / "trl", run, steps=30, pad_token="<|endoftext|>")
+    worst = max(abs(a - b) for a, b in zip(ours, theirs, strict=True))
+    print(f"{pairs}: largest difference to TRL over 30 steps: {worst:.2e}")
+    assert len(ours) == len(theirs) == 30
     assert worst <= 2e-3
 
 
