@@ -10,7 +10,7 @@ loss as a mean over tokens, and no value function.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -149,43 +149,70 @@ class PPOTrainer(MedgptTrainer):
         ]
         totals: dict[str, float] = {}
         for number, chosen in enumerate(batches, 1):
-            loss, measured = self.minibatch_loss(roles, rollout, chosen, advantages, returns)
-            if not torch.isfinite(loss):
-                raise TrainingFailed(
-                    f"the loss became {float(loss)} at step {self.state.global_step + 1}",
-                    "lower --learning-rate, or raise --kl-coefficient",
-                )
-            self.accelerator.backward(loss)
-            for name, value in measured.items():
-                totals[name] = totals.get(name, 0.0) + value / len(batches)
+            for loss, measured in self.minibatch_losses(roles, rollout, chosen, advantages, returns):
+                if not torch.isfinite(loss):
+                    raise TrainingFailed(
+                        f"the loss became {float(loss)} at step {self.state.global_step + 1}",
+                        "lower --learning-rate, or raise --kl-coefficient",
+                    )
+                self.accelerator.backward(loss)
+                for name, value in measured.items():
+                    totals[name] = totals.get(name, 0.0) + value / len(batches)
             if number < len(batches):  # the last one is made by the loop, which also counts it
                 self.accelerator.clip_grad_norm_(roles.parameters(), self.args.max_grad_norm)
                 self.optimizer.step()
                 self.optimizer.zero_grad()
         return totals
 
-    def minibatch_loss(
+    def minibatch_losses(
         self,
         roles: Roles,
         rollout: Rollout,
         chosen: Sequence[int],
         advantages: torch.Tensor,
         returns: torch.Tensor | None,
-    ) -> tuple[torch.Tensor, dict[str, float]]:
-        """The clipped losses of some answers of a rollout, with gradient, and what they measure."""
+    ) -> Iterator[tuple[torch.Tensor, dict[str, float]]]:
+        """The clipped losses of some answers of a rollout, with gradient, and what they measure.
+
+        First the policy's, then the value function's. They have no weight in common: taking the gradient of one
+        before the other is computed needs half the memory.
+        """
         prompts = [rollout.asked[index].ids for index in chosen]
         answers = [rollout.answers[index] for index in chosen]
         batch, positions, tokens = prepared(prompts, answers, self.lay, rollout.mask.device)
         pick = torch.tensor(list(chosen), device=rollout.mask.device)
         mask = rollout.mask[pick]
         logits = roles.logits("policy", batch, positions)
-        logp = spread(flat_log_probabilities(logits, tokens, self.rl.temperature), mask)
-        policy, measured = mathematics.policy_loss(
-            logp, rollout.logp[pick], advantages[pick], mask, self.rl.clip_range
+        yield self._policy_part(logits, tokens, mask, rollout, pick, advantages[pick])
+        if returns is None:
+            return
+        del logits
+        values = spread(roles.values(batch, positions), mask)
+        loss, measured = mathematics.value_loss(
+            values, rollout.values[pick], returns[pick], mask, self.rl.clip_range_value
         )
-        loss = policy
         figures = {
-            "policy_loss": float(policy.detach()),
+            "value_loss": float(loss.detach()),
+            "value_clip_fraction": float(measured["clip_fraction"]),
+        }
+        yield self.rl.value_coefficient * loss, figures
+
+    def _policy_part(
+        self,
+        logits: torch.Tensor,
+        tokens: torch.Tensor,
+        mask: torch.Tensor,
+        rollout: Rollout,
+        pick: torch.Tensor,
+        advantages: torch.Tensor,
+    ) -> tuple[torch.Tensor, dict[str, float]]:
+        """The policy's loss and what it measures, of logits (tokens, vocabulary) that predict `tokens`."""
+        logp = spread(flat_log_probabilities(logits, tokens, self.rl.temperature), mask)
+        loss, measured = mathematics.policy_loss(
+            logp, rollout.logp[pick], advantages, mask, self.rl.clip_range
+        )
+        figures = {
+            "policy_loss": float(loss.detach()),
             "approx_kl": float(measured["approx_kl"]),
             "clip_fraction": float(measured["clip_fraction"]),
         }
@@ -195,17 +222,7 @@ class PPOTrainer(MedgptTrainer):
         if self.rl.entropy_coefficient:
             uncertainty = spread(mathematics.entropy(logits[None], self.rl.temperature)[0], mask)
             loss = loss - self.rl.entropy_coefficient * mathematics.masked_mean(uncertainty, mask)
-        if returns is None:
-            return loss, figures
-        values = spread(roles.values(batch, positions), mask)
-        value, value_measured = mathematics.value_loss(
-            values, rollout.values[pick], returns[pick], mask, self.rl.clip_range_value
-        )
-        return loss + self.rl.value_coefficient * value, {
-            **figures,
-            "value_loss": float(value.detach()),
-            "value_clip_fraction": float(value_measured["clip_fraction"]),
-        }
+        return loss, figures
 
     # -- what is watched ---------------------------------------------------------------------------------------
 

@@ -231,9 +231,9 @@ def test_one_epoch_one_minibatch_lambda_1_is_reinforce_with_a_baseline(place: Pa
         scores = torch.tensor(wanted_share(None, rollout.texts, rollout.answers))
         rewards = mathematics.token_rewards(scores, rollout.logp, rollout.ref_logp, rollout.mask, 0.0)
         advantages, returns = mathematics.gae(rewards, rollout.values, rollout.mask, 1.0, 1.0)
-        loss, _ = trainer.minibatch_loss(roles, rollout, range(6), advantages, returns)
         roles.zero_grad()
-        loss.backward()
+        for loss, _ in trainer.minibatch_losses(roles, rollout, range(6), advantages, returns):
+            loss.backward()
     ours = {n: w.grad.clone() for n, w in roles.policy.named_parameters() if ".default." in n}
 
     roles.zero_grad()
@@ -277,8 +277,8 @@ def test_the_first_gradient_of_a_group_is_the_one_worked_out_by_hand(
         rollout = trainer.roll_out(roles, stage.data.training[:2])
         scores = wanted_share(None, rollout.texts, rollout.answers)
         advantages, returns = trainer._advantages(torch.tensor(scores), rollout)
-        loss, _ = trainer.minibatch_loss(roles, rollout, range(6), advantages, returns)
-        loss.backward()
+        for loss, _ in trainer.minibatch_losses(roles, rollout, range(6), advantages, returns):
+            loss.backward()
     assert returns is None and len(rollout.answers) == 6
     assert [one.ids for one in rollout.asked[:size]] == [stage.data.training[0].ids] * size
     assert len(set(map(tuple, rollout.answers[:size]))) > 1  # draws of their own
