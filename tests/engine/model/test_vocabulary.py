@@ -84,7 +84,7 @@ def widened(base: Path, output: Path, observer: Observer | None = None, **option
         "base_model": str(base),
         "output_dir": output,
         "train_data": (str(data),),
-        "size": 180,
+        **({} if "sentencepiece_model" in options else {"size": 180}),
         "min_count": 3,
         "use_cpu": True,
         **options,
@@ -290,9 +290,7 @@ def test_words_are_counted_filtered_and_ordered(tmp_path: Path) -> None:
         one_word = len(tokenizer.backend_tokenizer.pre_tokenizer.pre_tokenize_str(text)) == 1
         if count >= 4 and parts > 1 and one_word and not text.startswith("<0x"):
             expected[text] = (count, parts)
-    report = widened(
-        base, tmp_path / "wider", sentencepiece_model=tmp_path / "words.model", min_count=4, size=8000
-    )
+    report = widened(base, tmp_path / "wider", sentencepiece_model=tmp_path / "words.model", min_count=4)
     record = record_of(tmp_path / "wider")
     found = {one["token"]: (one["count"], one["was"]) for one in record["new_tokens"]}
     assert found == expected and len(found) > 30
