@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from medicalgpt_cli.engine.data.corpus import Source, choose_held_out, measured_order, parse_source, tokenise
@@ -62,7 +62,8 @@ def expected_stream(texts: list[str], tokenizer) -> tuple[list[int], list[int]]:
     start, end, separate = document_marks(tokenizer)
     stream: list[int] = []
     for text in texts:
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        # A document that spells a control token spells text.
+        ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
         stream += [start, *ids, end] if separate else [start, *ids]
     following = [*stream[1:], IGNORED if separate else end]
     return stream, [IGNORED if separate and one == start else one for one in following]
@@ -71,6 +72,7 @@ def expected_stream(texts: list[str], tokenizer) -> tuple[list[int], list[int]]:
 @pytest.mark.parametrize("make", [tiny_tokenizer, bos_tokenizer])
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(texts=TEXTS, size=st.integers(2, 64))
+@example(texts=["<|endoftext|>", "a<|im_end|>\n<|begin_of_text|>"], size=2)
 def test_all_blocks_together_are_all_tokens_in_order(make, texts, size, tmp_path_factory) -> None:
     tokenizer = make()
     corpus = corpus_of(texts, tmp_path_factory.mktemp("c"), tokenizer)
