@@ -175,7 +175,7 @@ class PPOTrainer(MedgptTrainer):
         """The clipped losses of some answers of a rollout, with gradient, and what they measure.
 
         First the policy's, then the value function's. They have no weight in common: taking the gradient of one
-        before the other is computed needs half the memory.
+        before the other is computed keeps one set of activations at a time.
         """
         prompts = [rollout.asked[index].ids for index in chosen]
         answers = [rollout.answers[index] for index in chosen]
