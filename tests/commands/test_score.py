@@ -79,7 +79,7 @@ def test_pairs_into_a_file(place: Path) -> None:
     target = place / "out.jsonl"
     done = score(place, "--data-file", "pairs.jsonl", "--predictions-file", "out.jsonl", "--batch-size", "3")
     assert done.returncode == 0, done.stderr
-    assert "1 rows skipped: longer than --max-length" in done.stderr
+    assert "skipped: 1 (longer than --max-length)" in done.stderr
     assert "pairs 7, accuracy " in done.stderr and "before" not in done.stderr
     lines = [json.loads(line) for line in target.read_text().splitlines()]
     assert [line["id"] for line in lines] == [f"p{n}" for n in range(7)]
@@ -126,8 +126,8 @@ def test_answers_to_standard_output(place: Path) -> None:
     for line, row in zip(lines, PAIRS, strict=True):
         assert set(line) == {"id", "at", "score"}
         assert line["score"] == pytest.approx(by_hand(place, row, row["chosen"]), abs=1e-5)
-    assert "1 rows skipped: longer than --max-length" in done.stderr
-    assert "1 rows skipped: an empty answer" in done.stderr
+    assert "skipped: 1 (longer than --max-length)" in done.stderr
+    assert "skipped: 1 (an empty answer)" in done.stderr
 
 
 @pytest.mark.parametrize(
