@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -21,10 +22,19 @@ def medgpt(
 
 
 def start(*arguments: object, env: dict[str, str] | None = None, **options) -> subprocess.Popen[str]:
-    """Start `medgpt …`, for tests that send it signals."""
+    """Start `medgpt …`, for tests that send it signals.
+
+    A test run that was itself started in the background ignores SIGINT, and so would what it starts.
+    """
     options.setdefault("stdout", subprocess.PIPE)
     options.setdefault("stderr", subprocess.PIPE)
-    return subprocess.Popen(command(*arguments), env=environment(env), text=True, **options)
+    return subprocess.Popen(
+        command(*arguments),
+        env=environment(env),
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        **options,
+    )
 
 
 def command(*arguments: object) -> list[str]:
