@@ -25,7 +25,8 @@ def command_function(
     """A function whose signature is the settings class, for `Typer.command`."""
 
     def command(ctx: typer.Context, **values: Any) -> None:
-        values.pop("recipe", None)
+        if "recipe" not in options_of(settings_class):
+            values.pop("recipe", None)
         origins = {
             field: _ORIGINS.get(getattr(ctx.get_parameter_source(field), "name", ""), "default")
             for field in values
@@ -34,8 +35,9 @@ def command_function(
         run(settings_class(**plain, origins=origins))
 
     parameters = [inspect.Parameter("ctx", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context)]
-    parameters.append(_recipe_parameter(settings_class))
-    for field in _in_panel_order(settings_class):
+    if "recipe" not in options_of(settings_class):  # a pipeline's recipe is no list of its own options
+        parameters.append(_recipe_parameter(settings_class))
+    for field in in_panel_order(settings_class):
         parameters.append(_parameter(name, settings_class, field))
     command.__signature__ = inspect.Signature(parameters)
     command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
@@ -43,7 +45,31 @@ def command_function(
     return command
 
 
-def _in_panel_order(settings_class: type[Settings]) -> list[str]:
+def settings_from(
+    name: str, settings_class: type[Settings], values: Mapping[str, Any], source: str
+) -> Settings:
+    """Settings as if `values` stood in a recipe: checked and converted in the same way.
+
+    Args:
+        values: recipe keys and values.
+        source: what errors name.
+
+    Raises:
+        UsageError: an unknown key or a value that does not fit.
+    """
+    found: list[Settings] = []
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    known = recipe_values(values, settings_class, source)
+    app.command(context_settings={"default_map": known})(command_function(name, settings_class, found.append))
+    try:
+        app(args=[], standalone_mode=False)
+    except typer.TyperException as problem:
+        text = problem.format_message().rstrip(".") if hasattr(problem, "format_message") else str(problem)
+        raise UsageError(text[:1].lower() + text[1:], f"see `medgpt {name} --help`") from None
+    return found[0]
+
+
+def in_panel_order(settings_class: type[Settings]) -> list[str]:
     """Model first, the command's own last but one, output last: the order in which a person asks."""
     order = ["Model", "Device", "Data", "Tuning", "Optimisation", "Answers"]
 
@@ -133,6 +159,17 @@ def read_recipe(path: Path, settings_class: type[Settings]) -> Mapping[str, Any]
         ) from None
     if not isinstance(content, dict):
         raise UsageError(f"{path}: not a recipe", "a recipe is lines of the form `learning-rate: 1e-4`")
+    return recipe_values(content, settings_class, str(path))
+
+
+def recipe_values(
+    content: Mapping[str, Any], settings_class: type[Settings], source: str
+) -> Mapping[str, Any]:
+    """Values by field name; those that are empty are left out.
+
+    Raises:
+        UsageError: a key that this command does not know.
+    """
     known = options_of(settings_class)
     values: dict[str, Any] = {}
     for key, value in content.items():
@@ -140,7 +177,7 @@ def read_recipe(path: Path, settings_class: type[Settings]) -> Mapping[str, Any]
         if field not in known:
             near = did_you_mean(field, known)
             hint = f"did you mean {near.replace('_', '-')}?" if near else "see --help for the options"
-            raise UsageError(f"{path}: unknown key {key}", hint)
+            raise UsageError(f"{source}: unknown key {key}", hint)
         if value is None or value == []:
             continue
         repeated = base_type(settings_class, field)[2]

@@ -124,6 +124,22 @@ COMMANDS = (
         "Tools",
     ),
     Command(
+        "pipeline",
+        stages.PipelineSettings,
+        (
+            "medgpt pipeline --recipe pipeline.yaml",
+            "medgpt pipeline --recipe pipeline.yaml --dry-run",
+            "medgpt pipeline --recipe pipeline.yaml --output-dir runs/second",
+        ),
+        "Tools",
+    ),
+    Command(
+        "quickstart",
+        stages.QuickstartSettings,
+        ("medgpt quickstart", "medgpt quickstart --output-dir runs/try", "medgpt quickstart --json"),
+        "Tools",
+    ),
+    Command(
         "pull",
         stages.PullSettings,
         (

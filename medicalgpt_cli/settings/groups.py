@@ -83,7 +83,10 @@ class ModelSettings(DeviceSettings):
     panel: ClassVar[str] = "Model"
 
     base_model: str | None = opt(
-        None, "A model folder, hub name, medgpt run folder, .gguf file or pulled name.", metavar="NAME"
+        None,
+        "A model folder, hub name, medgpt run folder, .gguf file or pulled name; "
+        "where no model is named, the starter (a small demonstration model).",
+        metavar="NAME",
     )
     lora_model: str | None = opt(
         None, "An adapter folder or run folder; its base is found by itself.", metavar="NAME"

@@ -12,6 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
+from medicalgpt_cli.engine import starter
 from medicalgpt_cli.engine.model.references import ModelReference, ResolvedModel
 from medicalgpt_cli.engine.model.tokenizer import apply_template, check_fingerprint
 from medicalgpt_cli.engine.observer import Observer
@@ -66,6 +67,8 @@ def load_tokenizer(
         UsageError: there is none, or it is not the one that the adapter was trained with.
     """
     tokenizer = read_tokenizer(resolved.tokenizer)
+    if resolved.is_starter and observer:
+        observer.on_notice(starter.NOTICE)
     notice = apply_template(tokenizer, model.template, fallback=plain_template)
     if notice and observer:
         observer.on_notice(notice)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from medicalgpt_cli.engine import starter
 from medicalgpt_cli.engine.run import manifest
 from medicalgpt_cli.engine.run.environment import cache_folder
 from medicalgpt_cli.errors import UsageError
@@ -47,6 +48,11 @@ class ResolvedModel:
     tokenizer: str  # the folder, hub name or .gguf file that the tokenizer is read from
 
     @property
+    def is_starter(self) -> bool:
+        """Whether the weights are the demonstration model's."""
+        return Path(self.base.path) == starter.MODEL
+
+    @property
     def label(self) -> str:
         """A short name for the screen and for folders."""
         chosen = self.adapter or self.base
@@ -77,6 +83,8 @@ def resolve(name: str, *, follow: bool = True) -> ModelReference:
     Raises:
         UsageError: nothing has this name, or what has it is no model.
     """
+    if name == starter.NAME:
+        return ModelReference(name, "folder", str(starter.MODEL))
     path = Path(name).expanduser()
     if path.is_dir():
         return _folder(name, path, follow)
@@ -96,15 +104,13 @@ def resolve(name: str, *, follow: bool = True) -> ModelReference:
 def resolve_models(model: ModelSettings) -> ResolvedModel:
     """Base, adapter and tokenizer of the model options; `--lora-model` alone finds its base by itself.
 
+    Where no model is named it is the starter.
+
     Raises:
-        UsageError: no model is named, a name leads nowhere, or base and adapter do not belong together.
+        UsageError: a name leads nowhere, or base and adapter do not belong together.
     """
-    if not model.base_model and not model.lora_model:
-        raise UsageError(
-            "no model is named: give --base-model or --lora-model",
-            "`medgpt pull smollm2-135m` fetches a small open model; then --base-model smollm2-135m",
-        )
-    named = resolve(model.base_model) if model.base_model else None
+    base_name = model.base_model or (None if model.lora_model else starter.NAME)
+    named = resolve(base_name) if base_name else None
     adapter = resolve(model.lora_model) if model.lora_model else None
     if adapter is not None and adapter.kind != "adapter":
         raise UsageError(f"--lora-model {model.lora_model} is a whole model", "give it as --base-model")
@@ -163,7 +169,11 @@ def _recorded_base(adapter: Path) -> str:
 def _base_of(adapter: Path) -> ModelReference | None:
     """The base that an adapter records: as it is written, or seen from the adapter's folder."""
     recorded = _recorded_base(adapter)
-    for candidate in (recorded, os.path.join(adapter, recorded)):  # noqa: PTH118 - keeps an absolute path
+    seen_from_adapter = os.path.join(adapter, recorded)  # noqa: PTH118 - keeps an absolute path
+    candidates = [recorded, seen_from_adapter]
+    if Path(recorded).parts[-3:] == starter.MODEL.parts[-3:]:  # made with medgpt installed somewhere else
+        candidates.append(starter.NAME)
+    for candidate in candidates:
         try:
             found = resolve(candidate, follow=False)
         except UsageError:
@@ -217,4 +227,5 @@ def _names_around(name: str) -> list[str]:
     """What could have been meant: pulled models; folders and .gguf files here, in runs/ and beside `name`."""
     places = [Path(), Path("runs"), Path(name).expanduser().parent]
     found = {str(one) for place in places for one in place.glob("*") if one.is_dir() or one.suffix == ".gguf"}
-    return sorted(found) + [one.name for one in pulled_models().glob("*") if not one.name.startswith(".")]
+    pulled = [one.name for one in pulled_models().glob("*") if not one.name.startswith(".")]
+    return [*sorted(found), *pulled, starter.NAME]

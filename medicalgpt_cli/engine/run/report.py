@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import datetime
-import html
 from collections.abc import Iterable, Mapping, Sequence
-from importlib import resources
 from pathlib import Path
-from string import Template
 from typing import Any
 
 from medicalgpt_cli.engine.run import metrics
 from medicalgpt_cli.engine.run.curves import Line, bars, chart, smoothed
 from medicalgpt_cli.engine.run.files import atomic_write
 from medicalgpt_cli.engine.run.folder import RunFolder
+from medicalgpt_cli.engine.run.page import answer_text, document, duration, escape, table, utc
 from medicalgpt_cli.engine.run.summary import data_parts, length_rows, part_table, source_rows
 
 # (key of a measurement, what it is called)
@@ -50,9 +47,7 @@ def page(manifest: Mapping[str, Any], records: Sequence[Mapping[str, Any]], name
         _origin_of_the_model(manifest),
         _environment(manifest.get("environment") or {}),
     )
-    template = Template(resources.files(__package__).joinpath("report_page.html").read_text(encoding="utf-8"))
-    title = _escape(f"{manifest['stage']} · {manifest['model']}")
-    return template.substitute(title=title, body="\n".join(filter(None, sections)))
+    return document(f"{manifest['stage']} · {manifest['model']}", sections)
 
 
 def _headline(manifest: Mapping[str, Any], records: Sequence[Mapping[str, Any]], name: str) -> str:
@@ -61,16 +56,16 @@ def _headline(manifest: Mapping[str, Any], records: Sequence[Mapping[str, Any]],
     after = result.get("after") or {}
     cards = [_card(key, label, before.get(key), after.get(key)) for key, label in _MEASURES]
     steps = result.get("steps") or max((record.get("step", 0) for record in records), default=0)
-    facts = [f"{steps:,} steps" if steps else "", _duration(result.get("seconds"))]
+    facts = [f"{steps:,} steps" if steps else "", duration(result.get("seconds"))]
     speed = result.get("tokens_per_second") or _mean(metrics.series(records, "target_tokens_per_second"))
-    facts += [f"{speed:,.0f} target tokens/s" if speed else "", _time(manifest.get("started"))]
+    facts += [f"{speed:,.0f} target tokens/s" if speed else "", utc(manifest.get("started"))]
     stage = _STAGES.get(manifest["stage"], manifest["stage"])
-    status = _escape(manifest.get("status", ""))
+    status = escape(manifest.get("status", ""))
     return (
-        f'<header><div class="over">medgpt · {_escape(stage)}</div><h1>{_escape(manifest["model"])}</h1>'
+        f'<header><div class="over">medgpt · {escape(stage)}</div><h1>{escape(manifest["model"])}</h1>'
         f'<p><span class="status {status}">{status}</span> '
-        f'<span class="soft">{_escape(" · ".join(filter(None, facts)))}</span></p>'
-        f'<p class="soft"><code>{_escape(name)}</code></p>'
+        f'<span class="soft">{escape(" · ".join(filter(None, facts)))}</span></p>'
+        f'<p class="soft"><code>{escape(name)}</code></p>'
         f'<div class="cards">{"".join(cards)}</div>{_by_part(before, after)}</header>'
     )
 
@@ -80,10 +75,10 @@ def _by_part(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
     head, rows = part_table(before, after)
     if not rows:
         return ""
-    found = _table([_figures(row) for row in rows], _figures(head))
+    found = table([_figures(row) for row in rows], _figures(head))
     by_length = [_figures(row, 2) for row in length_rows(after)]
     if by_length:
-        found += _table(
+        found += table(
             by_length, _figures(["held-out pairs", "the chosen answer is", "pairs", "accuracy"], 2)
         )
     return found
@@ -125,29 +120,29 @@ def _curves(manifest: Mapping[str, Any], records: Sequence[Mapping[str, Any]]) -
 
     if manifest["stage"] == "rl":
         drawn = [
-            chart("Reward", [*_noisy("training", records, "reward"), held_out("reward")], "mean of a batch"),
-            chart("KL to the start", _noisy("", records, "kl"), "nats an answer"),
-            chart("Length", _noisy("", records, "answer_tokens"), "tokens an answer"),
-            chart("Ended by itself", _noisy("", records, "ended"), "share of answers"),
-            chart("Entropy", _noisy("", records, "entropy"), "nats a token"),
-            chart("Different word pairs", _noisy("", records, "distinct_2"), "share of all pairs"),
-            chart("Value loss", _noisy("", records, "value_loss")),
-            chart("Explained variance", _noisy("", records, "explained_variance"), "of the returns"),
-            chart("Clipped", _noisy("", records, "clip_fraction"), "share of tokens"),
-            chart("Speed", _noisy("", records, "answers_per_second"), "answers a second"),
+            chart("Reward", [*noisy("training", records, "reward"), held_out("reward")], "mean of a batch"),
+            chart("KL to the start", noisy("", records, "kl"), "nats an answer"),
+            chart("Length", noisy("", records, "answer_tokens"), "tokens an answer"),
+            chart("Ended by itself", noisy("", records, "ended"), "share of answers"),
+            chart("Entropy", noisy("", records, "entropy"), "nats a token"),
+            chart("Different word pairs", noisy("", records, "distinct_2"), "share of all pairs"),
+            chart("Value loss", noisy("", records, "value_loss")),
+            chart("Explained variance", noisy("", records, "explained_variance"), "of the returns"),
+            chart("Clipped", noisy("", records, "clip_fraction"), "share of tokens"),
+            chart("Speed", noisy("", records, "answers_per_second"), "answers a second"),
         ]
         return f'<section><h2>Curves</h2><div class="curves">{"".join(drawn)}</div></section>'
     unit = "nats a pair" if manifest["stage"] == "reward" else "nats a target token"
     drawn = [
-        chart("Loss", [*_noisy("training", records, "loss"), held_out("loss")], unit),
+        chart("Loss", [*noisy("training", records, "loss"), held_out("loss")], unit),
         chart("Bits per byte", [held_out("bits_per_byte")], "of held-out text"),
-        chart("Accuracy", _noisy("", records, "accuracy"), "training pairs, by log step"),
-        chart("Margin", _noisy("", records, "margin"), "chosen − rejected score"),
+        chart("Accuracy", noisy("", records, "accuracy"), "training pairs, by log step"),
+        chart("Margin", noisy("", records, "margin"), "chosen − rejected score"),
         chart("Learning rate", [Line("", metrics.series(records, "learning_rate"))]),
-        chart("Gradient norm", _noisy("", records, "grad_norm"), "before clipping"),
-        chart("Speed", _noisy("", records, "target_tokens_per_second"), "target tokens a second"),
-        chart("Speed", _noisy("", records, "pairs_per_second"), "pairs a second"),
-        chart("Speed", _noisy("", records, "answers_per_second"), "answers a second"),
+        chart("Gradient norm", noisy("", records, "grad_norm"), "before clipping"),
+        chart("Speed", noisy("", records, "target_tokens_per_second"), "target tokens a second"),
+        chart("Speed", noisy("", records, "pairs_per_second"), "pairs a second"),
+        chart("Speed", noisy("", records, "answers_per_second"), "answers a second"),
     ]
     for part in data_parts(manifest.get("data") or {}):
         if part.name.startswith("training"):
@@ -158,7 +153,7 @@ def _curves(manifest: Mapping[str, Any], records: Sequence[Mapping[str, Any]]) -
     return f'<section><h2>Curves</h2><div class="curves">{"".join(drawn)}</div></section>'
 
 
-def _noisy(name: str, records: Sequence[Mapping[str, Any]], key: str) -> list[Line]:
+def noisy(name: str, records: Sequence[Mapping[str, Any]], key: str) -> list[Line]:
     """A curve that jumps from step to step: its running mean, in front of the values themselves."""
     points = metrics.series(records, key)
     if len(points) <= 20:
@@ -176,12 +171,12 @@ def _answers(manifest: Mapping[str, Any]) -> str:
     blocks = []
     for sample in samples:
         reference = sample.get("reference")
-        told = f"<summary>reference answer</summary><div>{_escape(reference)}</div>"
+        told = f"<summary>reference answer</summary><div>{escape(reference)}</div>"
         details = f'<details class="reference">{told}</details>' if reference else ""
         blocks.append(
-            f'<div class="answers"><div class="question">{_escape(sample.get("question", ""))}</div>'
-            f'<div class="pair"><div class="before"><b>before</b>{_text(sample.get("before"))}</div>'
-            f'<div class="after"><b>after</b>{_text(sample.get("after"))}</div></div>{details}</div>'
+            f'<div class="answers"><div class="question">{escape(sample.get("question", ""))}</div>'
+            f'<div class="pair"><div class="before"><b>before</b>{answer_text(sample.get("before"))}</div>'
+            f'<div class="after"><b>after</b>{answer_text(sample.get("after"))}</div></div>{details}</div>'
         )
     return f"<section><h2>Held-out questions, before and after</h2>{''.join(blocks)}</section>"
 
@@ -192,23 +187,23 @@ def _data(manifest: Mapping[str, Any]) -> str:
     blocks = []
     for part in data_parts(manifest["data"]):
         facts = " · ".join(f"{value} {label}" for label, value in part.facts)
-        formats = f" <small>({_escape(', '.join(part.formats))})</small>" if part.formats else ""
-        blocks.append(f"<h3>{_escape(part.name.capitalize())}</h3><p>{_escape(facts)}{formats}</p>")
+        formats = f" <small>({escape(', '.join(part.formats))})</small>" if part.formats else ""
+        blocks.append(f"<h3>{escape(part.name.capitalize())}</h3><p>{escape(facts)}{formats}</p>")
         rows = [
             ((kind, "kind"), (f"{count:,}", "number"), reason, ", ".join(positions[:3]))
             for kind, reason, count, positions in part.reasons
         ]
         if rows:
-            blocks.append(_table(rows, ("", ("rows", "number"), "why", "for example")))
+            blocks.append(table(rows, ("", ("rows", "number"), "why", "for example")))
         elif not part.notices:
             blocks.append('<p class="soft">Every row was used as it stands.</p>')
-        blocks += [f'<p class="soft">{_escape(notice)}</p>' for notice in part.notices]
+        blocks += [f'<p class="soft">{escape(notice)}</p>' for notice in part.notices]
     sources = [
         (name, *((figure, "number") for figure in rest)) for name, *rest in source_rows(manifest["data"])
     ]
     if sources:
         names = ("documents", "tokens", "of the blocks", "passes an epoch")
-        blocks.append(f"<h3>Mix</h3>{_table(sources, ('source', *((name, 'number') for name in names)))}")
+        blocks.append(f"<h3>Mix</h3>{table(sources, ('source', *((name, 'number') for name in names)))}")
     return f"<section><h2>Data</h2>{''.join(blocks)}</section>"
 
 
@@ -224,9 +219,9 @@ def _settings(manifest: Mapping[str, Any]) -> str:
         row = (name.replace("_", "-"), "–" if shown in (None, "") else str(shown), entry["origin"])
         (defaults if entry["origin"] == "default" else chosen).append(row)
     head = ("setting", "value", "from")
-    first = _table(chosen, head, "chosen") if chosen else '<p class="soft">All settings are defaults.</p>'
+    first = table(chosen, head, "chosen") if chosen else '<p class="soft">All settings are defaults.</p>'
     summary = f"<summary>{len(defaults)} settings at their defaults</summary>"
-    rest = f"<details>{summary}{_table(defaults, head)}</details>"
+    rest = f"<details>{summary}{table(defaults, head)}</details>"
     return f"<section><h2>Settings</h2>{first}{rest if defaults else ''}</section>"
 
 
@@ -243,7 +238,7 @@ def _environment(environment: Mapping[str, Any]) -> str:
 
 
 def _folded(title: str, summary: str, rows: Sequence[Sequence[Any]]) -> str:
-    return f"<section><h2>{title}</h2><details><summary>{summary}</summary>{_table(rows)}</details></section>"
+    return f"<section><h2>{title}</h2><details><summary>{summary}</summary>{table(rows)}</details></section>"
 
 
 def _flat(prefix: str, value: Any) -> Iterable[tuple[str, str]]:
@@ -258,42 +253,6 @@ def _flat(prefix: str, value: Any) -> Iterable[tuple[str, str]]:
         large = isinstance(value, int) and value >= 2**20 and not isinstance(value, bool)
         text = f"{value / 2**30:,.1f} GiB" if large else value
         yield prefix, ", ".join(map(str, value)) if isinstance(value, list) else str(text)
-
-
-def _table(rows: Iterable[Sequence[Any]], head: Sequence[Any] = (), row_class: str = "") -> str:
-    """A table; a cell is text or (text, class)."""
-
-    def cell(tag: str, content: Any) -> str:
-        text, kind = content if isinstance(content, tuple) else (content, "")
-        return f'<{tag} class="{kind}">{_escape(text)}</{tag}>' if kind else f"<{tag}>{_escape(text)}</{tag}>"
-
-    top = f"<tr>{''.join(cell('th', one) for one in head)}</tr>" if head else ""
-    body = "".join(f'<tr class="{row_class}">{"".join(cell("td", one) for one in row)}</tr>' for row in rows)
-    return f'<div class="table"><table>{top}{body}</table></div>'
-
-
-def _escape(text: Any) -> str:
-    return html.escape(str(text), quote=True)
-
-
-def _text(answer: str | None) -> str:
-    return _escape(answer) if answer else '<span class="soft">(nothing)</span>'
-
-
-def _duration(seconds: float | None) -> str:
-    if not seconds:
-        return ""
-    minutes, second = divmod(round(seconds), 60)
-    hours, minute = divmod(minutes, 60)
-    if hours:
-        return f"{hours} h {minute} min"
-    return f"{minute} min {second} s" if minute else f"{second} s"
-
-
-def _time(stamp: str | None) -> str:
-    if not stamp:
-        return ""
-    return f"{datetime.datetime.fromisoformat(stamp.replace('Z', '+00:00')):%Y-%m-%d %H:%M} UTC"
 
 
 def _mean(points: Sequence[tuple[float, float]]) -> float | None:

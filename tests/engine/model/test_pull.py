@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from medicalgpt_cli.engine.model.loading import load_model, load_tokenizer
-from medicalgpt_cli.engine.model.pull import CATALOGUE, ORIGIN, KnownModel, pull
+from medicalgpt_cli.engine.model.pull import CATALOGUE, ORIGIN, KnownModel, Wheel, pull
 from medicalgpt_cli.engine.model.references import resolve_models
 from medicalgpt_cli.engine.observer import Observer
 from medicalgpt_cli.engine.run.files import sha256_file
@@ -31,7 +31,9 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 def home(made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty cache, and a catalogue that knows the tiny model."""
     monkeypatch.setenv("MEDGPT_HOME", str(tmp_path / "home"))
-    known = KnownModel("a test model", "Apache-2.0", "o/tiny", "tiny==1", sha256_file(made[0]), 1)
+    known = KnownModel(
+        "a test model", "o/tiny", 0.1, "en", "Apache-2.0", 128, Wheel("tiny==1", sha256_file(made[0]), 1)
+    )
     monkeypatch.setitem(CATALOGUE, "tiny", known)
     return tmp_path / "home"
 
