@@ -36,7 +36,11 @@ def _section(command: Command) -> Iterator[str]:
         choices = f" One of: {', '.join(about.choices)}." if about.choices else ""
         repeated = base_type(command.settings, name)[2]
         default = ", ".join(field.default) if repeated else field.default
-        told = "" if default in (None, "", False) else f"`{'on' if default is True else default}`"
+        told = (
+            ""
+            if default is None or default is False or default == ""
+            else f"`{'on' if default is True else default}`"
+        )
         cells = f"{shown} | {about.help}{choices}".replace("|", "\\|").replace(" \\| ", " | ", 1)
         yield f"| {cells} | {told} |"
     yield ""

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from medicalgpt_cli.engine.starter import samples
+from medicalgpt_cli.engine.starter.sources import write_sources
 from medicalgpt_cli.engine.starter.tokenizer import CONTEXT, train_tokenizer
 
 VOCABULARY = 12_288
@@ -118,6 +119,9 @@ def package(work: Path, files: dict[str, list[samples.Row]]) -> None:
             rows = [samples.pair(row, said[row["id"]]) for row in rows]
         samples.write(target / "samples" / f"{name}.jsonl", rows)
     shutil.copyfile(Path(__file__).with_name("questions.txt"), target / "samples" / "questions.txt")
+    for file in target.rglob("*.safetensors"):
+        file.chmod(0o644)
+    write_sources(target)
 
 
 def medgpt(*arguments: object) -> None:
