@@ -1,4 +1,7 @@
-"""docs/quickstart.ipynb runs from its first cell to its last: `pip install nbclient ipykernel`, `pytest -m slow tests/docs`."""
+"""docs/quickstart.ipynb runs from its first cell to its last.
+
+`pip install nbclient ipykernel`, then `pytest -m slow tests/docs`.
+"""
 
 from __future__ import annotations
 
