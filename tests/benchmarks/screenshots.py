@@ -42,7 +42,8 @@ def terminal() -> None:
         words = command("sft", *samples, "--epochs", 2, "--learning-rate", "2e-3", "--output-dir", "runs/sft")
         screen = _screen_of(words, place, until="step 40/")
     console = Console(record=True, width=COLUMNS, file=open(os.devnull, "w"), force_terminal=True)  # noqa: PTH123, SIM115
-    for line in range(LINES):
+    used = max(number for number, line in enumerate(screen.display) if line.strip()) + 1
+    for line in range(used):
         console.print(_line(screen.buffer[line]))
     console.save_svg(str(IMAGES / "terminal.svg"), title="medgpt sft --train-data sft.jsonl")
 
@@ -56,10 +57,13 @@ def _screen_of(words: list[str], place: str, until: str) -> pyte.Screen:
         os.chdir(place)
         sizes = {"COLUMNS": str(COLUMNS), "LINES": str(LINES), "TERM": "xterm-256color"}
         os.execvpe(words[0], words, environment(sizes))
-    last = time.monotonic() + 600
-    while time.monotonic() < last and not any(until in line for line in screen.display):
-        if select.select([master], [], [], 1)[0]:
+    last, seen = time.monotonic() + 600, False
+    while time.monotonic() < last:
+        if select.select([master], [], [], 0.02 if seen else 1)[0]:
             stream.feed(os.read(master, 65536))
+        elif seen:  # the panel is whole: nothing more is coming for the moment
+            break
+        seen = seen or any(until in line for line in screen.display)
     os.kill(child, 9)
     os.waitpid(child, 0)
     return screen

@@ -17,11 +17,11 @@ from medicalgpt_cli.engine.run.page import answer_text, document, duration, esca
 from medicalgpt_cli.engine.run.report import noisy
 
 _CURVES = (
-    ("loss", "Loss", "nats a target token"),
-    ("accuracy", "Accuracy", "training pairs"),
-    ("reward", "Reward", "mean of a batch"),
+    ("loss", "loss", "nats a target token"),
+    ("accuracy", "accuracy", "training pairs"),
+    ("reward", "reward", "mean of a batch"),
     ("kl", "KL to the start", "nats an answer"),
-    ("answer_tokens", "Length", "tokens an answer"),
+    ("answer_tokens", "length", "tokens an answer"),
 )
 _MOST_ANSWERS = 12
 
@@ -36,10 +36,7 @@ def write_report(pipeline: Pipeline, folder: Path, state: State) -> Path:
         _headline(pipeline, folder, state),
         _figures(manifests),
         _lineage(pipeline, folder, state),
-        *(
-            _curves(name, manifests[name], metrics.read(path / "metrics.jsonl"))
-            for name, path in runs.items()
-        ),
+        _curves(manifests, {name: metrics.read(path / "metrics.jsonl") for name, path in runs.items()}),
         _answers(pipeline, state),
         *(_samples(name, one) for name, one in manifests.items()),
     ]
@@ -83,16 +80,21 @@ def _lineage(pipeline: Pipeline, folder: Path, state: State) -> str:
     return f"<section><h2>Lineage</h2>{table(rows, head)}</section>"
 
 
-def _curves(name: str, run: Mapping[str, Any], records: Sequence[Mapping[str, Any]]) -> str:
-    before = (run.get("result") or {}).get("before") or {}
+def _curves(
+    manifests: Mapping[str, Mapping[str, Any]], records: Mapping[str, Sequence[Mapping[str, Any]]]
+) -> str:
     drawn = []
-    for key, title, unit in _CURVES:
-        if key == "loss" and run["stage"] == "rl":
-            continue
-        first = [(0, before[key])] if isinstance(before.get(key), (int, float)) else []
-        held_out = Line("held out", [*first, *metrics.series(records, f"eval_{key}")], "second", markers=True)
-        drawn.append(chart(title, [*noisy("training", records, key), held_out], unit))
-    return f'<section><h2>{escape(name)}</h2><div class="curves">{"".join(drawn)}</div></section>'
+    for name, run in manifests.items():
+        before = (run.get("result") or {}).get("before") or {}
+        for key, title, unit in _CURVES:
+            if key == "loss" and run["stage"] == "rl":  # of the clipped objective, which says little
+                continue
+            first = [(0, before[key])] if isinstance(before.get(key), (int, float)) else []
+            held_out = Line(
+                "held out", [*first, *metrics.series(records[name], f"eval_{key}")], "second", markers=True
+            )
+            drawn.append(chart(f"{name}: {title}", [*noisy("training", records[name], key), held_out], unit))
+    return f'<section><h2>Curves</h2><div class="curves">{"".join(drawn)}</div></section>'
 
 
 def _answers(pipeline: Pipeline, state: State) -> str:
