@@ -1,16 +1,14 @@
-"""A task for PPO whose reward model is made by hand and whose optimum is computed.
+"""A task for PPO with a known reward, the share of an answer's tokens that are wanted ones, as a reward model.
 
-The reward is the share of an answer's tokens that are wanted ones. `counting_reward_model` writes it as an ordinary
-sequence-classification folder, so that any library can score with it.
+It is an ordinary sequence-classification folder with weights made by hand, so that any library can score with it.
 """
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForSequenceClassification
+from transformers import AutoConfig, LlamaConfig, LlamaForSequenceClassification
 
 
 def counting_reward_model(folder: Path, model: Path, wanted: list[int], prompt: int, answer: int) -> Path:
@@ -42,27 +40,3 @@ def counting_reward_model(folder: Path, model: Path, wanted: list[int], prompt: 
         net.score.weight[0, 2] = scale * (prompt + answer) / answer
     net.save_pretrained(folder)
     return folder
-
-
-def optimum(model: Path, prompts: list[list[int]], wanted: list[int], shape: dict) -> tuple[float, float]:
-    """Reward and KL of an answer under pi ∝ ref · exp(reward / beta), from answers drawn from the start.
-
-    Importance weights exp(reward / beta) over many draws; an end of an answer counts as any token.
-    """
-    net = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
-    torch.manual_seed(0)
-    rows = torch.tensor(prompts).repeat(4096 // len(prompts), 1)
-    drawn = net.generate(
-        rows,
-        attention_mask=torch.ones_like(rows),
-        do_sample=True,
-        top_k=0,
-        max_new_tokens=shape["max_new_tokens"],
-    )[:, rows.shape[1] :]
-    reward = torch.isin(drawn, torch.tensor(wanted)).float().mean(1).double()
-    log_weight = reward / shape["kl_coefficient"]
-    # Every prompt has an optimum of its own.
-    log_weight = log_weight.view(-1, len(prompts))
-    weight = (log_weight - log_weight.logsumexp(0)).exp()
-    kl = (weight * (log_weight - log_weight.logsumexp(0) + math.log(len(weight)))).sum(0).mean()
-    return float((weight * reward.view_as(weight)).sum(0).mean()), float(kl)
