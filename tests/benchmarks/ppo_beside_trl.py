@@ -9,7 +9,8 @@ curves: reward and KL of each step on a tiny model. Both get the same weights, p
 pads none), settings and reward model, whose weights are made by hand: it scores the share of an answer's tokens that
 are wanted. Each draws its own answers, so curves agree in their course, not by step.
 
-cost: seconds a step and peak resident memory on MODEL, one process after the other. Run it alone, on one core.
+cost: seconds a step (median, without the first), processor seconds of the whole process and peak resident memory on
+MODEL, one process after the other. Run it alone, on one core.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import statistics
 import tempfile
 from pathlib import Path
 
-from tests.benchmarks.rl_memory import MEDGPT, peak, write
+from tests.benchmarks.rl_memory import MEDGPT, cost, peak, write
 
 COMMON = {
     "temperature": 1.0,
@@ -212,7 +213,7 @@ def show(name: str, ours: list[Lines], theirs: list[Lines]) -> None:
 # -- cost --------------------------------------------------------------------------------------------------
 
 
-def cost(given: argparse.Namespace, place: Path) -> None:
+def costs(given: argparse.Namespace, place: Path) -> None:
     from transformers import AutoTokenizer
 
     from medicalgpt_cli.engine.data.rendering import encode_prompt
@@ -237,14 +238,14 @@ def cost(given: argparse.Namespace, place: Path) -> None:
             *MEDGPT, "rl", *train, *flags, "--reward-model", reward, "--train-data", place / "prompts.jsonl",
             "--max-steps", given.steps, "--save-steps", "10000", "--output-dir", run,
         ]  # fmt: skip
-        figures.append((label, peak(command, place / "log"), read(run / "metrics.jsonl", given.steps)))
+        figures.append((label, *cost(command, place / "log"), read(run / "metrics.jsonl", given.steps)))
 
     def trl(label: str, checkpointing: bool) -> None:
         command, lines = trl_command(
             given.trl_python, place, REAL, given.model, given.model, prompts,
             seed=0, steps=given.steps, checkpointing=checkpointing,
         )  # fmt: skip
-        figures.append((label, peak(command, place / "log"), read(lines, given.steps)))
+        figures.append((label, *cost(command, place / "log"), read(lines, given.steps)))
 
     ours("medgpt rl, one copy", "lora")
     ours("medgpt rl, reward model apart", "full")
@@ -253,10 +254,10 @@ def cost(given: argparse.Namespace, place: Path) -> None:
     print(
         f"\n{REAL['batch_size']} prompts of {len(prompts[0])} tokens, {REAL['max_new_tokens']} tokens an answer"
     )
-    print(f"{'':<32} {'s a step':>10} {'peak MiB':>10}")
-    for label, mib, lines in figures:
+    print(f"{'':<32} {'s a step':>10} {'cpu s':>10} {'peak MiB':>10}")
+    for label, mib, processor, lines in figures:
         times = [after["seconds"] - before["seconds"] for before, after in itertools.pairwise(lines)]
-        print(f"{label:<32} {statistics.median(times):>10.2f} {mib:>10,.0f}")
+        print(f"{label:<32} {statistics.median(times):>10.2f} {processor:>10.1f} {mib:>10,.0f}")
 
 
 def main() -> None:
@@ -275,7 +276,7 @@ def main() -> None:
     other = what.add_parser("cost", parents=[shared])
     other.add_argument("model", type=Path)
     other.add_argument("--steps", type=int, default=5)
-    other.set_defaults(run=cost)
+    other.set_defaults(run=costs)
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         given.run(given, Path(name))
