@@ -1,7 +1,7 @@
 """`medgpt rl` beside the PPO of trl 1.12, the last release that had one.
 
     python tests/benchmarks/ppo_beside_trl.py curves --trl-python PYTHON [--seeds 3] [--steps 40]
-    python tests/benchmarks/ppo_beside_trl.py cost MODEL --trl-python PYTHON [--steps 5]
+    python tests/benchmarks/ppo_beside_trl.py cost MODEL --trl-python PYTHON [--steps 3]
 
 PYTHON is the interpreter of a throw-away environment: `pip install 'trl==1.12.*' peft 'torch>=2.10,<2.14'`.
 
@@ -86,10 +86,10 @@ def settings_of(shape: dict, place: Path, model: Path, seed: int, steps: int):
 
 def trl_command(
     python: Path, place: Path, shape: dict, model: Path, reward: Path, prompts: list[list[int]],
-    *, seed: int, steps: int, checkpointing: bool = False,
+    *, seed: int, steps: int,
 ) -> tuple[list[object], Path]:  # fmt: skip
     """The command that runs TRL's trainer on this job, and the file that gets a line a step."""
-    name = f"trl-{seed}-{checkpointing}"
+    name = f"trl-{seed}"
     job = {
         **shape,
         "model": str(model),
@@ -98,7 +98,6 @@ def trl_command(
         "seed": seed,
         "steps": steps,
         "forward_batch_size": 16,
-        "gradient_checkpointing": checkpointing,
         "output_dir": str(place / name),
         "lines": str(place / f"{name}.jsonl"),
     }
@@ -228,36 +227,28 @@ def costs(given: argparse.Namespace, place: Path) -> None:
     train = ("--base-model", given.model, "--eval-fraction", "0", "--use-cpu", "--dtype", "fp32")
     made = ("--train-data", place / "pairs.jsonl", "--batch-size", "2", "--max-steps", "1")
     figures = []
+    peak([*MEDGPT, "reward", *train, *made, "--output-dir", place / "reward"], place / "log")
+    flags = [item for name, value in REAL.items() for item in (f"--{name.replace('_', '-')}", value)]
+    command = [
+        *MEDGPT, "rl", *train, *flags, "--reward-model", place / "reward",
+        "--train-data", place / "prompts.jsonl", "--max-steps", given.steps, "--save-steps", "10000",
+        "--output-dir", place / "rl",
+    ]  # fmt: skip
+    measured = cost(command, place / "log")
+    figures.append(("medgpt rl", *measured, read(place / "rl" / "metrics.jsonl", given.steps)))
 
-    def ours(label: str, tuning: str) -> None:
-        reward = place / f"reward-{tuning}"
-        peak([*MEDGPT, "reward", *train, *made, "--tuning", tuning, "--output-dir", reward], place / "log")
-        flags = [item for name, value in REAL.items() for item in (f"--{name.replace('_', '-')}", value)]
-        run = place / f"rl-{tuning}"
-        command = [
-            *MEDGPT, "rl", *train, *flags, "--reward-model", reward, "--train-data", place / "prompts.jsonl",
-            "--max-steps", given.steps, "--save-steps", "10000", "--output-dir", run,
-        ]  # fmt: skip
-        figures.append((label, *cost(command, place / "log"), read(run / "metrics.jsonl", given.steps)))
-
-    def trl(label: str, checkpointing: bool) -> None:
-        command, lines = trl_command(
-            given.trl_python, place, REAL, given.model, given.model, prompts,
-            seed=0, steps=given.steps, checkpointing=checkpointing,
-        )  # fmt: skip
-        figures.append((label, *cost(command, place / "log"), read(lines, given.steps)))
-
-    ours("medgpt rl, one copy", "lora")
-    ours("medgpt rl, reward model apart", "full")
-    trl("TRL 1.12 PPO", False)
-    trl("TRL 1.12 PPO, recomputing", True)
+    command, lines = trl_command(
+        given.trl_python, place, REAL, given.model, given.model, prompts, seed=0, steps=given.steps
+    )
+    measured = cost(command, place / "log")
+    figures.append(("TRL 1.12 PPO", *measured, read(lines, given.steps)))
     print(
         f"\n{REAL['batch_size']} prompts of {len(prompts[0])} tokens, {REAL['max_new_tokens']} tokens an answer"
     )
-    print(f"{'':<32} {'s a step':>10} {'cpu s':>10} {'peak MiB':>10}")
+    print(f"{'':<26} {'s a step':>10} {'cpu s':>10} {'peak MiB':>10}")
     for label, mib, processor, lines in figures:
         times = [after["seconds"] - before["seconds"] for before, after in itertools.pairwise(lines)]
-        print(f"{label:<32} {statistics.median(times):>10.2f} {processor:>10.1f} {mib:>10,.0f}")
+        print(f"{label:<26} {statistics.median(times):>10.2f} {processor:>10.1f} {mib:>10,.0f}")
 
 
 def main() -> None:
@@ -275,7 +266,7 @@ def main() -> None:
     one.set_defaults(run=curves)
     other = what.add_parser("cost", parents=[shared])
     other.add_argument("model", type=Path)
-    other.add_argument("--steps", type=int, default=5)
+    other.add_argument("--steps", type=int, default=3)
     other.set_defaults(run=costs)
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:

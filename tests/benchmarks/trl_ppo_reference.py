@@ -104,7 +104,7 @@ def main() -> None:
         report_to="none",
         disable_tqdm=True,
         bf16=False,
-        gradient_checkpointing=job["gradient_checkpointing"],
+        gradient_checkpointing=False,  # its loop never switches it on
         use_cpu=True,
     )
     trainer = PPOTrainer(
