@@ -28,12 +28,17 @@ print(sum(weight.sum().item() for copy in copies for weight in copy.parameters()
 
 def peak(command: list[object], log: Path) -> float:
     """MiB of resident memory at most, of a process that has to succeed."""
+    return cost(command, log)[0]
+
+
+def cost(command: list[object], log: Path) -> tuple[float, float]:
+    """MiB of resident memory at most and seconds of processor time, of a process that has to succeed."""
     with log.open("w") as out:
         process = subprocess.Popen(list(map(str, command)), stdout=out, stderr=subprocess.STDOUT)
         _, status, usage = os.wait4(process.pid, 0)
     if status:
         raise SystemExit(f"failed: {' '.join(map(str, command))}\n{log.read_text()[-2000:]}")
-    return usage.ru_maxrss / 1024
+    return usage.ru_maxrss / 1024, usage.ru_utime + usage.ru_stime
 
 
 def main() -> None:

@@ -19,6 +19,7 @@ from medicalgpt_cli.engine.training.ppo.roles import Roles
 from medicalgpt_cli.engine.training.ppo.rollout import draw, look_back, token_ids
 from medicalgpt_cli.engine.training.ppo.trainer import PPOTrainer
 from medicalgpt_cli.engine.training.rl import RlStage
+from medicalgpt_cli.errors import TrainingFailed
 from medicalgpt_cli.settings.stages import RlSettings
 from tests.tiny import tiny_model, write_jsonl
 
@@ -76,9 +77,12 @@ SEEDS = [
 
 @pytest.mark.parametrize(("algorithm", "seed"), SEEDS)
 def test_learns_the_task_whose_optimum_is_known(
-    place: Path, tmp_path: Path, algorithm: str, seed: int
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, algorithm: str, seed: int
 ) -> None:
     """The optimum is 1; what the untrained model gets is chance."""
+    # Without a price on KL one answer to every prompt is an optimum, too: the watch for it would end a run that
+    # has got there.
+    monkeypatch.setattr("medicalgpt_cli.engine.training.ppo.trainer._ALIKE", 10**9)
     settings = settings_of(
         place,
         algorithm=algorithm,
@@ -315,6 +319,29 @@ def test_the_first_gradient_of_a_group_is_the_one_worked_out_by_hand(
         if ".default." in name:
             assert torch.allclose(ours[name], weight.grad, rtol=1e-3, atol=1e-6), name
             assert weight.grad.abs().max() > 0
+
+
+def test_one_answer_to_every_prompt_ends_the_run(place: Path, tmp_path: Path) -> None:
+    stage = Known(settings_of(place, batch_size=6, minibatch_size=6, max_new_tokens=4), wanted_share)
+    roles = roles_of(stage)
+    trainer = trainer_of(stage, roles, tmp_path)
+    with attention.for_batches(roles, stage.padding_free):
+        rollout = trainer.roll_out(roles, stage.data.training[:6])
+    same = replace(rollout, answers=[rollout.answers[0]] * 6)
+    scores = torch.zeros(6)
+    for one in (same, same, rollout, same, same):  # never three times running
+        trainer._check(scores, one)
+    with pytest.raises(TrainingFailed, match="the same answer since step"):
+        trainer._check(scores, same)
+
+
+def test_a_kl_above_its_limit_ends_the_run(place: Path, tmp_path: Path) -> None:
+    settings = settings_of(
+        place, max_steps=20, batch_size=8, minibatch_size=4, max_new_tokens=4, learning_rate=1e-1,
+        kl_limit=0.5, eval_fraction=0.0, output_dir=tmp_path / "run",
+    )  # fmt: skip
+    with pytest.raises(TrainingFailed, match="KL to the start reached"):
+        run(Known(settings, wanted_share), Observer())
 
 
 def test_values_belong_to_the_position_before_the_token(place: Path) -> None:
