@@ -11,8 +11,9 @@ from typing import Any
 from medicalgpt_cli.engine.data.formats import Counts, Message, messages_of
 from medicalgpt_cli.engine.data.readers import Row
 from medicalgpt_cli.engine.data.rendering import encode_prompt, encode_raw, fit_history
+from medicalgpt_cli.engine.generation.decoding import Answer
 from medicalgpt_cli.engine.generation.infer import uses_template
-from medicalgpt_cli.engine.generation.local import Answer, LocalBackend
+from medicalgpt_cli.engine.generation.local import LocalBackend
 from medicalgpt_cli.engine.model.loading import load_model, load_tokenizer
 from medicalgpt_cli.engine.model.references import resolve_models
 from medicalgpt_cli.engine.observer import Observer

@@ -14,7 +14,8 @@ from transformers import PreTrainedTokenizerBase
 
 from medicalgpt_cli.engine.data.rendering import encode_prompt, encode_raw
 from medicalgpt_cli.engine.generation.batching import batches_by_length
-from medicalgpt_cli.engine.generation.local import Answer, LocalBackend
+from medicalgpt_cli.engine.generation.decoding import Answer
+from medicalgpt_cli.engine.generation.local import LocalBackend
 from medicalgpt_cli.engine.generation.predictions import PredictionFile
 from medicalgpt_cli.engine.generation.questions import Question, read_questions
 from medicalgpt_cli.engine.model.loading import load_model, load_tokenizer
