@@ -10,7 +10,6 @@ from typing import Any
 
 from medicalgpt_cli.engine.data.formats import Counts, Message, messages_of
 from medicalgpt_cli.engine.data.readers import Row
-from medicalgpt_cli.engine.data.rendering import encode_prompt, encode_raw, fit_history
 from medicalgpt_cli.engine.generation.decoding import Answer
 from medicalgpt_cli.engine.generation.infer import uses_template
 from medicalgpt_cli.engine.generation.local import LocalBackend
@@ -90,7 +89,7 @@ class Conversation:
 
     def _answer(self, question: str) -> Iterator[str]:
         asked: Message = {"role": "user", "content": question}
-        prompt = self._prompt([*self.messages, asked])
+        prompt, self.dropped = self.backend.fitted_prompt([*self.messages, asked])
         began, said = time.monotonic(), ""
         pieces = self.backend.stream(prompt, number=self.draws)
         try:
@@ -103,25 +102,13 @@ class Conversation:
             if said:
                 self.turns += [asked, {"role": "assistant", "content": said}]
 
-    def _prompt(self, messages: list[Message]) -> list[int]:
-        """Token ids of what fits; half the context at most is kept free for the answer."""
-        context = self.backend.context
-        room = max(context - self.backend.sampling.max_new_tokens, context // 2)
-        kept, self.dropped = fit_history(self.backend.tokenizer, messages, room)
-        prompt = encode_prompt(self.backend.tokenizer, kept)
-        if len(prompt) >= context:
-            raise UsageError(
-                f"the question has {len(prompt)} tokens, the context {context}", "ask a shorter one"
-            )
-        return prompt
-
     def continue_text(self, text: str) -> Iterator[str]:
         """Continue raw text, outside the conversation.
 
         Raises:
             UsageError: the text alone fills the context.
         """
-        prompt = encode_raw(self.backend.tokenizer, text)
+        prompt = self.backend.raw_prompt(text)
         if not 0 < len(prompt) < self.backend.context:
             raise UsageError(
                 f"the text has {len(prompt)} tokens, the context {self.backend.context}", "shorten it"

@@ -11,8 +11,10 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from medicalgpt_cli.engine.data.rendering import stop_token_ids
+from medicalgpt_cli.engine.data.formats import Message
+from medicalgpt_cli.engine.data.rendering import encode_prompt, encode_raw, fit_history, stop_token_ids
 from medicalgpt_cli.engine.generation.decoding import Answer, Batch, Row, Sampler, answer_of, certain
+from medicalgpt_cli.errors import UsageError
 from medicalgpt_cli.settings.groups import SamplingSettings
 
 
@@ -81,6 +83,38 @@ class LocalBackend:
         finally:
             # whoever listened has stopped it
             self.last = self.last or answer_of(self.tokenizer, row, "stop")
+
+    def prompt(self, messages: Sequence[Message]) -> list[int]:
+        """Token ids of a conversation up to where the answer begins.
+
+        Raises:
+            UsageError: the template refuses the conversation.
+        """
+        return encode_prompt(self.tokenizer, messages)
+
+    def fitted_prompt(
+        self, messages: Sequence[Message], max_new_tokens: int | None = None
+    ) -> tuple[list[int], int]:
+        """The same without the oldest exchanges that do not fit, and how many messages these are.
+
+        Half the context at most is kept free for the answer.
+
+        Raises:
+            UsageError: the newest question alone fills the context, or the template refuses the conversation.
+        """
+        wanted = self.sampling.max_new_tokens if max_new_tokens is None else max_new_tokens
+        room = max(self.context - wanted, self.context // 2)
+        kept, dropped = fit_history(self.tokenizer, messages, room)
+        prompt = self.prompt(kept)
+        if len(prompt) >= self.context:
+            raise UsageError(
+                f"the question has {len(prompt)} tokens, the context {self.context}", "ask a shorter one"
+            )
+        return prompt, dropped
+
+    def raw_prompt(self, text: str) -> list[int]:
+        """Token ids of text that is to be continued as it is."""
+        return encode_raw(self.tokenizer, text)
 
     def refusal(self, prompt: Sequence[int]) -> str | None:
         """Why a prompt cannot be answered, or None."""

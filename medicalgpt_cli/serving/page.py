@@ -1,0 +1,5 @@
+"""stub"""
+
+
+def add_page(app, settings, served):
+    pass
