@@ -32,6 +32,7 @@ class Served:
     answers: Answers
     title: str
     about: str  # base, adapter, number format
+    starter: bool = False  # the small model that comes with medgpt
 
 
 def serve(settings: ServeSettings, observer: Observer) -> None:
@@ -107,7 +108,8 @@ def open_model(settings: ServeSettings, observer: Observer) -> Served:
         about = f"LoRA adapter over {base}, {about}"
     scheduler = Scheduler(LocalBackend(model, tokenizer, settings), limits, variants)
     reader = LocalBackend(model, copy.deepcopy(tokenizer), settings)
-    return Served(Answers(scheduler, reader, settings, models), resolved.label, about)
+    starter = "starter" in (settings.base_model, Path(resolved.base.name).name)
+    return Served(Answers(scheduler, reader, settings, models), resolved.label, about, starter)
 
 
 def build_app(settings: ServeSettings, served: Served, access: Access, *, page: bool = True) -> Guard:
