@@ -75,6 +75,7 @@ class Answers:
         self.sampling = SamplingSettings(
             **{name: getattr(settings, name) for name in options_of(SamplingSettings)}
         )
+        self._of_pages: dict[str, set[Listening]] = {}
         self._readers = ThreadPoolExecutor(1, "tokenizer")  # one: tokenizers are not made for two threads
 
     @property
@@ -90,12 +91,14 @@ class Answers:
         model: str | None = None,
         fit: bool = False,
         number: int = 0,
+        page: str | None = None,
     ) -> Listening:
         """Put a conversation, or raw text to continue, into the queue.
 
         Args:
             fit: leave the oldest exchanges out where they do not fit the context, instead of refusing.
             number: what makes the draw its own beside the seed.
+            page: the page that asks; when it is closed, `page_closed` frees the place.
 
         Raises:
             Busy: there is no room.
@@ -120,7 +123,21 @@ class Answers:
             variant=self.models[model or self.default_model],
             client=client,
         )
+        if page:
+            self._of_pages.setdefault(page, set()).add(listening)
         return listening
+
+    def page_closed(self, page: str) -> None:
+        """Nobody listens to the answers of this page any more."""
+        for listening in self._of_pages.pop(page, ()):
+            listening.close()
+
+    def page_heard(self, page: str, heard: Sequence[Listening]) -> None:
+        """These answers of a page are over."""
+        left = self._of_pages.get(page, set())
+        left.difference_update(heard)
+        if not left:
+            self._of_pages.pop(page, None)
 
     def close(self) -> None:
         self.scheduler.close()

@@ -49,6 +49,7 @@ _PAGE = {
     ("GET", "/gradio_api/queue/data"),
     ("POST", "/gradio_api/queue/join"),
     ("POST", "/gradio_api/cancel"),
+    ("POST", "/gradio_api/reset"),
 }
 _STATIC = re.compile(r"/(assets|static|medgpt)/[A-Za-z0-9_.\-/@]+|/favicon\.ico|/manifest\.json")
 _HEARTBEAT = re.compile(r"/gradio_api/heartbeat/([A-Za-z0-9]+)")
@@ -105,6 +106,7 @@ class Guard:
         hosts: names under which the server may be asked, without port.
         any_address: whether a numeric address is right, too; a foreign page cannot make a browser use one
             under a name of its own.
+        on_page_closed: called with the session of a page that is gone.
     """
 
     def __init__(
@@ -116,8 +118,10 @@ class Guard:
         any_address: bool,
         port: int,
         behind_proxy: bool = False,
+        on_page_closed: Callable[[str], None] = lambda session: None,
     ):
         self.app, self.access, self.behind_proxy = app, access, behind_proxy
+        self.on_page_closed = on_page_closed
         self.hosts, self.any_address = {host.lower() for host in hosts}, any_address
         self.cookie_name = (
             f"medgpt_{port}"  # cookies do not know ports: two servers on a machine need two names
@@ -183,6 +187,10 @@ class Guard:
             state["client"] = self._caller(visit)
         elif visit.route not in _OPEN:
             state["client"] = self._browser(visit)
+            if visit.route == ("POST", "/gradio_api/reset"):
+                # gradio's would stop anybody's answer by its number; /cancel has done what the page means
+                await answer.json(b'{"success": true}')
+                return
             if not static and visit.route != ("GET", "/"):
                 await self._check_session(visit, body, beating)
         if visit.route == ("GET", "/"):
@@ -193,7 +201,11 @@ class Guard:
         if visit.new_cookie:
             answer.cookie = self._cookie(visit, visit.new_cookie)
         answer.lasting = bool(static)
-        await self.app(visit.scope, body.receive, answer.send)
+        try:
+            await self.app(visit.scope, body.receive, answer.send)
+        finally:
+            if beating:  # a page holds this request open for as long as it is there
+                self.on_page_closed(beating[1])
 
     # -- where a request comes from ----------------------------------------------------------------------------
 
@@ -396,6 +408,9 @@ class _Answer:
     async def refuse(self, problem: Denied) -> None:
         body = json.dumps(error_body(problem.status, problem.message)).encode()
         await self._whole(problem.status, b"application/json", body, problem.headers)
+
+    async def json(self, body: bytes) -> None:
+        await self._whole(200, b"application/json", body, {})
 
     async def html(self, text: str, status: int = 200, headers: dict[str, str] | None = None) -> None:
         await self._whole(status, b"text/html; charset=utf-8", text.encode(), headers or {})

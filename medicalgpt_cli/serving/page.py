@@ -198,7 +198,8 @@ class _Page:
             self.chat.edit(edit, inputs, outputs, **quiet),
         ]
         stopped = [self.box, self.kept, self.status]
-        self.box.stop(self._stopped, [self.chat, self.controls[0]], stopped, cancels=running, **quiet)
+        halt = self.box.stop(None, None, None, cancels=running, api_visibility="private")
+        halt.then(self._stopped, [self.chat, self.controls[0]], stopped, **quiet)
         emptied = [
             self.box,
             self.chat,
@@ -210,7 +211,8 @@ class _Page:
             self.votes,
         ]
         for event in (clear.click, self.chat.clear):
-            event(self._cleared, None, emptied, cancels=running, **quiet)
+            halt = event(None, None, None, cancels=running, api_visibility="private")
+            halt.then(self._cleared, None, emptied, **quiet)
         self.compare.change(
             lambda on: (gr.update(visible=on), gr.update(visible=False)),
             self.compare,
@@ -246,7 +248,9 @@ class _Page:
             return box, shown, beside, alert, turn.status, kept, tries, votes
 
         yield page(True)
-        progress = turn.progress(with_system(asked, system), chosen, request.state.client, tries)
+        progress = turn.progress(
+            with_system(asked, system), chosen, request.state.client, request.session_hash, tries
+        )
         try:
             async for _ in progress:
                 yield page(True)

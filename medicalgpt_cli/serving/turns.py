@@ -55,7 +55,7 @@ class Turn:
         self.status = ""
 
     async def progress(
-        self, messages: Sequence[Message], sampling: SamplingSettings, client: str, number: int
+        self, messages: Sequence[Message], sampling: SamplingSettings, client: str, page: str, number: int
     ) -> AsyncIterator[None]:
         """Run until all answers are there; yields when there is something new. Close it to stop."""
         from medicalgpt_cli.engine.generation.scheduler import Busy
@@ -67,7 +67,7 @@ class Turn:
             for model in self.models:
                 heard.append(
                     await self.answers.ask(
-                        messages, sampling, client=client, model=model, fit=True, number=number
+                        messages, sampling, client=client, page=page, model=model, fit=True, number=number
                     )
                 )
             tasks = {asyncio.create_task(self._follow(place, one)) for place, one in enumerate(heard)}
@@ -89,6 +89,7 @@ class Turn:
                 task.cancel()
             for one in heard:
                 one.close()
+            self.answers.page_heard(page, heard)
         yield
 
     async def _follow(self, place: int, listening: Listening) -> None:

@@ -42,10 +42,16 @@ def free_port() -> int:
 
 @contextlib.contextmanager
 def running(
-    model: Path, *, users: dict[str, str] | None = None, page: bool = False, **settings: Any
+    model: Path | None, *, users: dict[str, str] | None = None, page: bool = False, **settings: Any
 ) -> Iterator[Running]:
     chosen = ServeSettings(
-        **{"base_model": str(model), "port": free_port(), "use_cpu": True, "dtype": "fp32", **settings}
+        **{
+            "base_model": str(model) if model else None,
+            "port": free_port(),
+            "use_cpu": True,
+            "dtype": "fp32",
+            **settings,
+        }
     )
     listener = bind(chosen.host, chosen.port)
     served = open_model(chosen, Observer())

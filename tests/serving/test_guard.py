@@ -75,7 +75,7 @@ def test_pages_of_other_origins_are_refused(server):
 
 
 DENIED = [
-    *(f"/gradio_api/{one}" for one in ("upload", "file=/etc/passwd", "proxy=http://a.example", "reset", "run/x")),
+    *(f"/gradio_api/{one}" for one in ("upload", "file=/etc/passwd", "proxy=http://a.example", "queue/x", "run/x")),
     *(f"/gradio_api/{one}" for one in ("call/x", "component_server", "dev/reload", "runs", "mcp", "upload_progress")),
     *(f"/gradio_api/{one}" for one in ("process_recording", "vibe-code", "openapi.json", "user", "token", "app_id")),
     *("/monitoring", "/monitoring/summary", "/docs", "/redoc", "/file=/etc/passwd", "/pwa_icon", "/svelte/x.js"),
