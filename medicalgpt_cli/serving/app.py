@@ -33,6 +33,7 @@ class Served:
     title: str
     about: str  # base, adapter, number format
     starter: bool = False  # the small model that comes with medgpt
+    remote: bool = False  # whether it is another server's
 
 
 def serve(settings: ServeSettings, observer: Observer) -> None:
@@ -82,15 +83,17 @@ def bind(host: str, port: int) -> socket.socket:
 
 
 def open_model(settings: ServeSettings, observer: Observer) -> Served:
-    """The model as `medgpt chat` loads it. A model with an adapter also answers without it, under its base's name."""
+    """The model as `medgpt chat` loads it. A model with an adapter also answers without it, under its base's name.
+
+    With `--endpoint` it is another server's.
+    """
+    from medicalgpt_cli.engine.generation.endpoint import EndpointBackend
+    from medicalgpt_cli.engine.generation.endpoint_scheduler import EndpointScheduler
     from medicalgpt_cli.engine.generation.local import LocalBackend
     from medicalgpt_cli.engine.generation.scheduler import Limits, Scheduler
     from medicalgpt_cli.engine.model.loading import load_model, load_tokenizer
     from medicalgpt_cli.engine.model.references import resolve_models
 
-    resolved = resolve_models(settings)
-    tokenizer = load_tokenizer(settings, resolved, observer)
-    model = load_model(settings, resolved, observer=observer)
     limits = Limits(
         batch=settings.max_batch,
         batch_tokens=settings.max_batch_tokens,
@@ -98,6 +101,13 @@ def open_model(settings: ServeSettings, observer: Observer) -> Served:
         client=settings.max_client_requests,
         seconds=settings.max_seconds,
     )
+    if settings.endpoint:
+        remote = EndpointBackend.open(settings, observer)
+        answers = Answers(EndpointScheduler(remote, limits), remote, settings, {remote.model: "remote"})
+        return Served(answers, remote.model, f"at {remote.url}", remote=True)
+    resolved = resolve_models(settings)
+    tokenizer = load_tokenizer(settings, resolved, observer)
+    model = load_model(settings, resolved, observer=observer)
     variants: dict[str, Any] = {"tuned": contextlib.nullcontext}
     models = {resolved.label: "tuned"}
     about = str(model.dtype).removeprefix("torch.")

@@ -83,6 +83,7 @@ class _Page:
         gr, words = self.gr, self.words
         with gr.Blocks(title="medgpt", analytics_enabled=False, fill_height=True) as blocks:
             gr.Markdown(self._head(), elem_id="medgpt-head")
+            gr.Markdown(page_texts.DISCLAIMER)
             self.controls = self._drawer()
             self.alert = gr.Markdown("", elem_id="medgpt-alert")
             with gr.Row(equal_height=True, elem_id="medgpt-chats"):
@@ -109,7 +110,6 @@ class _Page:
                 compare = gr.Checkbox(
                     label=words("compare"), visible=len(self.models) > 1, elem_id="medgpt-compare"
                 )
-            gr.Markdown(page_texts.DISCLAIMER)
             # what the browser offers as a download; made there, never sent back
             self.kept = gr.Textbox("", visible="hidden", elem_id="medgpt-conversation", interactive=True)
             self.tries = gr.State(0)
@@ -146,7 +146,14 @@ class _Page:
                 gr.Slider(0, 2, min(given.temperature, 2), step=0.05, label=words("temperature")),
                 gr.Slider(0.05, 1, given.top_p, step=0.05, label=words("top_p")),
                 gr.Slider(0, 200, min(given.top_k, 200), step=1, label=words("top_k")),
-                gr.Slider(1, 2, min(max(given.repetition_penalty, 1), 2), step=0.05, label=words("penalty")),
+                gr.Slider(
+                    1,
+                    2,
+                    min(max(given.repetition_penalty, 1), 2),
+                    step=0.05,
+                    label=words("penalty"),
+                    visible=not self.served.remote,
+                ),
                 gr.Slider(1, given.max_new_tokens, given.max_new_tokens, step=1, label=words("longest")),
                 gr.Number(given.seed, precision=0, minimum=0, maximum=2**53 - 1, label=words("seed")),
             ]

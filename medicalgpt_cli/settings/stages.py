@@ -14,13 +14,13 @@ from medicalgpt_cli.settings.groups import (
     CorpusSettings,
     DataSettings,
     DeviceSettings,
+    EndpointSettings,
     ExampleSettings,
     ModelSettings,
     OptimSettings,
     OutputSettings,
     RewardModelSettings,
     RunSettings,
-    SamplingSettings,
 )
 
 
@@ -318,7 +318,7 @@ def _check_size(shard_size: str) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class InferSettings(OutputSettings, SamplingSettings, ModelSettings):
+class InferSettings(OutputSettings, EndpointSettings):
     """Answer a file of questions."""
 
     panel: ClassVar[str] = "Questions"
@@ -358,7 +358,7 @@ class InferSettings(OutputSettings, SamplingSettings, ModelSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ChatSettings(OutputSettings, SamplingSettings, ModelSettings):
+class ChatSettings(OutputSettings, EndpointSettings):
     """Talk to a model in the terminal."""
 
     panel: ClassVar[str] = "Chat"
@@ -372,7 +372,7 @@ class ChatSettings(OutputSettings, SamplingSettings, ModelSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ServeSettings(OutputSettings, SamplingSettings, ModelSettings):
+class ServeSettings(OutputSettings, EndpointSettings):
     """Serve a web page to talk to the model, and an OpenAI-compatible API."""
 
     panel: ClassVar[str] = "Server"
