@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import json
+import re
 import secrets
 import time
 from collections.abc import AsyncIterator
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from medicalgpt_cli.engine.generation.decoding import Answer
 
 _SILENCE = 15.0  # seconds after which a waiting stream gets a comment, so that proxies keep it open
+_LINE_ENDS = re.compile("[\x85\u2028\u2029]")
 _WARMEST, _COLDEST = 2.0, 0.01
 
 Text = Annotated[str, Field(max_length=1 << 20)]
@@ -343,4 +345,7 @@ async def _events(job: _Job, listening: Listening) -> AsyncIterator[str]:
 
 
 def _data(value: dict[str, Any]) -> str:
-    return f"data: {json.dumps(value, ensure_ascii=False)}\n\n"
+    """An event. Characters that some clients take for the end of a line are escaped."""
+    text = json.dumps(value, ensure_ascii=False)
+    text = _LINE_ENDS.sub(lambda found: json.dumps(found[0]).strip('"'), text)
+    return f"data: {text}\n\n"

@@ -15,7 +15,7 @@ from typing import Any
 from fastapi import FastAPI
 
 from medicalgpt_cli.engine.observer import Observer
-from medicalgpt_cli.errors import EnvironmentFailure
+from medicalgpt_cli.errors import EnvironmentFailure, Stopped
 from medicalgpt_cli.serving.access import Access, read_users
 from medicalgpt_cli.serving.answers import Answers
 from medicalgpt_cli.serving.api import add_api
@@ -54,6 +54,8 @@ def serve(settings: ServeSettings, observer: Observer) -> None:
             app = build_app(settings, served, Access(users))
             server = make_server(app, settings, lambda: observer.on_notice(_where(settings)))
             asyncio.run(server.serve(sockets=[listener]))
+        except KeyboardInterrupt:
+            raise Stopped("stopped by SIGINT") from None
         finally:
             served.answers.close()
     finally:

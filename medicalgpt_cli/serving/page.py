@@ -14,7 +14,7 @@ from fastapi.staticfiles import StaticFiles
 
 from medicalgpt_cli.serving import emergency, page_texts
 from medicalgpt_cli.serving.feedback import FeedbackFile
-from medicalgpt_cli.serving.turns import Turn, chosen_sampling, plain, with_system
+from medicalgpt_cli.serving.turns import Turn, chosen_sampling, exact, plain, with_system
 from medicalgpt_cli.settings.stages import ServeSettings
 
 _STATIC = Path(__file__).with_name("static")
@@ -162,7 +162,7 @@ class _Page:
 
     def _wire(self, clear: Any, left: Any, right: Any) -> None:
         gr = self.gr
-        inputs = [self.chat, self.other, self.tries, self.compare, *self.controls]
+        inputs = [self.chat, self.kept, self.other, self.tries, self.compare, *self.controls]
         outputs = [
             self.box,
             self.chat,
@@ -176,7 +176,7 @@ class _Page:
         quiet = {"show_progress": "hidden", "api_visibility": "private", "concurrency_limit": None}
 
         async def ask(request: Any, question: str, *values: Any) -> AsyncIterator[tuple]:
-            async for update in self._turn(request, question, plain(values[0]), 0, values):
+            async for update in self._turn(request, question, exact(*values[:2]), 0, values):
                 yield update
 
         async def example(picked: Any, request: Any, *values: Any) -> AsyncIterator[tuple]:
@@ -184,13 +184,13 @@ class _Page:
                 yield update
 
         async def retry(picked: Any, request: Any, *values: Any) -> AsyncIterator[tuple]:
-            history = plain(values[0])
+            history = exact(*values[:2])
             question = history[picked.index]["content"]
-            async for update in self._turn(request, question, history[: picked.index], values[2] + 1, values):
+            async for update in self._turn(request, question, history[: picked.index], values[3] + 1, values):
                 yield update
 
         async def edit(picked: Any, request: Any, *values: Any) -> AsyncIterator[tuple]:
-            history = plain(values[0])[: picked.index]
+            history = exact(*values[:2])[: picked.index]
             async for update in self._turn(request, str(picked.value), history, 0, values):
                 yield update
 
@@ -234,12 +234,14 @@ class _Page:
     ) -> AsyncIterator[tuple]:
         """One question: yields what every part of the page becomes."""
         gr = self.gr
-        _, other, _, compare, system, *sampling = values
+        _, _, other, _, compare, system, *sampling = values
         names = ("temperature", "top_p", "top_k", "repetition_penalty", "max_new_tokens", "seed")
         both = bool(compare) and len(self.models) > 1
         if not isinstance(question, str) or not question.strip():
             yield (gr.update(),) * 8
             return
+        while history and history[-1]["role"] == "user":  # a question that got no answer
+            history = history[:-1]
         asked = [*history, {"role": "user", "content": question}]
         aside = [*plain(other)[: len(history)], asked[-1]] if both else []
         chosen = chosen_sampling(self.answers.sampling, **dict(zip(names, sampling, strict=True)))
@@ -278,8 +280,8 @@ class _Page:
     def _wire_feedback(self, left: Any, right: Any, quiet: dict[str, Any]) -> None:
         gr = self.gr
 
-        def thumb(picked: Any, request: Any, history: list[Any], system: str) -> str:
-            said = plain(history)
+        def thumb(picked: Any, request: Any, history: list[Any], kept: str, system: str) -> str:
+            said = exact(history, kept)
             place = picked.index if isinstance(picked.index, int) else picked.index[0]
             if not 0 < place < len(said) or picked.liked not in (True, False):
                 return ""
@@ -292,8 +294,8 @@ class _Page:
             )
 
         def vote(tuned_is_better: bool) -> Any:
-            def judge(history: list[Any], other: list[Any], system: str) -> tuple:
-                said, beside = plain(history), plain(other)
+            def judge(history: list[Any], kept: str, other: list[Any], system: str) -> tuple:
+                said, beside = exact(history, kept), plain(other)
                 if len(said) < 2 or len(beside) < 2:
                     return "", gr.update(visible=False)
                 tuned, base = said[-1]["content"], beside[-1]["content"]
@@ -305,11 +307,11 @@ class _Page:
             return judge
 
         thumb.__annotations__ = {"picked": gr.LikeData, "request": gr.Request}
-        self.chat.like(thumb, [self.chat, self.controls[0]], self.status, **quiet)
+        self.chat.like(thumb, [self.chat, self.kept, self.controls[0]], self.status, **quiet)
         for button, tuned_is_better in ((left, True), (right, False)):
             button.click(
                 vote(tuned_is_better),
-                [self.chat, self.other, self.controls[0]],
+                [self.chat, self.kept, self.other, self.controls[0]],
                 [self.status, self.votes],
                 **quiet,
             )

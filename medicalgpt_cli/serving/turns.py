@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import json
 import time
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
@@ -32,6 +33,16 @@ def plain(history: Sequence[Any] | None) -> list[Message]:
             )
         found.append({"role": role, "content": content if isinstance(content, str) else ""})
     return found
+
+
+def exact(history: Sequence[Any] | None, kept: str) -> list[Message]:
+    """The conversation word for word. gradio trims what its chatbot shows; the text kept for download is as it was."""
+    shown = plain(history)
+    try:
+        messages = [one for one in plain(json.loads(kept)["messages"]) if one["role"] != "system"]
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return shown
+    return messages if len(messages) == len(shown) else shown
 
 
 def with_system(messages: Sequence[Message], system: str | None) -> list[Message]:

@@ -105,6 +105,14 @@ def test_sampling_is_honoured(server):
     assert said(stop=stop) == greedy[: greedy.index(stop)] == said(stop=["\x00", stop])
 
 
+def test_an_event_is_one_line_for_every_client():
+    from medicalgpt_cli.serving.api import _data
+
+    said = "a\x85b\u2028c\u2029d\x0be\x1cf中\r\n"
+    [line, empty] = _data({"text": said}).splitlines()
+    assert json.loads(line.removeprefix("data: ")) == {"text": said} and empty == ""
+
+
 REFUSED = [
     {"n": 2},
     {"presence_penalty": 0.5},

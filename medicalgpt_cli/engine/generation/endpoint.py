@@ -288,11 +288,11 @@ def _json(reply: httpx.Response) -> dict[str, Any]:
 def _events(reply: httpx.Response) -> Iterator[dict[str, Any]]:
     """The objects of server-sent events up to `[DONE]`."""
     try:
-        for line in reply.iter_lines():
-            if not line.startswith("data:"):
+        for line in _lines(reply):
+            if not line.startswith(b"data:"):
                 continue
-            data = line.removeprefix("data:").strip()
-            if data == "[DONE]":
+            data = line.removeprefix(b"data:").strip()
+            if data == b"[DONE]":
                 return
             event = json.loads(data)
             if isinstance(event, dict):
@@ -303,6 +303,15 @@ def _events(reply: httpx.Response) -> Iterator[dict[str, Any]]:
         ) from None
     except httpx.HTTPError as problem:
         raise EnvironmentFailure(f"the server broke off ({type(problem).__name__})", "ask again") from None
+
+
+def _lines(reply: httpx.Response) -> Iterator[bytes]:
+    """httpx's own lines also end at characters that may stand inside a JSON text."""
+    left = b""
+    for chunk in reply.iter_bytes():
+        *whole, left = (left + chunk).split(b"\n")
+        yield from whole
+    yield left
 
 
 def _said(choice: dict[str, Any]) -> str:
