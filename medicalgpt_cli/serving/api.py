@@ -169,6 +169,8 @@ def add_api(app: FastAPI, answers: Answers) -> None:
 
     app.include_router(router)
     _add_errors(app)
+    for name in ("ChatRequest", "CompletionRequest"):  # the document says which models there are
+        app.openapi()["components"]["schemas"][name]["properties"]["model"]["enum"] = list(answers.models)
 
 
 def _add_errors(app: FastAPI) -> None:

@@ -22,7 +22,6 @@ from medicalgpt_cli.serving.api import error_body
 
 MOST_BODY = 1 << 20
 BODY_SECONDS = 10.0
-SEND_SECONDS = 30.0  # for a piece of an answer that a reader does not take
 _MOST_AT_ONCE = 512  # requests in work, streams of the page included
 _LOG = logging.getLogger("medgpt.serving")
 
@@ -360,7 +359,7 @@ class _Body:
 
 
 class _Answer:
-    """The response: headers of ours, the nonce in the page's scripts, no patience with a reader who does not read."""
+    """The response: headers of ours, and the nonce in the page's scripts."""
 
     def __init__(self, send: Send, nonce: str):
         self._send, self.nonce = send, nonce
@@ -387,15 +386,9 @@ class _Answer:
             kept = [one for one in self._held["headers"] if one[0].lower() != b"content-length"]
             start = {**self._held, "headers": [*kept, (b"content-length", str(len(page)).encode())]}
             self._held, self.started = None, True
-            await self._within(start)
+            await self._send(start)
             message = {**message, "body": page}
-        await self._within(message)
-
-    async def _within(self, message: dict[str, Any]) -> None:
-        try:
-            await asyncio.wait_for(self._send(message), SEND_SECONDS)
-        except TimeoutError:
-            raise asyncio.CancelledError from None  # ends the request; uvicorn closes the connection
+        await self._send(message)
 
     def _own(self) -> list[tuple[bytes, bytes]]:
         own = dict(_SECURE)
@@ -421,5 +414,5 @@ class _Answer:
         self.rewrite, self._held, self.started = False, None, True
         fields = [(b"content-type", kind), (b"content-length", str(len(body)).encode())]
         fields += [(name.lower().encode(), value.encode()) for name, value in headers.items()]
-        await self._within({"type": "http.response.start", "status": status, "headers": fields + self._own()})
-        await self._within({"type": "http.response.body", "body": body})
+        await self._send({"type": "http.response.start", "status": status, "headers": fields + self._own()})
+        await self._send({"type": "http.response.body", "body": body})

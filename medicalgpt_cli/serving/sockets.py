@@ -8,13 +8,18 @@ from typing import Any
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 HEAD_SECONDS = 10.0  # from connecting, or from the answer before, to the end of the request's head
+SEND_SECONDS = 30.0  # for a reader to take what waits for it
 _MOST_CONNECTIONS = 2000
 
 
 class PatientProtocol(H11Protocol):
-    """HTTP/1.1 whose silent and slow senders are closed. The body's time is bounded by the guard."""
+    """HTTP/1.1 that closes silent and slow senders, and readers who do not read.
+
+    The time for a request's body is bounded by the guard.
+    """
 
     _deadline: asyncio.TimerHandle | None = None
+    _unread: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:
         super().connection_made(transport)
@@ -25,7 +30,19 @@ class PatientProtocol(H11Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_waiting()
+        self.resume_writing()
         super().connection_lost(exc)
+
+    def pause_writing(self) -> None:
+        """The buffer is full because nobody reads."""
+        super().pause_writing()
+        self._unread = self.loop.call_later(SEND_SECONDS, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        if self._unread is not None:
+            self._unread.cancel()
+            self._unread = None
 
     def on_response_complete(self) -> None:
         super().on_response_complete()

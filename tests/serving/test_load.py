@@ -237,7 +237,6 @@ def test_nothing_that_is_sent_is_a_server_error(process):
                 "--request-timeout",
                 "60",
             ),
-            *("--exclude-path", "/nothing", "--workers", "1"),
         ],
         env=environment(),
         capture_output=True,
