@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import time
+from types import SimpleNamespace
 
 import httpx
 import pytest
@@ -228,7 +229,7 @@ def test_names_lock_later_than_addresses_and_all_is_forgotten(monkeypatch):
         access.by_name("ana", USERS["ana"], "10.0.1.1")
     assert access.by_name("bo", USERS["bo"], "10.0.1.1") == "bo"
     later = time.monotonic() + 7200
-    monkeypatch.setattr(access_module.time, "monotonic", lambda: later)
+    monkeypatch.setattr(access_module, "time", SimpleNamespace(monotonic=lambda: later))
     assert access.by_name("ana", USERS["ana"], "10.0.1.1") == "ana"
 
 
