@@ -79,6 +79,7 @@ def servers(chosen: argparse.Namespace) -> list[tuple[str, list[str], str]]:
     if chosen.llama:
         interpreter, gguf = chosen.llama
         llama = [interpreter, "-m", "llama_cpp.server", "--model", gguf, "--port", "PORT"]
+        llama += ["--interrupt_requests", "false"]
         found.append(("llama.cpp", [*llama, "--n_ctx", "4096", "--chat_format", "chatml"], gguf))
     return found
 
