@@ -31,6 +31,10 @@ _LONGEST_WAIT = 30.0
 _TIMEOUT = httpx.Timeout(600.0, connect=10.0)
 
 
+class _Refused(UsageError):
+    """The server does not take this request."""
+
+
 @dataclass(frozen=True)
 class RemotePrompt:
     """What is sent: a conversation, or raw text to continue."""
@@ -60,7 +64,7 @@ class EndpointBackend:
 
         Raises:
             EnvironmentFailure: the server cannot be reached, or refuses the key.
-            UsageError: it has several models and none was named, or not the one that was.
+            UsageError: it has several models and none was named.
         """
         url = settings.endpoint.rstrip("/")
         url = url if url.endswith("/v1") else f"{url}/v1"
@@ -69,16 +73,13 @@ class EndpointBackend:
         if parts.scheme == "http" and not local:
             observer.on_warning(f"what is asked goes to {parts.hostname} without encryption (http)")
         backend = cls(url, settings.endpoint_model or "", _key(settings), settings, parallel)
-        names = backend._models()
-        if settings.endpoint_model is None and len(names) != 1:
-            raise UsageError(
-                f"{url} has {len(names)} models", f"--endpoint-model, one of: {', '.join(names[:8])}"
-            )
-        if settings.endpoint_model is not None and names and settings.endpoint_model not in names:
-            raise UsageError(
-                f"{url} has no model {settings.endpoint_model}", f"there is: {', '.join(names[:8])}"
-            )
-        backend.model = settings.endpoint_model or names[0]
+        if settings.endpoint_model is None:  # else the server itself says whether it has that one
+            names = backend._models()
+            if len(names) != 1:
+                raise UsageError(
+                    f"{url} has {len(names)} models", f"--endpoint-model, one of: {', '.join(names[:8])}"
+                )
+            backend.model = names[0]
         return backend
 
     def close(self) -> None:
@@ -174,7 +175,7 @@ class EndpointBackend:
                 self._open("POST", self._path(prompt), self.body(prompt, self.sampling, number))
             ) as reply:
                 found = _json(reply)
-        except UsageError as problem:  # this question is refused; the others may be fine
+        except _Refused as problem:  # this question; the others may be fine
             return Answer("", [], "error", 0, 0, problem.message)
         choice = (found.get("choices") or [{}])[0]
         text = _said(choice.get("message") or choice)
@@ -263,12 +264,14 @@ def _refusal(url: str, status: int, path: str) -> MedgptError:
             f"{url} refuses the key ({status})", f"--endpoint-key-file FILE, or the variable {KEY_VARIABLE}"
         )
     if status in (400, 413, 422):
-        return UsageError(
+        return _Refused(
             f"the server refuses the request ({status})",
             "does it fit the model's context? does it take these options?",
         )
     if status == 404:
-        return UsageError(f"{url} has no {path} ({status})", "the address usually ends in /v1")
+        return UsageError(
+            f"{url} has no {path}, or not this model ({status})", "check the address and --endpoint-model"
+        )
     word = "is busy" if status in (429, 503) else "failed"
     return EnvironmentFailure(f"{url} {word} ({status})", "try again later")
 
