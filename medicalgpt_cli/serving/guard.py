@@ -5,29 +5,22 @@ Written against ASGI itself, so that nothing behind it, gradio's own routes incl
 
 from __future__ import annotations
 
-import asyncio
 import ipaddress
 import json
 import logging
 import re
 import secrets
-from collections.abc import Awaitable, Callable, Iterable, MutableMapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import parse_qs
 
 from medicalgpt_cli.serving import login
 from medicalgpt_cli.serving.access import Access, Locked
-from medicalgpt_cli.serving.api import error_body
+from medicalgpt_cli.serving.exchange import Answer, Body, Denied, Receive, Scope, Send
 
-MOST_BODY = 1 << 20
-BODY_SECONDS = 10.0
 _MOST_AT_ONCE = 512  # requests in work, streams of the page included
 _LOG = logging.getLogger("medgpt.serving")
-
-Scope = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[dict[str, Any]]]
-Send = Callable[[dict[str, Any]], Awaitable[None]]
 
 _API = {
     ("GET", "/v1/models"),
@@ -52,31 +45,6 @@ _PAGE = {
 }
 _STATIC = re.compile(r"/(assets|static|medgpt)/[A-Za-z0-9_.\-/@]+|/favicon\.ico|/manifest\.json")
 _HEARTBEAT = re.compile(r"/gradio_api/heartbeat/([A-Za-z0-9]+)")
-
-_CSP = (
-    "default-src 'none'; script-src 'self' 'nonce-{nonce}'; style-src 'self' 'unsafe-inline'; "
-    "img-src 'self' data: blob:; font-src 'self' data:; connect-src 'self'; manifest-src 'self'; "
-    "worker-src 'self' blob:; base-uri 'self'; form-action 'self'; frame-ancestors 'none'; object-src 'none'"
-)
-_SECURE = {
-    b"x-content-type-options": b"nosniff",
-    b"x-frame-options": b"DENY",
-    b"referrer-policy": b"no-referrer",
-    b"cross-origin-opener-policy": b"same-origin",
-    b"cross-origin-resource-policy": b"same-origin",
-    b"permissions-policy": b"camera=(), microphone=(), geolocation=()",
-}
-
-
-class Denied(Exception):
-    """The guard answers by itself: a refusal, or a way to somewhere else."""
-
-    def __init__(self, status: int, message: str, headers: dict[str, str] | None = None):
-        super().__init__(message)
-        self.status, self.message, self.headers = status, message, headers or {}
-
-
-_TOO_LARGE = Denied(413, f"at most {MOST_BODY} bytes are taken", {"Connection": "close"})
 
 
 @dataclass
@@ -133,7 +101,7 @@ class Guard:
             return
         if scope["type"] != "http":
             return
-        answer = _Answer(send, secrets.token_urlsafe(16))
+        answer = Answer(send, secrets.token_urlsafe(16))
         try:
             visit = self._visit(scope)
             if self.at_once >= _MOST_AT_ONCE and visit.route != ("GET", "/health"):
@@ -167,14 +135,14 @@ class Guard:
         )
         return _Visit(scope, headers, cookies.get(self.cookie_name))
 
-    async def _judge(self, visit: _Visit, receive: Receive, answer: _Answer) -> None:
+    async def _judge(self, visit: _Visit, receive: Receive, answer: Answer) -> None:
         self._check_host(visit)
         self._check_origin(visit)
         static = visit.route[0] == "GET" and _STATIC.fullmatch(visit.route[1]) and ".." not in visit.route[1]
         beating = _HEARTBEAT.fullmatch(visit.route[1]) if visit.route[0] == "GET" else None
         if visit.route not in _API | _OPEN | _PAGE and not static and not beating:
             raise Denied(404, "there is nothing here")
-        body = _Body(visit, receive)
+        body = Body(visit.headers, receive)
         if visit.route[0] == "POST":
             await body.read()
         state = visit.scope.setdefault("state", {})
@@ -264,7 +232,7 @@ class Guard:
             visit.cookie = visit.new_cookie
         return f"user {name}" if name else f"browser {visit.cookie}"
 
-    async def _check_session(self, visit: _Visit, body: _Body, beating: re.Match[str] | None) -> None:
+    async def _check_session(self, visit: _Visit, body: Body, beating: re.Match[str] | None) -> None:
         """gradio gives a session to whoever knows its name: here it belongs to one browser."""
         if beating:
             session: object = beating[1]
@@ -282,7 +250,7 @@ class Guard:
         if not self.access.may_use(session, visit.cookie):
             raise Denied(403, "this session belongs to another browser")
 
-    async def _log_in_or_out(self, visit: _Visit, body: _Body, answer: _Answer) -> None:
+    async def _log_in_or_out(self, visit: _Visit, body: Body, answer: Answer) -> None:
         if visit.route == ("POST", "/logout"):
             self.access.close_browser(visit.cookie)
             answer.cookie = self._cookie(visit, "", seconds=0)
@@ -318,101 +286,3 @@ def _host_name(host: str) -> str:
 
 def _locked(problem: Locked) -> Denied:
     return Denied(429, "too many wrong secrets", {"Retry-After": str(int(problem.seconds) + 1)})
-
-
-class _Body:
-    """The request's body, read before anything else is done: bounded in size and time."""
-
-    def __init__(self, visit: _Visit, receive: Receive):
-        self._receive = receive
-        self.content: bytes | None = None  # until it is read, and after it was handed on
-        self._handed_on = False
-        length = visit.headers.get("content-length", "0")
-        if not length.isdigit() or int(length) > MOST_BODY:
-            raise _TOO_LARGE
-
-    async def read(self) -> None:
-        """
-        Raises:
-            Denied: it is too large, or does not come in time.
-        """
-        try:
-            async with asyncio.timeout(BODY_SECONDS):
-                parts, size, more = [], 0, True
-                while more:
-                    message = await self._receive()
-                    parts.append(message.get("body", b""))
-                    size += len(parts[-1])
-                    if size > MOST_BODY:
-                        raise _TOO_LARGE
-                    more = message["type"] == "http.request" and message.get("more_body", False)
-        except TimeoutError:
-            raise Denied(408, "the request was not sent in time", {"Connection": "close"}) from None
-        self.content = b"".join(parts)
-
-    async def receive(self) -> dict[str, Any]:
-        """What the application receives: the whole body at once, then the end of the connection."""
-        if self.content is not None and not self._handed_on:
-            self._handed_on = True
-            return {"type": "http.request", "body": self.content, "more_body": False}
-        return await self._receive()
-
-
-class _Answer:
-    """The response: headers of ours, and the nonce in the page's scripts."""
-
-    def __init__(self, send: Send, nonce: str):
-        self._send, self.nonce = send, nonce
-        self.started = False
-        self.cookie: str | None = None
-        self.rewrite = self.lasting = False
-        self._held: dict[str, Any] | None = None
-        self._page = b""
-
-    async def send(self, message: dict[str, Any]) -> None:
-        if message["type"] == "http.response.start":
-            headers = [one for one in message["headers"] if not one[0].lower().startswith(b"access-control-")]
-            message = {**message, "headers": headers + self._own()}
-            if self.rewrite and message["status"] == 200:
-                self._held = message
-                return
-            self.started = True
-        elif self._held is not None:
-            self._page += message.get("body", b"")
-            if message.get("more_body"):
-                return
-            page = re.sub(rb"<script(?=[\s>])", b'<script nonce="' + self.nonce.encode() + b'"', self._page)
-            page = re.sub(rb'<meta\s+(property|name)="(og|twitter):[^>]*>', b"", page)
-            kept = [one for one in self._held["headers"] if one[0].lower() != b"content-length"]
-            start = {**self._held, "headers": [*kept, (b"content-length", str(len(page)).encode())]}
-            self._held, self.started = None, True
-            await self._send(start)
-            message = {**message, "body": page}
-        await self._send(message)
-
-    def _own(self) -> list[tuple[bytes, bytes]]:
-        own = dict(_SECURE)
-        own[b"content-security-policy"] = _CSP.format(nonce=self.nonce).encode()
-        own[b"cache-control"] = b"private, max-age=3600" if self.lasting else b"no-store"
-        if self.cookie:
-            own[b"set-cookie"] = self.cookie.encode()
-        return list(own.items())
-
-    async def refuse(self, problem: Denied) -> None:
-        body = json.dumps(error_body(problem.status, problem.message)).encode()
-        await self._whole(problem.status, b"application/json", body, problem.headers)
-
-    async def json(self, body: bytes) -> None:
-        await self._whole(200, b"application/json", body, {})
-
-    async def html(self, text: str, status: int = 200, headers: dict[str, str] | None = None) -> None:
-        await self._whole(status, b"text/html; charset=utf-8", text.encode(), headers or {})
-
-    async def _whole(self, status: int, kind: bytes, body: bytes, headers: dict[str, str]) -> None:
-        if self.started:
-            raise asyncio.CancelledError  # half an answer is out: the connection ends here
-        self.rewrite, self._held, self.started = False, None, True
-        fields = [(b"content-type", kind), (b"content-length", str(len(body)).encode())]
-        fields += [(name.lower().encode(), value.encode()) for name, value in headers.items()]
-        await self._send({"type": "http.response.start", "status": status, "headers": fields + self._own()})
-        await self._send({"type": "http.response.body", "body": body})

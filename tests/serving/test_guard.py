@@ -11,7 +11,7 @@ import pytest
 
 from medicalgpt_cli.errors import UnsafeRefused, UsageError
 from medicalgpt_cli.serving import access as access_module
-from medicalgpt_cli.serving import guard as guard_module
+from medicalgpt_cli.serving import exchange as exchange_module
 from medicalgpt_cli.serving import sockets as sockets_module
 from medicalgpt_cli.serving.access import Access, Locked, read_users
 from medicalgpt_cli.settings.stages import ServeSettings
@@ -106,7 +106,7 @@ def test_headers_of_every_answer(server):
 
 def test_large_and_malformed_requests(server):
     with server.client() as client:
-        large = client.post("/v1/chat/completions", content=b"x" * (guard_module.MOST_BODY + 1))
+        large = client.post("/v1/chat/completions", content=b"x" * (exchange_module.MOST_BODY + 1))
         assert large.status_code == 413
         pieces = (b"x" * 65536 for _ in range(40))
         assert client.post("/v1/chat/completions", content=pieces).status_code == 413
@@ -125,7 +125,7 @@ def test_large_and_malformed_requests(server):
 
 def test_slow_senders_are_closed_and_others_served(server, monkeypatch):
     monkeypatch.setattr(sockets_module, "HEAD_SECONDS", 0.5)
-    monkeypatch.setattr(guard_module, "BODY_SECONDS", 0.5)
+    monkeypatch.setattr(exchange_module, "BODY_SECONDS", 0.5)
     address = ("127.0.0.1", server.settings.port)
     head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n"
     openings = (b"", b"GET /he", head, head + b"\r\n{", b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\nGET")
