@@ -96,11 +96,18 @@ class Page:
         self.page.fill("#medgpt-question textarea", question)
         self.page.keyboard.press("Enter")
         if wait:
-            self.page.wait_for_selector("#medgpt-question .stop-button", state="attached", timeout=60_000)
-            self.wait()
+            self.wait_for(question)
 
-    def wait(self) -> None:
-        self.page.wait_for_selector("#medgpt-question .submit-button", timeout=120_000)
+    def wait_for(self, question: str) -> None:
+        """Until the answer to a question is whole: only then it is kept for the download."""
+
+        def answered() -> bool:
+            self.page.wait_for_timeout(50)
+            last = [one["content"] for one in self.kept[-2:-1]]
+            return last == [question]
+
+        until(answered)
+        self.page.wait_for_selector("#medgpt-question .submit-button")
 
     @property
     def kept(self) -> list[dict[str, str]]:
@@ -158,16 +165,16 @@ def test_it_answers_as_the_command_line_and_remembers(page, server, tmp_path):
     conversation.load(tmp_path / "kept.json")  # `medgpt chat --load` takes it up
     assert conversation.messages == page.kept
 
+    before = server.scheduler.counters.finished
     page.page.locator("#medgpt-chat button[aria-label=Retry]").last.click()  # greedy: the same again
-    page.page.wait_for_selector("#medgpt-question .stop-button", state="attached")
-    page.wait()
+    until(lambda: server.scheduler.counters.finished == before + 1)
+    page.page.wait_for_timeout(1000)
     assert page.kept == conversation.messages
 
     page.page.locator("#medgpt-chat button[aria-label=Edit]").first.click()
     page.page.locator("#medgpt-chat textarea").first.fill("What is anaemia?")
     page.page.locator("#medgpt-chat button[aria-label=Submit]").first.click()
-    page.page.wait_for_selector("#medgpt-question .stop-button", state="attached")
-    page.wait()
+    page.wait_for("What is anaemia?")
     conversation.reset()
     "".join(conversation.ask("What is anaemia?"))
     assert page.kept == conversation.messages
@@ -183,10 +190,10 @@ def test_stop_keeps_what_was_said_and_frees_the_place(page, server):
     page.page.locator("#medgpt-chat .bot", has_text=re.compile(".{20}", re.DOTALL)).wait_for()
     before = server.scheduler.counters.cancelled
     stop.click()
-    page.wait()
+    page.page.wait_for_selector("#medgpt-question .submit-button")
     until(lambda: server.scheduler.load == {"waiting": 0, "running": 0})
     assert server.scheduler.counters.cancelled == before + 1
-    assert "stopped" in page.page.inner_text("#medgpt-status")
+    page.page.locator("#medgpt-status", has_text="stopped").wait_for()
     assert len(page.answers()[-1]) > 0
     assert len(page.answers()[-1]) < 5 * 2000
 
