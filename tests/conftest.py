@@ -9,7 +9,9 @@ import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-for _name in [name for name in os.environ if name.startswith("MEDGPT_") and name != "MEDGPT_TEST_MODEL"]:
+for _name in [
+    name for name in os.environ if name.startswith("MEDGPT_") and not name.startswith("MEDGPT_TEST_")
+]:
     del os.environ[_name]
 
 DATA = Path(__file__).parent / "data"

@@ -71,7 +71,7 @@ def settings_from(
 
 def in_panel_order(settings_class: type[Settings]) -> list[str]:
     """Model first, the command's own last but one, output last: the order in which a person asks."""
-    order = ["Model", "Device", "Data", "Tuning", "Optimisation", "Answers"]
+    order = ["Model", "Endpoint", "Device", "Data", "Tuning", "Optimisation", "Answers"]
 
     def rank(field: str) -> int:
         panel = _panel(settings_class, field)

@@ -92,6 +92,16 @@ COMMANDS = (
         "Use",
     ),
     Command(
+        "serve-demo",
+        stages.ServeSettings,
+        (
+            "medgpt serve-demo --lora-model runs/sft",
+            "medgpt serve-demo --base-model smollm2-135m --port 8000 --feedback-file pairs.jsonl",
+            "medgpt serve-demo --lora-model runs/sft --host 0.0.0.0 --auth-file users.txt",
+        ),
+        "Use",
+    ),
+    Command(
         "data",
         stages.InspectDataSettings,
         (

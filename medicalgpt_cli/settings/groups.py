@@ -287,3 +287,39 @@ class SamplingSettings(Settings):
             )
         if "" in self.stop:
             raise UsageError("--stop is empty", "give the text to stop at")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EndpointSettings(SamplingSettings, ModelSettings):
+    """A model of one's own, or one behind a server."""
+
+    panel: ClassVar[str] = "Endpoint"
+
+    endpoint: str | None = opt(
+        None,
+        "Use an OpenAI-compatible server (vLLM, SGLang, llama.cpp) instead of a model here.",
+        metavar="URL",
+    )
+    endpoint_model: str | None = opt(None, "The server's model; needed where it has several.", metavar="NAME")
+    endpoint_key_file: Path | None = opt(
+        None, "A file with the server's API key; else the variable MEDGPT_ENDPOINT_KEY.", metavar="FILE"
+    )
+
+    def check(self) -> None:
+        super().check()
+        if self.endpoint is None:
+            for name in ("endpoint_model", "endpoint_key_file"):
+                if getattr(self, name) is not None:
+                    raise UsageError(f"{flag_of(name)} goes with --endpoint", "add --endpoint URL")
+            return
+        if not self.endpoint.startswith(("http://", "https://")):
+            raise UsageError(
+                f"--endpoint {self.endpoint}: not an address", "for example http://127.0.0.1:8000/v1"
+            )
+        own = {*ModelSettings.__annotations__, *DeviceSettings.__annotations__} & options_of(self).keys()
+        for name in sorted(own | {"repetition_penalty", "no_repeat_ngram", "max_context"}):
+            if self.chosen(name):
+                raise UsageError(
+                    f"{flag_of(name)} has no effect on the model of another server",
+                    f"leave out {flag_of(name)}",
+                )

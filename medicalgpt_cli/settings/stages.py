@@ -7,20 +7,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from medicalgpt_cli.errors import UsageError
+from medicalgpt_cli.errors import UnsafeRefused, UsageError
 from medicalgpt_cli.settings.fields import flag_of, opt
 from medicalgpt_cli.settings.groups import (
     AdapterSettings,
     CorpusSettings,
     DataSettings,
     DeviceSettings,
+    EndpointSettings,
     ExampleSettings,
     ModelSettings,
     OptimSettings,
     OutputSettings,
     RewardModelSettings,
     RunSettings,
-    SamplingSettings,
 )
 
 
@@ -318,7 +318,7 @@ def _check_size(shard_size: str) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class InferSettings(OutputSettings, SamplingSettings, ModelSettings):
+class InferSettings(OutputSettings, EndpointSettings):
     """Answer a file of questions."""
 
     panel: ClassVar[str] = "Questions"
@@ -358,7 +358,7 @@ class InferSettings(OutputSettings, SamplingSettings, ModelSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ChatSettings(OutputSettings, SamplingSettings, ModelSettings):
+class ChatSettings(OutputSettings, EndpointSettings):
     """Talk to a model in the terminal."""
 
     panel: ClassVar[str] = "Chat"
@@ -369,6 +369,60 @@ class ChatSettings(OutputSettings, SamplingSettings, ModelSettings):
         super().check()
         if self.json:
             raise UsageError("--json has no meaning in a conversation", "use infer for answers as JSON")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServeSettings(OutputSettings, EndpointSettings):
+    """Serve a web page to talk to the model, and an OpenAI-compatible API."""
+
+    panel: ClassVar[str] = "Server"
+
+    host: str = opt(
+        "127.0.0.1", "Address to listen on; only this machine where not given.", metavar="ADDRESS"
+    )
+    port: int = opt(7860, "Port to listen on.", min=1, max=65535)
+    allowed_host: tuple[str, ...] = opt(
+        (), "A name under which browsers may reach the server; can be repeated.", metavar="NAME"
+    )
+    auth_file: Path | None = opt(
+        None,
+        "Who may come in: lines of the form name:secret, in a file that only you can read.",
+        metavar="FILE",
+    )
+    no_auth: bool = opt(False, "Let everybody in who can reach another address than this machine's own.")
+    behind_proxy: bool = opt(
+        False, "A proxy on this machine is in front: believe its X-Forwarded-For and -Proto."
+    )
+    feedback_file: Path | None = opt(
+        None, "Append judged answers as pairs for `medgpt reward`: holds what was typed.", metavar="FILE"
+    )
+    max_batch: int = opt(16, "Answers that are computed at once.", min=1, max=1024)
+    max_batch_tokens: int = opt(
+        65536, "Tokens of all these together, prompts included: bounds the memory of the cache.", min=64
+    )
+    max_queue: int = opt(64, "Requests that wait; more are refused with 503.", min=0)
+    max_client_requests: int = opt(
+        16, "Requests of one client that are not answered yet; more are refused with 429.", min=1
+    )
+    max_seconds: float = opt(300.0, "Longest time for a request, waiting included.", above=0)
+
+    def check(self) -> None:
+        super().check()
+        if self.json:
+            raise UsageError("--json has no meaning for a server", "the API answers in JSON")
+        if self.no_auth and self.auth_file:
+            raise UsageError("--no-auth and --auth-file contradict each other", "give one of them")
+        if not self.local and not self.auth_file and not self.no_auth:
+            raise UnsafeRefused(
+                f"--host {self.host} lets other machines in, and nothing says who may come",
+                "add --auth-file FILE with lines name:secret, or --no-auth to let everybody in",
+            )
+
+    @property
+    def local(self) -> bool:
+        """Whether only this machine can reach the server."""
+        name = self.host.strip("[]").lower()
+        return name in ("localhost", "::1") or name.startswith("127.")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,9 +10,10 @@ from typing import Any
 
 from medicalgpt_cli.engine.data.formats import Counts, Message, messages_of
 from medicalgpt_cli.engine.data.readers import Row
-from medicalgpt_cli.engine.data.rendering import encode_prompt, encode_raw, fit_history
+from medicalgpt_cli.engine.generation.decoding import Answer
+from medicalgpt_cli.engine.generation.endpoint import EndpointBackend
 from medicalgpt_cli.engine.generation.infer import uses_template
-from medicalgpt_cli.engine.generation.local import Answer, LocalBackend
+from medicalgpt_cli.engine.generation.local import LocalBackend
 from medicalgpt_cli.engine.model.loading import load_model, load_tokenizer
 from medicalgpt_cli.engine.model.references import resolve_models
 from medicalgpt_cli.engine.observer import Observer
@@ -24,7 +25,7 @@ from medicalgpt_cli.settings.stages import ChatSettings, InferSettings
 class Conversation:
     """What was said, and the model that answers."""
 
-    def __init__(self, backend: LocalBackend, label: str, system: str | None):
+    def __init__(self, backend: LocalBackend | EndpointBackend, label: str, system: str | None):
         self.backend, self.label, self.system = backend, label, system
         self.turns: list[Message] = []
         self.asked: str | None = None  # the last question, also where it got no answer
@@ -35,9 +36,14 @@ class Conversation:
 
     @classmethod
     def open(cls, settings: ChatSettings | InferSettings, observer: Observer) -> Conversation:
-        """Load the model of the settings."""
-        resolved = resolve_models(settings)
+        """Load the model of the settings, or find the server that has one."""
         single = isinstance(settings, InferSettings)
+        if settings.endpoint:
+            backend = EndpointBackend.open(settings, observer)
+            opened = cls(backend, backend.model, settings.system_prompt)
+            opened.raw = single and settings.with_prompt is False
+            return opened
+        resolved = resolve_models(settings)
         plain = settings.with_prompt is True if single else True
         tokenizer = load_tokenizer(settings, resolved, observer, plain_template=plain)
         model = load_model(settings, resolved, observer=observer)
@@ -89,7 +95,7 @@ class Conversation:
 
     def _answer(self, question: str) -> Iterator[str]:
         asked: Message = {"role": "user", "content": question}
-        prompt = self._prompt([*self.messages, asked])
+        prompt, self.dropped = self.backend.fitted_prompt([*self.messages, asked])
         began, said = time.monotonic(), ""
         pieces = self.backend.stream(prompt, number=self.draws)
         try:
@@ -102,29 +108,16 @@ class Conversation:
             if said:
                 self.turns += [asked, {"role": "assistant", "content": said}]
 
-    def _prompt(self, messages: list[Message]) -> list[int]:
-        """Token ids of what fits; half the context at most is kept free for the answer."""
-        context = self.backend.context
-        room = max(context - self.backend.sampling.max_new_tokens, context // 2)
-        kept, self.dropped = fit_history(self.backend.tokenizer, messages, room)
-        prompt = encode_prompt(self.backend.tokenizer, kept)
-        if len(prompt) >= context:
-            raise UsageError(
-                f"the question has {len(prompt)} tokens, the context {context}", "ask a shorter one"
-            )
-        return prompt
-
     def continue_text(self, text: str) -> Iterator[str]:
         """Continue raw text, outside the conversation.
 
         Raises:
             UsageError: the text alone fills the context.
         """
-        prompt = encode_raw(self.backend.tokenizer, text)
-        if not 0 < len(prompt) < self.backend.context:
-            raise UsageError(
-                f"the text has {len(prompt)} tokens, the context {self.backend.context}", "shorten it"
-            )
+        prompt = self.backend.raw_prompt(text)
+        refused = self.backend.refusal(prompt)
+        if refused:
+            raise UsageError(refused, "shorten it")
         began = time.monotonic()
         pieces = self.backend.stream(prompt)
         try:

@@ -14,11 +14,13 @@ from transformers import PreTrainedTokenizerBase
 
 from medicalgpt_cli.engine.data.rendering import encode_prompt, encode_raw
 from medicalgpt_cli.engine.generation.batching import batches_by_length
-from medicalgpt_cli.engine.generation.local import Answer, LocalBackend
+from medicalgpt_cli.engine.generation.decoding import Answer
+from medicalgpt_cli.engine.generation.endpoint import EndpointBackend, RemotePrompt
+from medicalgpt_cli.engine.generation.local import LocalBackend
 from medicalgpt_cli.engine.generation.predictions import PredictionFile
 from medicalgpt_cli.engine.generation.questions import Question, read_questions
 from medicalgpt_cli.engine.model.loading import load_model, load_tokenizer
-from medicalgpt_cli.engine.model.references import ModelReference, ResolvedModel, resolve_models
+from medicalgpt_cli.engine.model.references import ModelReference, resolve_models
 from medicalgpt_cli.engine.model.tokenizer import fingerprint
 from medicalgpt_cli.engine.observer import Observer
 from medicalgpt_cli.errors import Stopped, UsageError
@@ -36,13 +38,12 @@ def run_infer(settings: InferSettings, observer: Observer) -> dict[str, Any]:
         DataError, UsageError: the questions or settings are wrong, or the predictions file exists.
     """
     questions = read_questions(settings.data_file)
-    resolved = resolve_models(settings)
-    tokenizer = load_tokenizer(settings, resolved, observer, plain_template=settings.with_prompt is True)
-    prompts = [encode_question(tokenizer, question, settings) for question in questions]
-    output = _output(settings, questions, resolved, tokenizer)
+    model = (_RemoteModel if settings.endpoint else _LocalModel)(settings, observer)
+    prompts = [model.prompt(question) for question in questions]
+    output = _output(settings, questions, model.identity())
     resumed, began = len(output.rows), time.monotonic()
     try:
-        backend = LocalBackend(load_model(settings, resolved, observer=observer), tokenizer, settings)
+        backend = model.load()
         began = time.monotonic()
         tokens = _answer_all(backend, questions, prompts, output, settings.batch_size, observer)
         seconds = time.monotonic() - began
@@ -65,9 +66,9 @@ def run_infer(settings: InferSettings, observer: Observer) -> dict[str, Any]:
 
 
 def _answer_all(
-    backend: LocalBackend,
+    backend: LocalBackend | EndpointBackend,
     questions: list[Question],
-    prompts: list[list[int] | Refused],
+    prompts: list[list[int] | RemotePrompt | Refused],
     output: Any,
     batch_size: int,
     observer: Observer,
@@ -117,26 +118,72 @@ class Refused:
     why: str
 
 
-def encode_question(
-    tokenizer: PreTrainedTokenizerBase, question: Question, settings: InferSettings
-) -> list[int] | Refused:
-    """Token ids of a question: in the chat template, or the raw text with `--no-prompt`.
+class _LocalModel:
+    """A model in this process. Its tokenizer comes first, so that what is wrong with a question is said at once."""
+
+    def __init__(self, settings: InferSettings, observer: Observer):
+        self.settings, self.observer = settings, observer
+        self.resolved = resolve_models(settings)
+        plain = settings.with_prompt is True
+        self.tokenizer = load_tokenizer(settings, self.resolved, observer, plain_template=plain)
+
+    def prompt(self, question: Question) -> list[int] | Refused:
+        """Token ids of a question: in the chat template, or the raw text with `--no-prompt`.
+
+        Raises:
+            UsageError: raw text was asked for, but the question is a conversation.
+        """
+        if not uses_template(self.tokenizer, self.settings):
+            return encode_raw(self.tokenizer, raw_text(question, self.settings))
+        try:
+            return encode_prompt(self.tokenizer, with_system(question.messages, self.settings.system_prompt))
+        except UsageError as problem:
+            return Refused(problem.message)
+
+    def identity(self) -> dict[str, str]:
+        models = [one for one in (self.resolved.base, self.resolved.adapter) if one is not None]
+        return {
+            "the model": _hash([_files_of(one) for one in models]),
+            "the tokenizer or template": fingerprint(self.tokenizer),
+        }
+
+    def load(self) -> LocalBackend:
+        model = load_model(self.settings, self.resolved, observer=self.observer)
+        return LocalBackend(model, self.tokenizer, self.settings)
+
+
+class _RemoteModel:
+    """A model behind another server, which knows its template."""
+
+    def __init__(self, settings: InferSettings, observer: Observer):
+        self.settings = settings
+        self.backend = EndpointBackend.open(settings, observer, parallel=settings.batch_size)
+
+    def prompt(self, question: Question) -> RemotePrompt:
+        if self.settings.with_prompt is False:
+            return self.backend.raw_prompt(raw_text(question, self.settings))
+        return self.backend.prompt(with_system(question.messages, self.settings.system_prompt))
+
+    def identity(self) -> dict[str, str]:
+        return {"the endpoint": self.backend.url, "the endpoint's model": self.backend.model}
+
+    def load(self) -> EndpointBackend:
+        return self.backend
+
+
+def raw_text(question: Question, settings: InferSettings) -> str:
+    """The text that is continued with `--no-prompt`.
 
     Raises:
-        UsageError: raw text was asked for, but the question is a conversation.
+        UsageError: the question is a conversation, or there is a system prompt.
     """
-    if not uses_template(tokenizer, settings):
-        if not isinstance(question.input, str):
-            raise UsageError(
-                f"{question.at}: a conversation cannot be continued as raw text", "add --with-prompt"
-            )
-        if settings.system_prompt:
-            raise UsageError("--system-prompt goes with the chat template", "add --with-prompt")
-        return encode_raw(tokenizer, question.input)
-    try:
-        return encode_prompt(tokenizer, with_system(question.messages, settings.system_prompt))
-    except UsageError as problem:
-        return Refused(problem.message)
+    if not isinstance(question.input, str):
+        raise UsageError(
+            f"{question.at}: a conversation cannot be continued as raw text", "add --with-prompt"
+        )
+    if settings.system_prompt:
+        raise UsageError("--system-prompt goes with the chat template", "add --with-prompt")
+    return question.input
 
 
 def uses_template(tokenizer: PreTrainedTokenizerBase, settings: InferSettings) -> bool:
@@ -187,17 +234,12 @@ class _StandardOutput:
         return "-"
 
 
-def _output(
-    settings: InferSettings,
-    questions: list[Question],
-    resolved: ResolvedModel,
-    tokenizer: PreTrainedTokenizerBase,
-) -> Any:
+def _output(settings: InferSettings, questions: list[Question], model: dict[str, str]) -> Any:
     if settings.predictions_file == "-":
         return _StandardOutput({})
     return PredictionFile(
         Path(settings.predictions_file),
-        _identity(settings, questions, resolved, tokenizer),
+        _identity(settings, questions, model),
         resume=settings.resume,
         overwrite=settings.overwrite,
     )
@@ -206,25 +248,16 @@ def _output(
 # What may change between an interrupted run and its resume. The model's own options count by what they lead to.
 _FREE = {"json", "debug", "resume", "overwrite", "batch_size", "predictions_file", "data_file", "interactive"}
 _FREE |= {"base_model", "lora_model", "tokenizer_path", "template"}
+_FREE |= {"endpoint", "endpoint_model", "endpoint_key_file"}
 
 
-def _identity(
-    settings: InferSettings,
-    questions: list[Question],
-    resolved: ResolvedModel,
-    tokenizer: PreTrainedTokenizerBase,
-) -> dict[str, str]:
+def _identity(settings: InferSettings, questions: list[Question], model: dict[str, str]) -> dict[str, str]:
     """What an answer depends on, as fingerprints and values."""
     chosen = {
         flag_of(name): str(getattr(settings, name)) for name in options_of(settings) if name not in _FREE
     }
-    models = [one for one in (resolved.base, resolved.adapter) if one is not None]
-    return {
-        "the questions": _hash([(question.id, question.messages) for question in questions]),
-        "the model": _hash([_files_of(one) for one in models]),
-        "the tokenizer or template": fingerprint(tokenizer),
-        **chosen,
-    }
+    asked = _hash([(question.id, question.messages) for question in questions])
+    return {"the questions": asked, **model, **chosen}
 
 
 def _files_of(model: ModelReference) -> list[tuple[str, int, int]] | str:

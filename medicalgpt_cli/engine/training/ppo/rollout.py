@@ -11,7 +11,8 @@ from torch import Tensor
 
 from medicalgpt_cli.engine.data.prompts import Prompt
 from medicalgpt_cli.engine.generation.batching import batches_by_length
-from medicalgpt_cli.engine.generation.local import Answer, LocalBackend
+from medicalgpt_cli.engine.generation.decoding import Answer
+from medicalgpt_cli.engine.generation.local import LocalBackend
 from medicalgpt_cli.engine.training.ppo import mathematics
 from medicalgpt_cli.engine.training.ppo.roles import Roles, rows_of
 

@@ -1,0 +1,284 @@
+"""The decoding step that everything shares: a batch of rows, one token further at a time.
+
+Rows are padded on the left with their own positions and masks, each with its own rules for choosing a token, so
+that greedy answers do not depend on the company they are in (in fp32; two tokens whose logits differ by less than
+1e-4 may change places). A row that has ended leaves the batch and its cache; two batches can be joined.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from transformers import (
+    DynamicCache,
+    LogitsProcessorList,
+    NoRepeatNGramLogitsProcessor,
+    PreTrainedTokenizerBase,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+from medicalgpt_cli.settings.groups import SamplingSettings
+
+_SPARE_COLUMNS = 32  # padding in front of all rows is cut away once there is this much of it
+
+
+@dataclass(frozen=True)
+class Answer:
+    text: str
+    token_ids: list[int]  # without the token that ended it
+    finish_reason: Literal["stop", "length", "error"]
+    prompt_tokens: int
+    completion_tokens: int
+    error: str | None = None
+    end: int | None = None  # the token that ended it; None where a limit or a stop text did
+
+
+class Sampler:
+    """How tokens are chosen and when an answer ends, by the settings of one request."""
+
+    def __init__(self, sampling: SamplingSettings):
+        self.settings = sampling
+        self.processors = _processors(sampling)
+        self.stop = sampling.stop
+
+    def generator(self, number: int) -> torch.Generator | None:
+        """Each row draws from its own stream, so its answer does not depend on its batch."""
+        if self.settings.temperature == 0:
+            return None
+        return torch.Generator().manual_seed((self.settings.seed * 1_000_003 + number) % 2**63)
+
+
+@dataclass(eq=False)
+class Row:
+    """One prompt and what was said to it so far."""
+
+    index: int
+    prompt: list[int]
+    limit: int  # new tokens at most
+    sampler: Sampler
+    generator: torch.Generator | None
+    streams: bool = False  # whether somebody reads the text of each token
+    said: list[int] = field(default_factory=list)
+    end: int | None = None
+
+
+class Batch:
+    """Rows that are decoded together.
+
+    Between steps `mask` is (rows, cached tokens + those in `fed`), `fed` and `positions` are what the model gets
+    next: the prompts at first, then one token a row.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: PreTrainedTokenizerBase,
+        stop_ids: Collection[int],
+        rows: Sequence[Row],
+    ):
+        self.model, self.tokenizer, self.stop_ids, self.rows = model, tokenizer, stop_ids, list(rows)
+        self.device = model.get_input_embeddings().weight.device
+        longest = max(len(row.prompt) for row in rows)
+        pad = tokenizer.pad_token_id
+        padded = [(longest - len(row.prompt), row.prompt) for row in rows]
+        self.fed = torch.tensor([[pad] * spare + prompt for spare, prompt in padded], device=self.device)
+        self.mask = torch.tensor(
+            [[0] * spare + [1] * len(prompt) for spare, prompt in padded], device=self.device
+        )
+        self.positions = (self.mask.cumsum(-1) - 1).clamp(min=0)
+        self.cache = DynamicCache(config=model.config)
+
+    @property
+    def width(self) -> int:
+        """Columns of the cache and of what is fed next."""
+        return self.mask.shape[1]
+
+    @property
+    def plain(self) -> bool:
+        """Whether the cache holds keys and values alone, which can be joined, trimmed and filled in pieces.
+
+        Layers with a recurrent state cannot.
+        """
+        return bool(self.cache.layers) and all(
+            type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in self.cache.layers
+        )
+
+    def feed(self, most: int) -> int:
+        """Read up to `most` tokens of a long prompt ahead of the step that ends it; gives how many were read."""
+        left = self.fed.shape[1]
+        if left <= most or not self.plain:
+            return 0
+        seen = self.width - left + most
+        self._forward(self.fed[:, :most], self.mask[:, :seen], self.positions[:, :most])
+        self.fed, self.positions = self.fed[:, most:], self.positions[:, most:]
+        return most
+
+    def step(self) -> list[tuple[Row, str, str | None]]:
+        """One token further: (row, text so far, why it ended or None) of each row. Rows that ended leave.
+
+        The text is decoded only where somebody needs it.
+        """
+        logits = self._forward(self.fed, self.mask, self.positions)
+        found, kept = [], []
+        for place, (row, token) in enumerate(zip(self.rows, _choose(self.rows, logits), strict=True)):
+            reason = self._add(row, token)
+            stops = row.sampler.stop
+            text = text_of(self.tokenizer, row) if stops or row.streams else ""
+            if any(stop in text for stop in stops):
+                reason = "stop"
+            found.append((row, cut_at(text, stops), reason))
+            if reason is None:
+                kept.append(place)
+        self.fed, self.positions = self.fed[:, -1:], self.positions[:, -1:] + 1
+        self._keep(kept)
+        if self.rows:
+            self.fed = torch.tensor([[row.said[-1]] for row in self.rows], device=self.device)
+            self.mask = torch.cat([self.mask, self.mask.new_ones(len(self.rows), 1)], dim=-1)
+        return found
+
+    def drop(self, gone: Collection[Row]) -> None:
+        """Take rows out between two steps."""
+        self._keep([place for place, row in enumerate(self.rows) if row not in gone])
+
+    def join(self, other: Batch) -> None:
+        """Take in the rows of another batch; both have to be `plain` and past their prompts."""
+        width = max(self.width, other.width)
+        self.mask = torch.cat([_padded(one.mask, width, 1) for one in (self, other)])
+        self.fed = torch.cat([self.fed, other.fed])
+        self.positions = torch.cat([self.positions, other.positions])
+        for mine, theirs in zip(self.cache.layers, other.cache.layers, strict=True):
+            if mine.is_initialized:
+                _join_layers(mine, theirs)
+        self.rows += other.rows
+
+    def _forward(self, ids: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """Scores of the next token, (rows, vocabulary), in fp32."""
+        return (
+            self.model(
+                input_ids=ids,
+                attention_mask=mask,
+                position_ids=positions,
+                past_key_values=self.cache,
+                use_cache=True,
+                logits_to_keep=1,
+            )
+            .logits[:, -1]
+            .float()
+        )
+
+    def _add(self, row: Row, token: int) -> str | None:
+        """Take a token into the answer; why the answer ends with it, or None."""
+        if token in self.stop_ids:
+            row.end = token
+            return "stop"
+        row.said.append(token)
+        return "length" if len(row.said) >= row.limit else None
+
+    def _keep(self, places: list[int]) -> None:
+        if len(places) == len(self.rows):
+            return
+        self.rows = [self.rows[place] for place in places]
+        if not places:
+            return
+        select = torch.tensor(places, device=self.device)
+        if self.cache.get_seq_length() > 0:
+            self.cache.reorder_cache(select)  # every kind of layer has this one, also on several devices
+        self.mask, self.fed = self.mask[select], self.fed[select]
+        self.positions = self.positions[select]
+        spare = int(self.mask.argmax(-1).min())
+        if spare >= _SPARE_COLUMNS and self.plain and self.fed.shape[1] == 1:
+            self.mask = self.mask[:, spare:]
+            for layer in self.cache.layers:
+                if layer.is_initialized:
+                    _trim_layer(layer, spare)
+
+
+def _padded(tensor: torch.Tensor, length: int, dim: int) -> torch.Tensor:
+    """Zeros in front along `dim`, up to `length`."""
+    missing = length - tensor.shape[dim]
+    if missing == 0:
+        return tensor
+    shape = list(tensor.shape)
+    shape[dim] = missing
+    return torch.cat([tensor.new_zeros(shape), tensor], dim=dim)
+
+
+def _join_layers(mine: Any, theirs: Any) -> None:
+    """Rows of one layer's cache, (rows, heads, tokens, size), under those of another, aligned at the end."""
+    length = max(mine.keys.shape[-2], theirs.keys.shape[-2])
+    mine.keys = torch.cat([_padded(one.keys, length, 2) for one in (mine, theirs)])
+    mine.values = torch.cat([_padded(one.values, length, 2) for one in (mine, theirs)])
+    if mine.is_sliding:
+        mine.cumulative_length = max(mine.cumulative_length, theirs.cumulative_length)
+
+
+def _trim_layer(layer: Any, spare: int) -> None:
+    """Forget `spare` tokens at the front. A sliding layer may have forgotten them already."""
+    if layer.is_sliding:
+        layer.cumulative_length -= spare
+        spare = max(layer.keys.shape[-2] - layer.cumulative_length, 0)
+    layer.keys, layer.values = layer.keys[:, :, spare:], layer.values[:, :, spare:]
+
+
+def _choose(rows: Sequence[Row], scores: torch.Tensor) -> list[int]:
+    """The next token of each row. `scores`: (rows, vocabulary) logits."""
+    likeliest = scores.argmax(-1).tolist()
+    return [
+        _choose_one(row, scores[place][None]) if row.sampler.processors else token
+        for place, (row, token) in enumerate(zip(rows, likeliest, strict=True))
+    ]
+
+
+def _choose_one(row: Row, scores: torch.Tensor) -> int:
+    """A token of one row, whose length is its own. `scores`: (1, vocabulary)."""
+    seen = torch.tensor([row.prompt + row.said], device=scores.device)
+    scores = row.sampler.processors(seen, scores)
+    if row.generator is None:
+        return int(scores.argmax())
+    return int(torch.multinomial(scores.softmax(-1)[0].cpu(), 1, generator=row.generator))
+
+
+def _processors(sampling: SamplingSettings) -> LogitsProcessorList:
+    """What changes the scores before a token is chosen, in the order of transformers' `generate`."""
+    chain = LogitsProcessorList()
+    if sampling.repetition_penalty != 1.0:
+        chain.append(RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty))
+    if sampling.no_repeat_ngram:
+        chain.append(NoRepeatNGramLogitsProcessor(sampling.no_repeat_ngram))
+    if sampling.temperature > 0:
+        chain.append(TemperatureLogitsWarper(sampling.temperature))
+    if sampling.top_k:
+        chain.append(TopKLogitsWarper(sampling.top_k))
+    if sampling.top_p < 1:
+        chain.append(TopPLogitsWarper(sampling.top_p))
+    return chain
+
+
+def text_of(tokenizer: PreTrainedTokenizerBase, row: Row) -> str:
+    return tokenizer.decode(row.said, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+def answer_of(tokenizer: PreTrainedTokenizerBase, row: Row, reason: str) -> Answer:
+    text = cut_at(text_of(tokenizer, row), row.sampler.stop).rstrip("\ufffd")  # a character cut in half
+    return Answer(text, list(row.said), reason, len(row.prompt), len(row.said), end=row.end)
+
+
+def cut_at(text: str, stops: Sequence[str]) -> str:
+    """The text before the first stop text in it."""
+    places = [text.find(stop) for stop in stops if stop in text]
+    return text[: min(places)] if places else text
+
+
+def certain(text: str, stops: Sequence[str]) -> str:
+    """What of an unfinished text is certain: no half character, and no beginning of a stop text at its end."""
+    text = text.rstrip("\ufffd")
+    beginnings = (stop[:length] for stop in stops for length in range(1, len(stop)))
+    uncertain = max((len(one) for one in beginnings if text.endswith(one)), default=0)
+    return text[: len(text) - uncertain].rstrip("\ufffd")

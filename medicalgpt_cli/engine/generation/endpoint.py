@@ -1,0 +1,332 @@
+"""Answers from an OpenAI-compatible server: vLLM, SGLang, llama.cpp's server, or `medgpt serve-demo` itself.
+
+The same face as `local.py`. What is sent are messages; the server knows its model's template. No proxy of the
+environment is used, and no message of the server is shown, since it may quote what was sent.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import urlsplit
+
+import httpx
+
+from medicalgpt_cli.engine.data.formats import Message
+from medicalgpt_cli.engine.generation.decoding import Answer
+from medicalgpt_cli.engine.observer import Observer
+from medicalgpt_cli.errors import EnvironmentFailure, MedgptError, UsageError
+from medicalgpt_cli.settings.groups import EndpointSettings, SamplingSettings
+
+KEY_VARIABLE = "MEDGPT_ENDPOINT_KEY"
+_ATTEMPTS = 6  # at a server that is busy
+_LONGEST_WAIT = 30.0
+_TIMEOUT = httpx.Timeout(600.0, connect=10.0)
+
+
+class _Refused(UsageError):
+    """The server does not take this request."""
+
+
+@dataclass(frozen=True)
+class RemotePrompt:
+    """What is sent: a conversation, or raw text to continue."""
+
+    messages: tuple[Message, ...] = ()
+    text: str | None = None
+
+    def __len__(self) -> int:
+        """Characters: what requests of similar length are gathered by."""
+        return len(self.text or "") + sum(len(one["content"]) for one in self.messages)
+
+
+class EndpointBackend:
+    """Answers prompts with the model of another server."""
+
+    def __init__(self, url: str, model: str, key: str | None, sampling: SamplingSettings, parallel: int = 1):
+        self.url, self.model, self.sampling, self.parallel = url, model, sampling, parallel
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        self._client = httpx.Client(
+            headers=headers, timeout=_TIMEOUT, trust_env=False, limits=httpx.Limits(max_connections=None)
+        )
+        self.last: Answer | None = None
+
+    @classmethod
+    def open(cls, settings: EndpointSettings, observer: Observer, parallel: int = 1) -> EndpointBackend:
+        """Find the server and its model.
+
+        Raises:
+            EnvironmentFailure: the server cannot be reached, or refuses the key.
+            UsageError: it has several models and none was named.
+        """
+        url = settings.endpoint.rstrip("/")
+        url = url if url.endswith("/v1") else f"{url}/v1"
+        parts = urlsplit(url)
+        local = parts.hostname in ("localhost", "::1") or (parts.hostname or "").startswith("127.")
+        if parts.scheme == "http" and not local:
+            observer.on_warning(f"what is asked goes to {parts.hostname} without encryption (http)")
+        backend = cls(url, settings.endpoint_model or "", _key(settings), settings, parallel)
+        if settings.endpoint_model is None:  # else the server itself says whether it has that one
+            names = backend._models()
+            if len(names) != 1:
+                raise UsageError(
+                    f"{url} has {len(names)} models", f"--endpoint-model, one of: {', '.join(names[:8])}"
+                )
+            backend.model = names[0]
+        return backend
+
+    def close(self) -> None:
+        self._client.close()
+
+    # -- prompts -----------------------------------------------------------------------------------------------
+
+    def prompt(self, messages: Sequence[Message]) -> RemotePrompt:
+        return RemotePrompt(tuple(messages))
+
+    def fitted_prompt(
+        self, messages: Sequence[Message], max_new_tokens: int | None = None
+    ) -> tuple[RemotePrompt, int]:
+        """The server knows what fits its context: nothing is left out here."""
+        return self.prompt(messages), 0
+
+    def raw_prompt(self, text: str) -> RemotePrompt:
+        return RemotePrompt(text=text)
+
+    def refusal(self, prompt: RemotePrompt) -> str | None:
+        return None if len(prompt) else "empty prompt"
+
+    # -- answers -----------------------------------------------------------------------------------------------
+
+    def answer_batch(
+        self,
+        prompts: Sequence[RemotePrompt],
+        on_done: Callable[[int, Answer], None],
+        *,
+        numbers: Sequence[int] | None = None,
+    ) -> None:
+        """Answer prompts at the same time; the server batches them.
+
+        Raises:
+            EnvironmentFailure: the server is gone. What was answered has been handed over.
+        """
+        stop = threading.Event()
+        with ThreadPoolExecutor(max(self.parallel, 1), "endpoint") as pool:
+            futures = {
+                pool.submit(self._answer, prompt, numbers[i] if numbers else i, stop): i
+                for i, prompt in enumerate(prompts)
+            }
+            try:
+                for future in as_completed(futures):
+                    on_done(futures[future], future.result())
+            finally:
+                stop.set()
+                pool.shutdown(wait=False, cancel_futures=True)
+
+    def stream(self, prompt: RemotePrompt, *, number: int = 0) -> Iterator[str]:
+        """Answer one prompt piece by piece; the whole is in `last` afterwards. Close it to stop early.
+
+        Raises:
+            UsageError: the server refuses the request.
+            EnvironmentFailure: the server cannot be reached.
+        """
+        self.last, said = None, []
+        pieces = self.events(prompt, self.sampling, number)
+        try:
+            for piece, answer in pieces:
+                said.append(piece)
+                self.last = answer
+                yield piece
+        finally:
+            pieces.close()
+            self.last = self.last or Answer("".join(said), [], "stop", 0, len(said))
+
+    def events(
+        self, prompt: RemotePrompt, sampling: SamplingSettings, number: int = 0
+    ) -> Iterator[tuple[str, Answer | None]]:
+        """Pieces as they come; the answer comes with the last one."""
+        body = {**self.body(prompt, sampling, number), "stream": True}
+        body["stream_options"] = {"include_usage": True}
+        said, reason, usage = [], "stop", {}
+        with contextlib.closing(self._open("POST", self._path(prompt), body)) as reply:
+            for event in _events(reply):
+                if "error" in event:
+                    raise EnvironmentFailure(f"{self.url} broke off its answer", "ask again")
+                usage = event.get("usage") or usage
+                for choice in event.get("choices") or []:
+                    piece = _said(choice.get("delta") or choice)
+                    reason = choice.get("finish_reason") or reason
+                    said.append(piece)
+                    yield piece, None
+        counted = len([one for one in said if one])
+        yield "", _answer("".join(said), reason, usage, counted)
+
+    def _answer(self, prompt: RemotePrompt, number: int, stop: threading.Event) -> Answer:
+        if stop.is_set():
+            return Answer("", [], "error", 0, 0, "not asked")
+        try:
+            with contextlib.closing(
+                self._open("POST", self._path(prompt), self.body(prompt, self.sampling, number))
+            ) as reply:
+                found = _json(reply)
+        except _Refused as problem:  # this question; the others may be fine
+            return Answer("", [], "error", 0, 0, problem.message)
+        choice = (found.get("choices") or [{}])[0]
+        text = _said(choice.get("message") or choice)
+        return _answer(text, choice.get("finish_reason") or "stop", found.get("usage") or {}, 0)
+
+    # -- the wire ------------------------------------------------------------------------------------------------
+
+    def _path(self, prompt: RemotePrompt) -> str:
+        return "/chat/completions" if prompt.text is None else "/completions"
+
+    def body(self, prompt: RemotePrompt, sampling: SamplingSettings, number: int) -> dict[str, Any]:
+        """
+        Raises:
+            UsageError: a setting that OpenAI's interface has no word for.
+        """
+        if sampling.repetition_penalty != 1 or sampling.no_repeat_ngram:
+            raise UsageError(
+                "repetition_penalty and no_repeat_ngram: the server behind this one has no such setting"
+            )
+        asked = {"messages": list(prompt.messages)} if prompt.text is None else {"prompt": prompt.text}
+        body = {
+            "model": self.model,
+            **asked,
+            "max_tokens": sampling.max_new_tokens,
+            "temperature": sampling.temperature,
+            "seed": (sampling.seed + number) % 2**31,
+        }
+        if sampling.stop:
+            body["stop"] = list(sampling.stop)
+        if sampling.top_p < 1:
+            body["top_p"] = sampling.top_p
+        if sampling.top_k:
+            body["top_k"] = sampling.top_k
+        return body
+
+    def _models(self) -> list[str]:
+        with contextlib.closing(self._open("GET", "/models")) as reply:
+            found = _json(reply).get("data")
+        names = [one.get("id") for one in found] if isinstance(found, list) else []
+        return [name for name in names if isinstance(name, str)]
+
+    def _open(self, method: str, path: str, body: dict[str, Any] | None = None) -> httpx.Response:
+        """The server's answer, its content unread; waits where the server is busy.
+
+        Raises:
+            UsageError: the server refuses the request itself.
+            EnvironmentFailure: it cannot be reached, refuses the key, stays busy or fails.
+        """
+        for attempt in range(_ATTEMPTS):
+            request = self._client.build_request(method, self.url + path, json=body)
+            try:
+                reply = self._client.send(request, stream=True)
+            except httpx.HTTPError as problem:
+                raise EnvironmentFailure(
+                    f"{self.url} cannot be reached ({type(problem).__name__})", "is the server running?"
+                ) from None
+            if reply.status_code < 300:
+                return reply
+            reply.close()
+            if reply.status_code not in (429, 503) or attempt == _ATTEMPTS - 1:
+                break
+            asked = reply.headers.get("retry-after", "")
+            time.sleep(min(float(asked) if asked.isdigit() else 2.0**attempt, _LONGEST_WAIT))
+        raise _refusal(self.url, reply.status_code, path)
+
+
+def _key(settings: EndpointSettings) -> str | None:
+    """
+    Raises:
+        UsageError: the key file cannot be read.
+    """
+    if settings.endpoint_key_file is None:
+        return os.environ.get(KEY_VARIABLE) or None
+    try:
+        return settings.endpoint_key_file.read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as problem:
+        word = getattr(problem, "strerror", None) or "not text"
+        raise UsageError(
+            f"--endpoint-key-file {settings.endpoint_key_file}: {word}", "check the path"
+        ) from None
+
+
+def _refusal(url: str, status: int, path: str) -> MedgptError:
+    if status in (401, 403):
+        return EnvironmentFailure(
+            f"{url} refuses the key ({status})", f"--endpoint-key-file FILE, or the variable {KEY_VARIABLE}"
+        )
+    if status in (400, 413, 422):
+        return _Refused(
+            f"the server refuses the request ({status})",
+            "does it fit the model's context? does it take these options?",
+        )
+    if status == 404:
+        return UsageError(
+            f"{url} has no {path}, or not this model ({status})", "check the address and --endpoint-model"
+        )
+    word = "is busy" if status in (429, 503) else "failed"
+    return EnvironmentFailure(f"{url} {word} ({status})", "try again later")
+
+
+def _json(reply: httpx.Response) -> dict[str, Any]:
+    try:
+        found = json.loads(reply.read())
+    except (ValueError, RecursionError):
+        found = None
+    except httpx.HTTPError as problem:
+        raise EnvironmentFailure(f"the server broke off ({type(problem).__name__})", "ask again") from None
+    if not isinstance(found, dict):
+        raise EnvironmentFailure("the server's answer is no JSON object", "is the address that of an API?")
+    return found
+
+
+def _events(reply: httpx.Response) -> Iterator[dict[str, Any]]:
+    """The objects of server-sent events up to `[DONE]`."""
+    try:
+        for line in _lines(reply):
+            if not line.startswith(b"data:"):
+                continue
+            data = line.removeprefix(b"data:").strip()
+            if data == b"[DONE]":
+                return
+            event = json.loads(data)
+            if isinstance(event, dict):
+                yield event
+    except ValueError:
+        raise EnvironmentFailure(
+            "the server's answer is not JSON", "is the address that of an API?"
+        ) from None
+    except httpx.HTTPError as problem:
+        raise EnvironmentFailure(f"the server broke off ({type(problem).__name__})", "ask again") from None
+
+
+def _lines(reply: httpx.Response) -> Iterator[bytes]:
+    """httpx's own lines also end at characters that may stand inside a JSON text."""
+    left = b""
+    for chunk in reply.iter_bytes():
+        *whole, left = (left + chunk).split(b"\n")
+        yield from whole
+    yield left
+
+
+def _said(choice: dict[str, Any]) -> str:
+    text = choice.get("content") if "content" in choice else choice.get("text")
+    return text if isinstance(text, str) else ""
+
+
+def _answer(text: str, reason: str, usage: dict[str, Any], counted: int) -> Answer:
+    return Answer(
+        text,
+        [],
+        "length" if reason == "length" else "stop",
+        usage.get("prompt_tokens") or 0,
+        usage.get("completion_tokens") or counted,
+    )

@@ -1,0 +1,144 @@
+"""From the server's event loop to the scheduler's thread, and back as a stream of pieces."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any
+
+from medicalgpt_cli.engine.data.formats import Message
+from medicalgpt_cli.settings.fields import options_of
+from medicalgpt_cli.settings.groups import SamplingSettings
+
+if TYPE_CHECKING:
+    from medicalgpt_cli.engine.generation.decoding import Answer
+    from medicalgpt_cli.engine.generation.scheduler import Scheduler
+
+
+class Listening:
+    """An answer while it comes. Close it, and its place in the batch is free."""
+
+    def __init__(self, scheduler: Any):
+        self._scheduler, self._loop = scheduler, asyncio.get_running_loop()
+        self._events: asyncio.Queue[tuple[str, Answer | None]] = asyncio.Queue()
+        self.ticket: Any = None
+        self.dropped = 0  # messages left out of the prompt because the context was full
+        self.answer: Answer | None = None
+
+    def deliver(self, piece: str, answer: Answer | None) -> None:
+        """Called in the scheduler's thread."""
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody listens
+            self._loop.call_soon_threadsafe(self._events.put_nowait, (piece, answer))
+
+    async def pieces(self, silence: float | None = None) -> AsyncIterator[str | None]:
+        """The text as it comes, and None after each `silence` seconds without any.
+
+        What came together is given together, so that a slow reader has fewer pieces and not more memory.
+        """
+        try:
+            while self.answer is None:
+                try:
+                    text, self.answer = await asyncio.wait_for(self._events.get(), silence)
+                except TimeoutError:
+                    yield None
+                    continue
+                while self.answer is None and not self._events.empty():
+                    more, self.answer = self._events.get_nowait()
+                    text += more
+                if text:
+                    yield text
+        finally:
+            self.close()
+
+    async def whole(self) -> Answer:
+        async for _ in self.pieces():
+            pass
+        return self.answer
+
+    def close(self) -> None:
+        if self.answer is None:
+            self._scheduler.cancel(self.ticket)
+
+
+class Answers:
+    """The model for everybody in this process: one scheduler, one thread that reads prompts.
+
+    Args:
+        reader: the backend that makes prompts; its tokenizer is not the scheduler's.
+        models: the names under which the model answers, and the variant that each is. The first is the default.
+    """
+
+    def __init__(self, scheduler: Scheduler, reader: Any, settings: SamplingSettings, models: dict[str, str]):
+        self.scheduler, self.reader, self.models = scheduler, reader, models
+        self.sampling = SamplingSettings(
+            **{name: getattr(settings, name) for name in options_of(SamplingSettings)}
+        )
+        self._of_pages: dict[str, set[Listening]] = {}
+        self._readers = ThreadPoolExecutor(1, "tokenizer")  # one: tokenizers are not made for two threads
+
+    @property
+    def default_model(self) -> str:
+        return next(iter(self.models))
+
+    async def ask(
+        self,
+        asked: Sequence[Message] | str,
+        sampling: SamplingSettings,
+        *,
+        client: str,
+        model: str | None = None,
+        fit: bool = False,
+        number: int = 0,
+        page: str | None = None,
+    ) -> Listening:
+        """Put a conversation, or raw text to continue, into the queue.
+
+        Args:
+            fit: leave the oldest exchanges out where they do not fit the context, instead of refusing.
+            number: what makes the draw its own beside the seed.
+            page: the page that asks; when it is closed, `page_closed` frees the place.
+
+        Raises:
+            Busy: there is no room.
+            ValueError: the prompt fills the context.
+            UsageError: the chat template refuses the conversation.
+        """
+        loop = asyncio.get_running_loop()
+        listening = Listening(self.scheduler)
+        if isinstance(asked, str):
+            prompt = await loop.run_in_executor(self._readers, self.reader.raw_prompt, asked)
+        elif fit:
+            prompt, listening.dropped = await loop.run_in_executor(
+                self._readers, self.reader.fitted_prompt, asked, sampling.max_new_tokens
+            )
+        else:
+            prompt = await loop.run_in_executor(self._readers, self.reader.prompt, asked)
+        listening.ticket = self.scheduler.submit(
+            prompt,
+            sampling,
+            listening.deliver,
+            number=number,
+            variant=self.models[model or self.default_model],
+            client=client,
+        )
+        if page:
+            self._of_pages.setdefault(page, set()).add(listening)
+        return listening
+
+    def page_closed(self, page: str) -> None:
+        """Nobody listens to the answers of this page any more."""
+        for listening in self._of_pages.pop(page, ()):
+            listening.close()
+
+    def page_heard(self, page: str, heard: Sequence[Listening]) -> None:
+        """These answers of a page are over."""
+        left = self._of_pages.get(page, set())
+        left.difference_update(heard)
+        if not left:
+            self._of_pages.pop(page, None)
+
+    def close(self) -> None:
+        self.scheduler.close()
+        self._readers.shutdown(wait=False, cancel_futures=True)

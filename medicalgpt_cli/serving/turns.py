@@ -1,0 +1,124 @@
+"""One turn on the page: the question to one model or to two, and their answers as they come."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import json
+import time
+from collections.abc import AsyncIterator, Sequence
+from typing import Any
+
+from medicalgpt_cli.engine.data.formats import Message
+from medicalgpt_cli.errors import UsageError
+from medicalgpt_cli.serving import page_texts
+from medicalgpt_cli.serving.answers import Answers, Listening
+from medicalgpt_cli.settings.groups import SamplingSettings
+
+_DRAWN_EVERY = 0.08  # seconds between two updates of the page
+
+
+def plain(history: Sequence[Any] | None) -> list[Message]:
+    """What gradio's chatbot holds as messages; only text of the two who speak."""
+    found: list[Message] = []
+    for one in history or []:
+        role, content = one.get("role"), one.get("content")
+        if role not in ("user", "assistant"):
+            continue
+        if isinstance(content, list):
+            content = "".join(
+                part["text"]
+                for part in content
+                if isinstance(part, dict) and isinstance(part.get("text"), str)
+            )
+        found.append({"role": role, "content": content if isinstance(content, str) else ""})
+    return found
+
+
+def exact(history: Sequence[Any] | None, kept: str) -> list[Message]:
+    """The conversation word for word. gradio trims what its chatbot shows; the text kept for download is as it was."""
+    shown = plain(history)
+    try:
+        messages = [one for one in plain(json.loads(kept)["messages"]) if one["role"] != "system"]
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return shown
+    return messages if len(messages) == len(shown) else shown
+
+
+def with_system(messages: Sequence[Message], system: str | None) -> list[Message]:
+    front: list[Message] = [{"role": "system", "content": system.strip()}] if (system or "").strip() else []
+    return [*front, *messages]
+
+
+def chosen_sampling(defaults: SamplingSettings, **chosen: Any) -> SamplingSettings:
+    """The drawer's values; at temperature 0 the bounds of the draw mean nothing."""
+    if chosen["temperature"] == 0:
+        chosen |= {"top_p": 1.0, "top_k": 0}
+    return dataclasses.replace(defaults, **chosen)
+
+
+class Turn:
+    """The answers to one question. `texts` and `status` change while `progress` runs."""
+
+    def __init__(self, answers: Answers, models: Sequence[str]):
+        self.answers, self.models = answers, list(models)
+        self.texts = [""] * len(self.models)
+        self.status = ""
+
+    async def progress(
+        self, messages: Sequence[Message], sampling: SamplingSettings, client: str, page: str, number: int
+    ) -> AsyncIterator[None]:
+        """Run until all answers are there; yields when there is something new. Close it to stop."""
+        from medicalgpt_cli.engine.generation.scheduler import Busy
+
+        heard: list[Listening] = []
+        tasks: set[asyncio.Task] = set()
+        began = time.monotonic()
+        try:
+            for model in self.models:
+                heard.append(
+                    await self.answers.ask(
+                        messages, sampling, client=client, page=page, model=model, fit=True, number=number
+                    )
+                )
+            tasks = {asyncio.create_task(self._follow(place, one)) for place, one in enumerate(heard)}
+            left = tasks
+            while left:
+                before = list(self.texts)
+                _, left = await asyncio.wait(left, timeout=_DRAWN_EVERY)
+                if self.texts != before:
+                    yield
+            self.status = _told(heard, time.monotonic() - began)
+        except Busy:
+            self.status = page_texts.BUSY
+        except UsageError as problem:
+            self.status = problem.message
+        except ValueError:
+            self.status = "The question is too long. 问题过长。"
+        finally:
+            for task in tasks:
+                task.cancel()
+            for one in heard:
+                one.close()
+            self.answers.page_heard(page, heard)
+        yield
+
+    async def _follow(self, place: int, listening: Listening) -> None:
+        async for piece in listening.pieces():
+            self.texts[place] += piece or ""
+
+
+def _told(heard: Sequence[Listening], seconds: float) -> str:
+    """A line about what it took."""
+    failed = next((one.answer.error for one in heard if one.answer.error), None)
+    if failed:
+        return f"{failed[:1].upper()}{failed[1:]}."
+    tokens = sum(one.answer.completion_tokens for one in heard)
+    parts = [f"{tokens} tokens · {tokens / max(seconds, 1e-9):.1f} tokens/s"]
+    if any(one.answer.finish_reason == "length" for one in heard):
+        parts.append("cut at the limit 已达长度上限")
+    if heard[0].dropped:
+        parts.append(
+            f"the context is full: the oldest {heard[0].dropped} messages were left out 已略去最早的消息"
+        )
+    return " · ".join(parts)
