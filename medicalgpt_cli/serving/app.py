@@ -120,7 +120,7 @@ def open_model(settings: ServeSettings, observer: Observer) -> Served:
         about = f"LoRA adapter over {base}, {about}"
     scheduler = Scheduler(LocalBackend(model, tokenizer, settings), limits, variants)
     reader = LocalBackend(model, copy.deepcopy(tokenizer), settings)
-    starter = "starter" in (settings.base_model, Path(resolved.base.name).name)
+    starter = resolved.is_starter
     return Served(Answers(scheduler, reader, settings, models), resolved.label, about, starter)
 
 

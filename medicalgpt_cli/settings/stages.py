@@ -462,7 +462,7 @@ class PullSettings(OutputSettings):
 
 @dataclass(frozen=True, kw_only=True)
 class QuickstartSettings(OutputSettings):
-    """The whole pipeline on the starter model and its sample records: five minutes on two cores."""
+    """The whole pipeline on the starter model and its sample records: three minutes on two cores."""
 
     panel: ClassVar[str] = "Run"
 
