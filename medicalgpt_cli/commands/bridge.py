@@ -145,20 +145,12 @@ def read_recipe(path: Path, settings_class: type[Settings]) -> Mapping[str, Any]
     Raises:
         UsageError: the file is missing, is not YAML, or has a key that this command does not know.
     """
-    import yaml
+    from medicalgpt_cli.engine.pipeline.recipe import read_yaml
 
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as problem:
-        raise UsageError(f"--recipe {path}: {problem.strerror}", "name a YAML file") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as problem:
-        mark = getattr(problem, "problem_mark", None)
-        at = f"{path}:{mark.line + 1}" if mark else str(path)
-        raise UsageError(
-            f"{at}: not valid YAML", "a recipe is lines of the form `learning-rate: 1e-4`"
-        ) from None
+    shape = "a recipe is lines of the form `learning-rate: 1e-4`"
+    content = read_yaml(path, shape)
     if not isinstance(content, dict):
-        raise UsageError(f"{path}: not a recipe", "a recipe is lines of the form `learning-rate: 1e-4`")
+        raise UsageError(f"{path}: not a recipe", shape)
     return recipe_values(content, settings_class, str(path))
 
 

@@ -207,19 +207,9 @@ class _Page:
         stopped = [self.box, self.kept, self.status]
         halt = self.box.stop(None, None, None, cancels=running, api_visibility="private")
         halt.then(self._stopped, [self.chat, self.controls[0]], stopped, **quiet)
-        emptied = [
-            self.box,
-            self.chat,
-            self.other,
-            self.alert,
-            self.status,
-            self.kept,
-            self.tries,
-            self.votes,
-        ]
         for event in (clear.click, self.chat.clear):
             halt = event(None, None, None, cancels=running, api_visibility="private")
-            halt.then(self._cleared, None, emptied, **quiet)
+            halt.then(self._cleared, None, outputs, **quiet)
         self.compare.change(
             lambda on: (gr.update(visible=on), gr.update(visible=False)),
             self.compare,

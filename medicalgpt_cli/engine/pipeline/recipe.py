@@ -69,20 +69,29 @@ class Pipeline:
     output_dir: Path | None
 
 
+def read_yaml(path: Path, shape: str) -> Any:
+    """The content of a recipe's file; `shape` is the hint where it is none.
+
+    Raises:
+        UsageError: the file is missing or is not YAML.
+    """
+    import yaml
+
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as problem:
+        raise UsageError(f"--recipe {path}: {problem.strerror}", "name a YAML file") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as problem:
+        mark = getattr(problem, "problem_mark", None)
+        raise UsageError(f"{path}{f':{mark.line + 1}' if mark else ''}: not valid YAML", shape) from None
+
+
 def read_pipeline(path: Path) -> Pipeline:
     """
     Raises:
         UsageError: no file, no YAML, an unknown key or command, or a reference to no earlier step.
     """
-    import yaml
-
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as problem:
-        raise UsageError(f"--recipe {path}: {problem.strerror}", "name a YAML file") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as problem:
-        mark = getattr(problem, "problem_mark", None)
-        raise UsageError(f"{path}{f':{mark.line + 1}' if mark else ''}: not valid YAML", _SHAPE) from None
+    content = read_yaml(path, _SHAPE)
     if not isinstance(content, dict) or not isinstance(content.get("steps"), dict) or not content["steps"]:
         raise UsageError(f"{path}: no steps", _SHAPE)
     for key in content.keys() - {"steps", "output-dir"}:
