@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+import queue
 
 import pytest
 
 from medicalgpt_cli.engine.generation.conversation import Conversation
 from medicalgpt_cli.engine.generation.endpoint import KEY_VARIABLE, EndpointBackend
+from medicalgpt_cli.engine.generation.endpoint_scheduler import EndpointScheduler
 from medicalgpt_cli.engine.generation.infer import run_infer
+from medicalgpt_cli.engine.generation.scheduler import Limits
 from medicalgpt_cli.engine.observer import Observer
 from medicalgpt_cli.errors import EnvironmentFailure, UsageError
+from medicalgpt_cli.settings.groups import SamplingSettings
 from medicalgpt_cli.settings.stages import ChatSettings, InferSettings, ServeSettings
 from tests.serving.running import free_port, running
 from tests.serving.test_api import QUESTIONS, asked
@@ -80,6 +84,16 @@ def test_serve_demo_in_front_of_another_server(server, folder):
             assert "[DONE]" in streamed
             refused = client.post("/v1/chat/completions", json={**body, "repetition_penalty": 2.0})
             assert refused.status_code == 400
+
+
+def test_time_counts_while_a_request_waits(server):
+    backend = EndpointBackend.open(ChatSettings(endpoint=server.url), Observer())
+    running = EndpointScheduler(backend, Limits(seconds=0))
+    over: queue.Queue = queue.Queue()
+    prompt = backend.prompt(asked("Why?"))
+    running.submit(prompt, SamplingSettings(max_new_tokens=3), lambda piece, answer: over.put(answer))
+    assert "time limit" in over.get(timeout=30).error
+    running.close()
 
 
 def test_keys(folder, tmp_path, monkeypatch):

@@ -86,7 +86,9 @@ class EndpointScheduler:
         answer: Answer | None = None
         said: list[str] = []
         try:
-            if not ticket.cancelled:
+            if time.monotonic() > ticket.deadline:
+                answer = Answer("", [], "error", 0, 0, "no answer within the time limit")
+            elif not ticket.cancelled:
                 answer = self._listen(ticket, self.backend.events(prompt, sampling, number), said)
         except MedgptError as problem:
             answer = Answer("", [], "error", 0, 0, problem.message)
