@@ -8,17 +8,35 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tests import forked
+
 ROOT = Path(__file__).parents[1]
 
 
 def medgpt(
-    *arguments: object, env: dict[str, str] | None = None, **options
+    *arguments: object,
+    env: dict[str, str] | None = None,
+    cwd: Path | None = None,
+    input: str | None = None,
+    timeout: float = 300,
+    fresh: bool = False,
 ) -> subprocess.CompletedProcess[str]:
-    """Run `medgpt …` offline and give its exit code, stdout and stderr."""
-    options.setdefault("timeout", 300)
-    return subprocess.run(
-        command(*arguments), env=environment(env), capture_output=True, text=True, **options
-    )
+    """Run `medgpt …` offline and give its exit code, stdout and stderr.
+
+    `fresh`: from the very start of the interpreter; else libraries are imported already (tests/forked.py).
+    A variable that is not medgpt's own may be read by a library as it is imported, and needs a fresh one.
+    """
+    if fresh or any(not name.startswith("MEDGPT_") and name != "COLUMNS" for name in env or {}):
+        return subprocess.run(
+            command(*arguments),
+            env=environment(env),
+            cwd=cwd,
+            input=input,
+            timeout=timeout,
+            capture_output=True,
+            text=True,
+        )
+    return forked.run([str(one) for one in arguments], environment(env), cwd, input, timeout)
 
 
 def start(*arguments: object, env: dict[str, str] | None = None, **options) -> subprocess.Popen[str]:
