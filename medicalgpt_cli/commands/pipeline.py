@@ -43,5 +43,6 @@ def prepare(command: str, values: Mapping[str, Any]) -> Callable[[Observer], Any
     from medicalgpt_cli.commands.catalogue import COMMANDS
 
     known = next(one for one in COMMANDS if one.name == command)
-    settings = settings_from(command, known.settings, values, command)
+    # With --json a command prints nothing of its own: the result of a step is part of the pipeline's.
+    settings = settings_from(command, known.settings, {**values, "json": True}, command)
     return lambda observer: importlib.import_module(known.module).run(settings, observer)

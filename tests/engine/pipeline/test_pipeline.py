@@ -58,8 +58,9 @@ def run(path: Path) -> dict:
     return run_pipeline(read_pipeline(path), Path("out"), "medgpt pipeline …", Observer(), show=False)
 
 
-def test_steps_build_on_each_other_and_what_is_done_is_not_done_again(place: Path) -> None:
+def test_steps_build_on_each_other_and_what_is_done_is_not_done_again(place: Path, capsys) -> None:
     first = run(written(place))
+    assert capsys.readouterr().out == ""  # a step prints no result: with --json there is one object
     assert (first["done"], first["unchanged"]) == (5, 0)
     parents = json.loads((place / "out/sft/run.json").read_text())["parents"]
     assert parents["adapter"]["name"] == "out/pretrain"

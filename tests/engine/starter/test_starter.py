@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from transformers import AutoTokenizer
 from medicalgpt_cli.engine import starter
 from medicalgpt_cli.engine.model.references import resolve, resolve_models
 from medicalgpt_cli.settings.groups import ModelSettings
-from tests.cli import medgpt
+from tests.cli import medgpt, start
 from tests.tiny import write_jsonl
 
 DATA = Path(__file__).parents[2] / "data"
@@ -105,3 +106,14 @@ def test_quickstart_moves_every_figure_the_right_way(tmp_path: Path) -> None:
         assert one["better"] is not False, one
     again = json.loads(medgpt("quickstart", "--output-dir", "out", "--json", cwd=tmp_path).stdout)
     assert again["done"] == 0 and again["figures"] == result["figures"]
+
+    killed = start("quickstart", "--output-dir", "killed", cwd=tmp_path)
+    log = tmp_path / "killed" / "reward" / "metrics.jsonl"
+    while not (log.is_file() and len(log.read_text().splitlines()) > 25):
+        assert killed.poll() is None, killed.communicate()[1]
+        time.sleep(0.1)
+    killed.kill()
+    killed.communicate()
+    rest = medgpt("quickstart", "--output-dir", "killed", "--json", cwd=tmp_path, timeout=1800)
+    assert rest.returncode == 0, rest.stderr
+    assert json.loads(rest.stdout)["figures"] == result["figures"]
