@@ -77,6 +77,28 @@ class DeviceSettings(Settings):
         """The devices of `--gpus`, empty where it was not given."""
         return tuple(int(part) for part in self.gpus.split(",")) if self.gpus else ()
 
+    @property
+    def quantization(self) -> str | None:
+        """In which way the base's weights are quantised as they are loaded: "8bit", "4bit" or not at all."""
+        return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantizationSettings(DeviceSettings):
+    panel: ClassVar[str] = "Device"
+
+    load_in_8bit: bool = opt(False, "Hold the base's weights in 8 bits (LLM.int8()).")
+    load_in_4bit: bool = opt(False, "Hold the base's weights in 4 bits (nf4, double quantisation).")
+
+    def check(self) -> None:
+        super().check()
+        if self.load_in_8bit and self.load_in_4bit:
+            raise UsageError("--load-in-8bit and --load-in-4bit contradict each other", "give one of them")
+
+    @property
+    def quantization(self) -> str | None:
+        return "8bit" if self.load_in_8bit else "4bit" if self.load_in_4bit else None
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSettings(DeviceSettings):
@@ -222,6 +244,11 @@ class OptimSettings(Settings):
         "cosine", "Course of the learning rate after warm-up.", choices=("cosine", "linear", "constant")
     )
     warmup_ratio: float = opt(0.03, "Share of the updates in which the learning rate rises.", min=0, max=1)
+    optimizer: str = opt(
+        "adamw",
+        "AdamW with its moments in 32 bits, in 8 bits, or paged out to the host where a GPU's memory is full.",
+        choices=("adamw", "adamw-8bit", "paged-adamw", "paged-adamw-8bit"),
+    )
     weight_decay: float = opt(0.0, "AdamW's weight decay.", min=0)
     max_grad_norm: float = opt(1.0, "Clip the gradient's norm to this.", above=0)
     neftune_alpha: float | None = opt(None, "Noise on the embeddings (NEFTune); 5 is usual.", above=0)
@@ -290,7 +317,7 @@ class SamplingSettings(Settings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class EndpointSettings(SamplingSettings, ModelSettings):
+class EndpointSettings(SamplingSettings, QuantizationSettings, ModelSettings):
     """A model of one's own, or one behind a server."""
 
     panel: ClassVar[str] = "Endpoint"
@@ -316,7 +343,8 @@ class EndpointSettings(SamplingSettings, ModelSettings):
             raise UsageError(
                 f"--endpoint {self.endpoint}: not an address", "for example http://127.0.0.1:8000/v1"
             )
-        own = {*ModelSettings.__annotations__, *DeviceSettings.__annotations__} & options_of(self).keys()
+        groups = (ModelSettings, DeviceSettings, QuantizationSettings)
+        own = {name for group in groups for name in group.__annotations__} & options_of(self).keys()
         for name in sorted(own | {"repetition_penalty", "no_repeat_ngram", "max_context"}):
             if self.chosen(name):
                 raise UsageError(

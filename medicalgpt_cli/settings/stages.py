@@ -13,19 +13,21 @@ from medicalgpt_cli.settings.groups import (
     AdapterSettings,
     CorpusSettings,
     DataSettings,
-    DeviceSettings,
     EndpointSettings,
     ExampleSettings,
     ModelSettings,
     OptimSettings,
     OutputSettings,
+    QuantizationSettings,
     RewardModelSettings,
     RunSettings,
 )
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainSettings(RunSettings, OptimSettings, AdapterSettings, DataSettings, ModelSettings):
+class TrainSettings(
+    RunSettings, OptimSettings, AdapterSettings, DataSettings, QuantizationSettings, ModelSettings
+):
     """What all training commands share."""
 
     def check(self) -> None:
@@ -33,6 +35,11 @@ class TrainSettings(RunSettings, OptimSettings, AdapterSettings, DataSettings, M
         if len(self.gpu_numbers) > 1:
             raise UsageError(
                 f"--gpus {self.gpus}: this version trains on one GPU", "name one; inference takes several"
+            )
+        if self.quantization and self.tuning == "full":
+            raise UsageError(
+                f"--load-in-{self.quantization}: weights of so few bits cannot be trained themselves",
+                "leave out --tuning full: an adapter over them learns (QLoRA)",
             )
         if self.early_stopping is not None and not self.eval_data and self.eval_fraction == 0:
             raise UsageError(
@@ -269,7 +276,7 @@ def _is_number(text: str) -> bool:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ScoreSettings(OutputSettings, RewardModelSettings, DeviceSettings):
+class ScoreSettings(OutputSettings, RewardModelSettings, QuantizationSettings):
     """Score answers with a reward model."""
 
     panel: ClassVar[str] = "Scores"

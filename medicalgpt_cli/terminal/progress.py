@@ -270,7 +270,12 @@ def start_lines(plan: Mapping[str, Any]) -> list[str]:
     if plan.get("trainable") is not None:
         of = f" of {quantity(plan['parameters'])}" if plan.get("parameters") else ""
         parts.append(f"{quantity(plan['trainable'])}{of} parameters learn")
-    for name, text in (("steps", "{:,} steps"), ("device", "{}"), ("dtype", "{}")):
+    for name, text in (
+        ("steps", "{:,} steps"),
+        ("device", "{}"),
+        ("dtype", "{}"),
+        ("quantization", "base in {}"),
+    ):
         if plan.get(name) is not None:
             parts.append(text.format(plan[name]))
     lines = [" · ".join(parts)] if parts else []

@@ -59,7 +59,7 @@ def score(settings: ScoreSettings, observer: Observer) -> dict[str, Any]:
             f"{settings.data_file}: no answer fits --max-length {settings.max_length}", "raise it"
         )
     device = choose_device(settings)
-    model = load_reward_model(resolved, choose_dtype(settings, device), device)
+    model = load_reward_model(resolved, choose_dtype(settings, device), device, settings.quantization)
     apart = attention.is_exact(model)
     options = {"batch_size": settings.batch_size, "observer": observer}
     report: dict[str, Any] = {"reward_model": resolved.label, "rows": len(lines), "data": counts.as_dict()}

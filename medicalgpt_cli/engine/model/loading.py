@@ -13,6 +13,11 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from medicalgpt_cli.engine import starter
+from medicalgpt_cli.engine.model.quantization import (
+    check_quantization,
+    keep_differentiable,
+    quantization_config,
+)
 from medicalgpt_cli.engine.model.references import ModelReference, ResolvedModel
 from medicalgpt_cli.engine.model.tokenizer import apply_template, check_fingerprint
 from medicalgpt_cli.engine.observer import Observer
@@ -155,13 +160,16 @@ def load_model(
     observer = observer or Observer()
     device = choose_device(model)
     dtype = choose_dtype(model, device)
+    check_quantization(resolved.base, model.quantization)
     task = "loading weights"
     observer.on_task_start(task, None, "")
     try:
         if resolved.base.kind == "config":
             loaded = _to_device(_new_model(resolved, dtype), device)
         else:
-            loaded = load_base(resolved.base, dtype, device, len(model.gpu_numbers))
+            loaded = load_base(
+                resolved.base, dtype, device, len(model.gpu_numbers), quantization=model.quantization
+            )
         if resolved.adapter is not None:
             recorded = resolved.adapter.base
             if recorded is not None and recorded.path != resolved.base.path:
@@ -185,12 +193,15 @@ def load_base(
     *,
     kind: Any = AutoModelForCausalLM,
     may_lack: Collection[str] = (),
+    quantization: str | None = None,
+    kept: tuple[str, ...] = (),
 ) -> Any:
     """The weights of a base model on `device`, or its layers spread over the first `gpus` GPUs.
 
     Args:
         kind: the library's class; a reward model is an AutoModelForSequenceClassification.
         may_lack: weights that the files need not have.
+        quantization: "8bit" or "4bit"; the layers that are `kept`, and the output head, are not.
     """
     options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": False}
     source = base.path
@@ -201,6 +212,9 @@ def load_base(
         options |= {"gguf_file": Path(base.path).name, "quantization_config": GgufConfig(dequantize=True)}
     else:
         options["use_safetensors"] = True
+    if quantization:
+        options |= {"quantization_config": quantization_config(quantization, dtype, kept)}
+        options |= {"device_map": {"": device}}
     if gpus > 1:
         free = {number: torch.cuda.mem_get_info(number)[0] for number in range(gpus)}
         options |= {"device_map": "balanced", "max_memory": free}
@@ -212,7 +226,9 @@ def load_base(
             options["num_labels"] = 1
         loaded, found = kind.from_pretrained(source, output_loading_info=True, **options)
     _must_be_complete(base.name, set(found["missing_keys"]) - set(may_lack))
-    return loaded if gpus > 1 else _to_device(loaded, device)
+    if quantization:
+        keep_differentiable(loaded)
+    return loaded if gpus > 1 or quantization else _to_device(loaded, device)
 
 
 def _new_model(resolved: ResolvedModel, dtype: torch.dtype) -> Any:

@@ -20,6 +20,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 
 from medicalgpt_cli.engine.model.adapters import target_layers
 from medicalgpt_cli.engine.model.loading import choose_device, choose_dtype, load_base
+from medicalgpt_cli.engine.model.quantization import check_quantization
 from medicalgpt_cli.engine.model.references import ModelReference, ResolvedModel
 from medicalgpt_cli.engine.observer import Observer
 from medicalgpt_cli.errors import UsageError
@@ -38,7 +39,8 @@ def new_reward_model(settings: RewardSettings, resolved: ResolvedModel, observer
     A head that was trained before is kept.
     """
     full, device = settings.tuning == "full", choose_device(settings)
-    model = _with_head(resolved.base, torch.float32 if full else choose_dtype(settings, device), device)
+    dtype = torch.float32 if full else choose_dtype(settings, device)
+    model = _with_head(resolved.base, dtype, device, quantization=settings.quantization)
     set_seed(settings.seed)
     if not _scores(model.config.architectures):
         _new_head(model)
@@ -54,14 +56,17 @@ def new_reward_model(settings: RewardSettings, resolved: ResolvedModel, observer
     return wrapped
 
 
-def load_reward_model(resolved: ResolvedModel, dtype: torch.dtype, device: torch.device) -> Any:
+def load_reward_model(
+    resolved: ResolvedModel, dtype: torch.dtype, device: torch.device, quantization: str | None = None
+) -> Any:
     """A trained reward model, in evaluation mode; its forward takes `ends` (`score_at_ends`).
 
     Raises:
         UsageError: it has no head, none that was trained, or its adapter does not fit its base.
     """
     check_head(resolved.adapter or resolved.base)
-    model = _with_head(resolved.base, dtype, device, complete=resolved.adapter is None)
+    complete = resolved.adapter is None
+    model = _with_head(resolved.base, dtype, device, complete=complete, quantization=quantization)
     if resolved.adapter is not None:
         model = _attached(model, resolved.adapter)
     return model.eval().requires_grad_(False)
@@ -172,18 +177,28 @@ def score_at_ends(
     return SequenceClassifierOutput(logits=scores.squeeze(-1).float())
 
 
-def _with_head(base: ModelReference, dtype: torch.dtype, device: torch.device, complete: bool = False) -> Any:
+def _with_head(
+    base: ModelReference,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    complete: bool = False,
+    quantization: str | None = None,
+) -> Any:
     """A base with a scalar head in fp32, random where the files have none, and `score_at_ends` for its forward.
 
     Raises:
         UsageError: its architecture has no such head, or it is to be `complete` and the files lack it.
     """
+    check_quantization(base, quantization)
     model = load_base(
         base,
         dtype,
         device,
         kind=AutoModelForSequenceClassification,
         may_lack=() if complete else (f"{HEAD}.weight",),
+        quantization=quantization,
+        kept=(HEAD,),
     )
     if not isinstance(getattr(model, HEAD, None), torch.nn.Linear):
         raise UsageError(

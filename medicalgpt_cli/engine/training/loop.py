@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 from transformers import PreTrainedTokenizerBase, set_seed
 
 from medicalgpt_cli.engine.model.loading import choose_device, choose_dtype, load_tokenizer
+from medicalgpt_cli.engine.model.quantization import count_parameters
 from medicalgpt_cli.engine.model.references import ResolvedModel, resolve_models
 from medicalgpt_cli.engine.model.tokenizer import fingerprint
 from medicalgpt_cli.engine.observer import Observer
@@ -260,7 +261,8 @@ def _start_event(
         "steps": stage.schedule.updates,
         "from_step": checkpoints.step_of(checkpoint) if checkpoint else 0,
         "trainable": sum(weight.numel() for weight in model.parameters() if weight.requires_grad),
-        "parameters": sum(weight.numel() for weight in model.parameters()),
+        "parameters": count_parameters(model),
+        "quantization": stage.settings.quantization,
         "device": str(trainer.args.device),
         "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
         "before": before,

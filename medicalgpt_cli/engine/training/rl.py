@@ -145,7 +145,8 @@ class RlStage(Stage):
 
     def _separate_scorer(self, observer: Observer) -> Any:
         device = choose_device(self.settings)
-        model = load_reward_model(self.reward_resolved, choose_dtype(self.settings, device), device)
+        dtype = choose_dtype(self.settings, device)
+        model = load_reward_model(self.reward_resolved, dtype, device, self.settings.quantization)
         return separate_scorer(
             model, attention.is_exact(model), self.reward_tokenizer.pad_token_id, self.settings.minibatch_size
         )

@@ -11,10 +11,17 @@ import torch
 from transformers import TrainingArguments
 
 from medicalgpt_cli.engine.model.loading import choose_device
-from medicalgpt_cli.errors import EnvironmentFailure
+from medicalgpt_cli.errors import EnvironmentFailure, UsageError
 from medicalgpt_cli.settings.groups import AdapterSettings, OptimSettings
 from medicalgpt_cli.settings.stages import PretrainSettings, RlSettings, TrainSettings
 
+# Our name to the library's.
+_OPTIMIZERS = {
+    "adamw": "adamw_torch",
+    "adamw-8bit": "adamw_bnb_8bit",
+    "paged-adamw": "paged_adamw_32bit",
+    "paged-adamw-8bit": "paged_adamw_8bit",
+}
 DEFAULT_LEARNING_RATE = {"lora": 2e-4, "full": 2e-5, "new": 1e-3, "rl": 5e-5}
 
 
@@ -42,9 +49,14 @@ def check_surroundings(settings: TrainSettings) -> None:
     """See that devices and trackers are there, before anything is read.
 
     Raises:
-        EnvironmentFailure: one of them is not.
+        EnvironmentFailure: one of them is not. UsageError: the device cannot do what was asked for.
     """
-    choose_device(settings)
+    device = choose_device(settings)
+    if settings.optimizer.startswith("paged") and device.type == "cpu":
+        raise UsageError(
+            f"--optimizer {settings.optimizer} needs a GPU, whose memory it pages out of",
+            "take --optimizer adamw-8bit, or leave it out",
+        )
     for tracker in settings.report_to:
         if importlib.util.find_spec(tracker) is None:
             raise EnvironmentFailure(
@@ -90,7 +102,7 @@ def training_arguments(
         weight_decay=settings.weight_decay,
         max_grad_norm=settings.max_grad_norm,
         neftune_noise_alpha=settings.neftune_alpha,
-        optim="adamw_torch",
+        optim=_OPTIMIZERS[settings.optimizer],
         bf16=cuda and dtype == torch.bfloat16,
         fp16=cuda and dtype == torch.float16,
         gradient_checkpointing=settings.gradient_checkpointing,
