@@ -71,16 +71,24 @@ for _command in COMMANDS:
 
 def _run(command: Command, settings: OutputSettings) -> None:
     """Run a subcommand: settings in, a result (a plain dict) out."""
+    from contextlib import nullcontext
+
+    from medicalgpt_cli.engine.observer import Observer
+    from medicalgpt_cli.engine.run import processes
     from medicalgpt_cli.engine.run.devices import show_only
     from medicalgpt_cli.engine.run.quiet import quieten
     from medicalgpt_cli.terminal.console import TerminalObserver
 
     quieten()
+    first = processes.rank() == 0
+    trains = isinstance(settings, TrainSettings)
+    if trains and not settings.dry_run and settings.wanted_processes > 1 and processes.size() == 1:
+        raise typer.Exit(processes.supervise(sys.argv[1:], settings.wanted_processes))
     if isinstance(settings, DeviceSettings):
-        show_only(settings.gpu_numbers, single=isinstance(settings, TrainSettings))
-    with TerminalObserver(quiet=settings.json) as observer:
+        show_only(settings.gpu_numbers, single=trains and processes.size() == 1)
+    with TerminalObserver(quiet=settings.json) if first else nullcontext(Observer()) as observer:
         result = importlib.import_module(command.module).run(settings, observer)
-    if settings.json and result is not None:
+    if settings.json and result is not None and first:
         typer.echo(json.dumps(result, ensure_ascii=False, default=str))
     if result and result.get("exit_code"):
         raise typer.Exit(result["exit_code"])

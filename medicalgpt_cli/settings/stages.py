@@ -30,11 +30,22 @@ class TrainSettings(
 ):
     """What all training commands share."""
 
+    processes: int | None = opt(
+        None,
+        "Train in this many processes, each with --batch-size examples a step; one for each of --gpus.",
+        min=1,
+    )
+
+    @property
+    def wanted_processes(self) -> int:
+        return self.processes or max(len(self.gpu_numbers), 1)
+
     def check(self) -> None:
         super().check()
-        if len(self.gpu_numbers) > 1:
+        if self.processes and self.gpus and self.processes != len(self.gpu_numbers):
             raise UsageError(
-                f"--gpus {self.gpus}: this version trains on one GPU", "name one; inference takes several"
+                f"--processes {self.processes} and --gpus {self.gpus} contradict each other",
+                "a process takes one GPU: leave one of them out",
             )
         if self.quantization and self.tuning == "full":
             raise UsageError(

@@ -273,6 +273,7 @@ def start_lines(plan: Mapping[str, Any]) -> list[str]:
     for name, text in (
         ("steps", "{:,} steps"),
         ("device", "{}"),
+        ("processes", "{} processes"),
         ("dtype", "{}"),
         ("quantization", "base in {}"),
     ):

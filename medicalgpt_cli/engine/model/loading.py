@@ -21,6 +21,7 @@ from medicalgpt_cli.engine.model.quantization import (
 from medicalgpt_cli.engine.model.references import ModelReference, ResolvedModel
 from medicalgpt_cli.engine.model.tokenizer import apply_template, check_fingerprint
 from medicalgpt_cli.engine.observer import Observer
+from medicalgpt_cli.engine.run import processes
 from medicalgpt_cli.errors import EnvironmentFailure, UnsafeRefused, UsageError
 from medicalgpt_cli.settings.groups import DeviceSettings, ModelSettings
 
@@ -29,7 +30,9 @@ _SMALLER = "--dtype bf16, or --use-cpu"
 
 
 def choose_device(device: DeviceSettings) -> torch.device:
-    """The first device that a command uses. Only the devices of `--gpus` are visible (run/devices.py).
+    """The first device that a command, or this process of it, uses.
+
+    Only the devices of `--gpus` are visible (run/devices.py).
 
     Raises:
         EnvironmentFailure: `--gpus` names a device that is not there.
@@ -40,7 +43,14 @@ def choose_device(device: DeviceSettings) -> torch.device:
             f"--gpus {device.gpus}: {present} of these {len(device.gpu_numbers)} GPUs are there",
             "--use-cpu runs without a GPU; `medgpt env` shows what is visible",
         )
-    return torch.device("cuda", 0) if present else torch.device("cpu")
+    if not present:
+        return torch.device("cpu")
+    if processes.local_rank() >= present:
+        raise EnvironmentFailure(
+            f"process {processes.local_rank() + 1} of this machine has no GPU: {present} are visible",
+            "fewer --processes, or --use-cpu",
+        )
+    return torch.device("cuda", processes.local_rank())
 
 
 def choose_dtype(device: DeviceSettings, torch_device: torch.device) -> torch.dtype:

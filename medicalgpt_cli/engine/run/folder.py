@@ -180,6 +180,16 @@ class RunFolder:
         self._lock = lock
 
 
+class Onlooker(RunFolder):
+    """The folder of a run of several processes, for those that do not write."""
+
+    def update(self, **_: Any) -> None:
+        return
+
+    def finish(self, status: str, result: Mapping[str, Any] | None = None) -> None:
+        return
+
+
 def recipe_text(stage: str, settings: Any) -> str:
     """The settings as YAML that `medgpt <stage> --recipe` reads; those that are off are comments."""
     import yaml

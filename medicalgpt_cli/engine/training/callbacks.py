@@ -12,7 +12,8 @@ from typing import Any
 from transformers import TrainerCallback
 
 from medicalgpt_cli.engine.observer import Observer
-from medicalgpt_cli.engine.run import metrics
+from medicalgpt_cli.engine.run import metrics, processes
+from medicalgpt_cli.engine.training import together
 
 STOP_SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")
 
@@ -41,6 +42,8 @@ class Reporting(TrainerCallback):
 
     def on_log(self, args, state, control, logs=None, **_):
         values = {name: value for name, value in (logs or {}).items() if isinstance(value, (int, float))}
+        if not state.is_world_process_zero:
+            return
         if any(name.startswith("eval_") for name in values):
             values = {name: value for name, value in values.items() if name.startswith("eval_")}
             metrics.append(self.metrics_file, {"step": state.global_step, **values})
@@ -63,7 +66,8 @@ class Reporting(TrainerCallback):
             self.observer.on_metrics(state.global_step, values)
 
     def on_published(self, step: int, folder: Path) -> None:
-        self.observer.on_checkpoint(step, str(folder))
+        if processes.rank() == 0:
+            self.observer.on_checkpoint(step, str(folder))
 
 
 class StopOnSignal(TrainerCallback):
@@ -99,7 +103,7 @@ class StopOnSignal(TrainerCallback):
         return signal.Signals(self.received).name if self.received else ""
 
     def on_step_end(self, args, state, control, **_):
-        if self.received is not None:
+        if together.largest(self.received or 0, args.device):  # all stop after the same update
             control.should_training_stop = True
             control.should_save = True
             control.should_evaluate = False  # whoever stops a run wants it to stop

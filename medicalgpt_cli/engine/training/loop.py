@@ -17,19 +17,21 @@ from medicalgpt_cli.engine.model.quantization import count_parameters
 from medicalgpt_cli.engine.model.references import ResolvedModel, resolve_models
 from medicalgpt_cli.engine.model.tokenizer import fingerprint
 from medicalgpt_cli.engine.observer import Observer
-from medicalgpt_cli.engine.run import checkpoints, metrics
+from medicalgpt_cli.engine.run import checkpoints, metrics, processes
 from medicalgpt_cli.engine.run.allocation import keep_freed_memory
-from medicalgpt_cli.engine.run.folder import RunFolder
+from medicalgpt_cli.engine.run.folder import Onlooker, RunFolder
 from medicalgpt_cli.engine.run.manifest import read as read_manifest
 from medicalgpt_cli.engine.run.manifest import resumed_settings
 from medicalgpt_cli.engine.run.report import write_report
-from medicalgpt_cli.engine.training import attention
+from medicalgpt_cli.engine.training import attention, together
 from medicalgpt_cli.engine.training.callbacks import EarlyStopping, Reporting, StopOnSignal
 from medicalgpt_cli.engine.training.trainer import MedgptTrainer
 from medicalgpt_cli.engine.training.trainer_args import (
     Schedule,
+    check_processes,
     check_surroundings,
     learning_rate,
+    same_global_batch,
     schedule,
     training_arguments,
 )
@@ -55,8 +57,11 @@ class Stage(ABC):
         Raises:
             UsageError, DataError: settings or data are wrong. EnvironmentFailure: a device is not there.
         """
+        check_processes(settings)
         if settings.resume:
-            settings = resumed_settings(read_manifest(settings.resume), settings, settings.resume)
+            before = read_manifest(settings.resume)
+            settings = resumed_settings(before, settings, settings.resume)
+            settings = same_global_batch(settings, before.get("processes", 1))
         check_surroundings(settings)
         self.settings = self.complete(settings)
         self.resolved: ResolvedModel = self.resolve()
@@ -64,7 +69,7 @@ class Stage(ABC):
             self.settings, self.resolved, observer, plain_template=self.chats
         )
         self.data = self.load_data(observer)
-        self.schedule: Schedule = schedule(self.settings, self.examples)
+        self.schedule: Schedule = schedule(self.settings, self.examples, processes.size())
         observer.on_data(self.data.report)
 
     # -- what differs between stages -----------------------------------------------------------------------
@@ -146,14 +151,17 @@ def run(stage: Stage, observer: Observer) -> dict[str, Any]:
         TrainingFailed: the loss is not a number.
         Stopped: a signal came; a checkpoint was saved and the hint says how to go on.
     """
-    if choose_device(stage.settings).type == "cpu":
+    device = choose_device(stage.settings)
+    if device.type == "cpu":
         keep_freed_memory()
+    together.join(device)
     with _open_folder(stage) as folder:
         try:
             return _train_in(folder, stage, observer)
         except Stopped as stopped:
             folder.finish("stopped")
-            write_report(folder)
+            if processes.rank() == 0:
+                write_report(folder)
             raise Stopped(
                 stopped.message, _how_to_go_on(folder, stage), exit_code=stopped.exit_code
             ) from None
@@ -172,12 +180,24 @@ def _how_to_go_on(folder: RunFolder, stage: Stage) -> str:
 
 
 def _open_folder(stage: Stage) -> RunFolder:
+    """The run folder; the first process makes it, the others look on."""
+    folder = _make_folder(stage) if processes.rank() == 0 else None
+    path = together.from_first(folder.path if folder else None)
+    return folder or Onlooker(path)
+
+
+def _make_folder(stage: Stage) -> RunFolder:
     """A new run folder, or the interrupted one of `--resume` if its data is the same as then."""
     settings, data = stage.settings, stage.data
     now = {**data.fingerprints, "tokenizer": fingerprint(stage.tokenizer)}
     if settings.resume is None:
         folder = RunFolder.create(stage.name, stage.resolved.label, settings)
-        folder.update(data=data.report, fingerprints=now, parents=stage.resolved.parents())
+        folder.update(
+            data=data.report,
+            fingerprints=now,
+            parents=stage.resolved.parents(),
+            processes=processes.size(),
+        )
         return folder
     before = read_manifest(settings.resume).get("fingerprints", {})
     changed = [name for name in now if before.get(name) != now[name]]
@@ -194,16 +214,18 @@ def _train_in(folder: RunFolder, stage: Stage, observer: Observer) -> dict[str, 
     set_seed(settings.seed)
     model = stage.load(observer)
     stage.padding_free = stage.keeps_apart(model, observer)
-    before = folder.read().get("before")  # a resumed run measured it when it began
+    before = together.from_first(folder.read().get("before"))  # a resumed run measured it when it began
     if before is None:
         before = stage.measure(model, observer)
         folder.update(before=before)
     with StopOnSignal().listening() as stop:
         trainer = _trainer(stage, model, folder, stop, observer)
-        checkpoint = _checkpoint_to_go_on_from(folder, observer)
+        first = processes.rank() == 0
+        checkpoint = together.from_first(_checkpoint_to_go_on_from(folder, observer) if first else None)
         observer.on_train_start(_start_event(folder, stage, model, trainer, checkpoint, before["metrics"]))
         began = time.monotonic()
-        set_seed(settings.seed)  # measuring must not have moved the random state
+        # Measuring must not have moved the random state; each process drops out on its own.
+        set_seed(settings.seed + processes.rank())
         with attention.for_batches(model, stage.padding_free):
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         seconds, step = time.monotonic() - began, trainer.state.global_step
@@ -220,7 +242,8 @@ def _train_in(folder: RunFolder, stage: Stage, observer: Observer) -> dict[str, 
         observer.on_notice(f"kept the weights with the lowest held-out loss, of {best.name}")
     model.eval()
     after = stage.measure(model, observer, known)
-    stage.save(model, folder, after)
+    if first:
+        stage.save(model, folder, after)
     result = {
         "steps": step,
         "seconds": seconds,
@@ -229,7 +252,8 @@ def _train_in(folder: RunFolder, stage: Stage, observer: Observer) -> dict[str, 
         **stage.compare(before, after),
     }
     folder.finish("done", result)
-    write_report(folder)
+    if first:
+        write_report(folder)
     summary = {"stage": stage.name, "folder": str(folder.path), "model": str(folder.model), **result}
     observer.on_train_end(summary)
     return summary
@@ -264,6 +288,7 @@ def _start_event(
         "parameters": count_parameters(model),
         "quantization": stage.settings.quantization,
         "device": str(trainer.args.device),
+        "processes": processes.size() if processes.size() > 1 else None,
         "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
         "before": before,
     }

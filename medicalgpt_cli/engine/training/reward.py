@@ -13,9 +13,10 @@ from medicalgpt_cli.engine.evaluation.preferences import judge, score_pairs
 from medicalgpt_cli.engine.model.dropout import use_fast_dropout
 from medicalgpt_cli.engine.model.reward_model import new_reward_model, write_record
 from medicalgpt_cli.engine.observer import Observer
+from medicalgpt_cli.engine.run import processes
 from medicalgpt_cli.engine.run.folder import RunFolder
-from medicalgpt_cli.engine.training import attention
-from medicalgpt_cli.engine.training.batches import EpochSampler
+from medicalgpt_cli.engine.training import attention, together
+from medicalgpt_cli.engine.training.batches import IGNORED, EpochSampler
 from medicalgpt_cli.engine.training.callbacks import StopOnSignal
 from medicalgpt_cli.engine.training.loop import Stage
 from medicalgpt_cli.engine.training.preference_loss import bradley_terry_loss
@@ -48,14 +49,17 @@ class RewardTrainer(MedgptTrainer):
         """The sum of the pairs' losses."""
         batch = {name: value for name, value in inputs.items() if name not in ("labels", "margins")}
         chosen, rejected = model(**batch).logits.chunk(2)
-        self.differences += (chosen - rejected).tolist()
+        if (inputs["labels"] != IGNORED).all():
+            self.differences += (chosen - rejected).tolist()
         return bradley_terry_loss(chosen, rejected, inputs["margins"], self.centring) * len(chosen)
 
     def log(self, logs, start_time=None):
-        if "loss" in logs and self.differences:
-            seen, self.differences = self.differences, []
-            logs["accuracy"] = sum(one > 0 for one in seen) / len(seen)
-            logs["margin"] = sum(seen) / len(seen)
+        if "loss" in logs:
+            seen = [one for part in together.from_all(self.differences) for one in part]
+            self.differences = []
+            if seen:
+                logs["accuracy"] = sum(one > 0 for one in seen) / len(seen)
+                logs["margin"] = sum(seen) / len(seen)
         super().log(logs, start_time)
 
 
@@ -103,7 +107,7 @@ class RewardStage(Stage):
             "train_dataset": dataset,
             "sampler": EpochSampler(
                 dataset.lengths,
-                settings.batch_size,
+                settings.batch_size * processes.size(),
                 settings.seed,
                 by_length=settings.batch_order == "by-length",
             ),

@@ -20,6 +20,7 @@ from medicalgpt_cli.engine.rewards.sources import (
     rule_rewards,
     separate_scorer,
 )
+from medicalgpt_cli.engine.run import processes
 from medicalgpt_cli.engine.run.folder import RunFolder
 from medicalgpt_cli.engine.training import attention
 from medicalgpt_cli.engine.training.batches import EpochSampler, ExampleDataset
@@ -88,7 +89,7 @@ class RlStage(Stage):
             "held_out_prompts": len(self.data.held_out),
             "algorithm": self.settings.algorithm,
             "answers": self.schedule.updates
-            * min(self.settings.batch_size, len(self.data.training))
+            * min(self.settings.batch_size * processes.size(), len(self.data.training))
             * self.settings.answers_a_prompt,
             "reward": ", ".join(
                 [
@@ -176,7 +177,9 @@ class RlStage(Stage):
         dataset = _Prompts(self.data.training)
         return {
             "train_dataset": dataset,
-            "sampler": EpochSampler([0] * len(dataset), settings.batch_size, settings.seed, by_length=False),
+            "sampler": EpochSampler(
+                [0] * len(dataset), settings.batch_size * processes.size(), settings.seed, by_length=False
+            ),
             "collate": lambda asked: {"asked": list(asked)},
             "measure": partial(self._held_out, model) if self.data.held_out else None,
             "settings": settings,
@@ -217,7 +220,8 @@ class RlStage(Stage):
             observer.on_task_start(task, None, "")
         roles.eval()
         with attention.for_batches(roles.policy, self.padding_free):
-            answers = draw(self._backend(roles), held, self.settings.rollout_size, _HELD_OUT_NUMBERS)
+            numbers = [_HELD_OUT_NUMBERS + index for index in range(len(held))]
+            answers = draw(self._backend(roles), held, self.settings.rollout_size, numbers)
             rollout = look_back(
                 roles,
                 held,

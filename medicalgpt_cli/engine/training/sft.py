@@ -8,6 +8,7 @@ from typing import Any
 from medicalgpt_cli.engine.evaluation.heldout import held_out
 from medicalgpt_cli.engine.evaluation.samples import answer_questions, paired_samples
 from medicalgpt_cli.engine.observer import Observer
+from medicalgpt_cli.engine.run import processes
 from medicalgpt_cli.engine.training import attention
 from medicalgpt_cli.engine.training.batches import (
     EpochSampler,
@@ -54,7 +55,7 @@ class SftStage(Stage):
             "train_dataset": dataset,
             "sampler": EpochSampler(
                 dataset.lengths,
-                settings.batch_size,
+                settings.batch_size * processes.size(),
                 settings.seed,
                 by_length=settings.batch_order == "by-length",
             ),

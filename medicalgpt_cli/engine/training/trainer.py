@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import PrinterCallback, Trainer
 
-from medicalgpt_cli.engine.run import checkpoints
+from medicalgpt_cli.engine.run import checkpoints, processes
 from medicalgpt_cli.engine.run.files import remove_tree
+from medicalgpt_cli.engine.training import together
 from medicalgpt_cli.engine.training.batches import IGNORED
 from medicalgpt_cli.engine.training.callbacks import EarlyStopping, best_step
 from medicalgpt_cli.engine.training.losses import target_loss
@@ -67,12 +68,42 @@ class MedgptTrainer(Trainer):
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
         return self.sampler
 
+    def get_train_dataloader(self) -> Any:
+        """Every process goes through all batches of the run and keeps its share of each (`collate`).
+
+        The library's own division repeats examples at the end of an epoch, and its order depends on the processes.
+        """
+        if processes.size() == 1:
+            return super().get_train_dataloader()
+        from accelerate.data_loader import prepare_data_loader
+
+        loader = DataLoader(
+            self.train_dataset,
+            batch_size=self.args.train_batch_size * processes.size(),
+            sampler=self.sampler,
+            collate_fn=self._share,
+            pin_memory=self.args.dataloader_pin_memory,
+        )
+        return prepare_data_loader(loader, self.accelerator.device, num_processes=1, put_on_device=False)
+
+    def _share(self, examples: list[Any]) -> dict[str, Any]:
+        """This process' part of a batch; where there is none, one without a loss: every process has to answer."""
+        mine = together.share(examples)
+        batch = self.data_collator(mine or examples[:1])
+        if not mine:
+            for name in ("labels", "shift_labels"):
+                if name in batch:
+                    batch[name] = torch.full_like(batch[name], IGNORED)
+        return batch
+
     def batch_loss(self, model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         """The sum of the loss over the items of a batch; `labels` that are not -100 are its items."""
         return target_loss(model, inputs)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         total = self.batch_loss(model, inputs)
+        if (inputs["labels"] == IGNORED).all():  # a batch that is only there for the others (`_share`)
+            total = total * 0
         count = num_items_in_batch
         if count is None:
             count = (inputs["labels"] != IGNORED).sum()
@@ -98,13 +129,14 @@ class MedgptTrainer(Trainer):
 
     def log(self, logs, start_time=None):
         if "loss" in logs:
-            logs["seen"], self.seen = self.seen, 0
+            logs["seen"], self.seen = together.total(self.seen, self.args.device), 0
         super().log(logs, start_time)
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
         """The held-out figures, weighted by token."""
         measured = self.measure()
-        if measured is None:  # a signal came: save and leave, without a figure for this update
+        if together.largest(int(measured is None), self.args.device):
+            # a signal came: save and leave, without a figure for this update
             self.control.should_save = self.control.should_training_stop = True
             return {}
         self.measured = (self.state.global_step, measured)
@@ -121,12 +153,19 @@ class MedgptTrainer(Trainer):
         return str(self.checkpoint_folder / ".writing")
 
     def _save_checkpoint(self, model, trial) -> None:
-        remove_tree(self.checkpoint_folder / ".writing")  # what a killed save has left
+        first = processes.rank() == 0
+        if first:
+            remove_tree(self.checkpoint_folder / ".writing")  # what a killed save has left
+        together.wait()
         super()._save_checkpoint(model, trial)
+        together.wait()
         name = f"checkpoint-{self.state.global_step}"
-        final = checkpoints.publish(self.checkpoint_folder / ".writing" / name, self.checkpoint_folder / name)
-        best = self.best_checkpoint()
-        checkpoints.prune(self.checkpoint_folder, self.keep_checkpoints, protect=[best] if best else [])
+        final = self.checkpoint_folder / name
+        if first:
+            checkpoints.publish(self.checkpoint_folder / ".writing" / name, final)
+            best = self.best_checkpoint()
+            checkpoints.prune(self.checkpoint_folder, self.keep_checkpoints, protect=[best] if best else [])
+        together.wait()
         for callback in self.callback_handler.callbacks:
             if hasattr(callback, "on_published"):
                 callback.on_published(self.state.global_step, final)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import importlib.util
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from transformers import TrainingArguments
 
 from medicalgpt_cli.engine.model.loading import choose_device
+from medicalgpt_cli.engine.run import processes
 from medicalgpt_cli.errors import EnvironmentFailure, UsageError
 from medicalgpt_cli.settings.groups import AdapterSettings, OptimSettings
 from medicalgpt_cli.settings.stages import PretrainSettings, RlSettings, TrainSettings
@@ -65,9 +66,38 @@ def check_surroundings(settings: TrainSettings) -> None:
             )
 
 
-def schedule(optim: OptimSettings, examples: int) -> Schedule:
-    """How many updates a run over `examples` examples makes, as the trainer counts them."""
-    batches = math.ceil(examples / optim.batch_size)
+def check_processes(settings: TrainSettings) -> None:
+    """See that as many processes are here as were asked for.
+
+    Raises:
+        UsageError: they are not.
+    """
+    wanted, here = settings.wanted_processes, processes.size()
+    if not settings.dry_run and wanted != here and not (wanted == 1 and here > 1):  # torchrun says how many
+        raise UsageError(
+            f"{wanted} processes were asked for, and {here} started",
+            "give --processes to the command itself: inside a pipeline and under torchrun it has no effect",
+        )
+
+
+def same_global_batch(settings: TrainSettings, before: int) -> TrainSettings:
+    """The settings of a resumed run that had `before` processes, with as many examples an update as then.
+
+    Raises:
+        UsageError: they cannot be divided among the processes that there are now.
+    """
+    examples, now = settings.batch_size * before, processes.size()
+    if examples % now:
+        raise UsageError(
+            f"the run has {examples} examples a step, which {now} processes cannot divide evenly",
+            f"go on with {before} processes, or with one",
+        )
+    return replace(settings, batch_size=examples // now)
+
+
+def schedule(optim: OptimSettings, examples: int, count: int = 1) -> Schedule:
+    """How many updates a run over `examples` examples makes in `count` processes, as the trainer counts them."""
+    batches = math.ceil(examples / (optim.batch_size * count))
     per_epoch = max(math.ceil(batches / optim.gradient_accumulation), 1)
     updates = optim.max_steps or max(math.ceil(optim.epochs * per_epoch), 1)
     tenth = max(math.ceil(updates / 10), 1)
@@ -124,5 +154,6 @@ def training_arguments(
         dataloader_num_workers=0,
         dataloader_pin_memory=cuda,
         average_tokens_across_devices=True,
+        ddp_find_unused_parameters=False,
         push_to_hub=False,
     )

@@ -51,8 +51,10 @@ class Rollout:
         return mathematics.kl_k1(self.logp, self.ref_logp, self.mask).sum(1)
 
 
-def draw(backend: LocalBackend, asked: Sequence[Asked], rollout_size: int, first_number: int) -> list[Answer]:
-    """An answer to each prompt. `first_number` makes the draws of this batch its own, whatever came before."""
+def draw(
+    backend: LocalBackend, asked: Sequence[Asked], rollout_size: int, numbers: Sequence[int]
+) -> list[Answer]:
+    """An answer to each prompt. `numbers` make each draw its own, whatever else is drawn."""
     found: dict[int, Answer] = {}
     for piece in batches_by_length([len(one.ids) for one in asked], rollout_size):
 
@@ -60,7 +62,7 @@ def draw(backend: LocalBackend, asked: Sequence[Asked], rollout_size: int, first
             found[piece[place]] = answer
 
         backend.answer_batch(
-            [asked[index].ids for index in piece], keep, numbers=[first_number + index for index in piece]
+            [asked[index].ids for index in piece], keep, numbers=[numbers[index] for index in piece]
         )
     return [found[index] for index in range(len(asked))]
 

@@ -21,6 +21,8 @@ from safetensors.torch import load_file, save_file
 from medicalgpt_cli.engine.evaluation.statistics import distinct_n, pearson
 from medicalgpt_cli.engine.generation.local import LocalBackend
 from medicalgpt_cli.engine.rewards.sources import WeightedReward
+from medicalgpt_cli.engine.run import processes
+from medicalgpt_cli.engine.training import together
 from medicalgpt_cli.engine.training.ppo import mathematics
 from medicalgpt_cli.engine.training.ppo.mathematics import AdaptiveKL, FixedKL, RunningMoments
 from medicalgpt_cli.engine.training.ppo.roles import Roles
@@ -101,16 +103,23 @@ class PPOTrainer(MedgptTrainer):
     def roll_out(self, roles: Roles, asked: Sequence[Asked]) -> Rollout:
         """Answers of the policy to a batch of prompts; the draw depends on seed and step only."""
         asked = [one for one in asked for _ in range(self.rl.answers_a_prompt)]
-        first = self.state.global_step * self.rl.batch_size * self.rl.answers_a_prompt
-        answers = draw(self.backend, asked, self.rl.rollout_size, first)
+        first = self.state.global_step * self.rl.batch_size * processes.size() * self.rl.answers_a_prompt
+        mine = together.share(list(range(len(asked))))
+        answers = draw(
+            self.backend, [asked[i] for i in mine], self.rl.rollout_size, [first + i for i in mine]
+        )
         return look_back(
             roles,
             asked,
-            answers,
+            together.in_turn(answers),
             self.lay,
             temperature=self.rl.temperature,
             batch_size=self.rl.minibatch_size,
         )
+
+    def _share(self, examples: list[Any]) -> dict[str, Any]:
+        """Every process knows all prompts of a step; the answers are drawn in shares (`roll_out`)."""
+        return self.data_collator(examples)
 
     def _shaped(self, scores: torch.Tensor, ended: torch.Tensor) -> torch.Tensor:
         """The scores that are learnt from: (answers,)."""
@@ -149,20 +158,23 @@ class PPOTrainer(MedgptTrainer):
         ]
         totals: dict[str, float] = {}
         for number, chosen in enumerate(batches, 1):
-            for loss, measured in self.minibatch_losses(roles, rollout, chosen, advantages, returns):
+            mine = together.share(chosen)
+            weight = float(rollout.mask[mine].sum() / rollout.mask[chosen].sum())  # of the minibatch's tokens
+            for loss, measured in self.minibatch_losses(roles, rollout, mine, advantages, returns):
                 if not torch.isfinite(loss):
                     raise TrainingFailed(
                         f"the loss became {float(loss)} at step {self.state.global_step + 1}",
                         "lower --learning-rate, or raise --kl-coefficient",
                     )
-                self.accelerator.backward(loss)
+                self.accelerator.backward(loss * weight)
                 for name, value in measured.items():
-                    totals[name] = totals.get(name, 0.0) + value / len(batches)
+                    totals[name] = totals.get(name, 0.0) + value * weight / len(batches)
+            together.sum_gradients([*roles.learning["policy"], *roles.learning["value"]])
             if number < len(batches):  # the last one is made by the loop, which also counts it
                 self.accelerator.clip_grad_norm_(roles.parameters(), self.args.max_grad_norm)
                 self.optimizer.step()
                 self.optimizer.zero_grad()
-        return totals
+        return {name: together.total(value, self.args.device) for name, value in totals.items()}
 
     def minibatch_losses(
         self,
@@ -177,6 +189,8 @@ class PPOTrainer(MedgptTrainer):
         First the policy's, then the value function's. They have no weight in common: taking the gradient of one
         before the other is computed keeps one set of activations at a time.
         """
+        if not chosen:  # fewer answers than processes
+            return
         prompts = [rollout.asked[index].ids for index in chosen]
         answers = [rollout.answers[index] for index in chosen]
         batch, positions, tokens = prepared(prompts, answers, self.lay, rollout.mask.device)

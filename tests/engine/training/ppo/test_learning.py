@@ -188,7 +188,7 @@ def test_log_probabilities_are_those_of_the_plain_model(place: Path) -> None:
     roles = roles_of(stage)
     asked = stage.data.training[:7]
     with attention.for_batches(roles, stage.padding_free):
-        answers = draw(stage._backend(roles), asked, 4, 0)
+        answers = draw(stage._backend(roles), asked, 4, range(len(asked)))
         rollout = look_back(roles, asked, answers, stage._lay, temperature=0.7, batch_size=3)
     plain = AutoModelForCausalLM.from_pretrained(place / "model").eval()
     for place_, (one, answer) in enumerate(zip(asked, answers, strict=True)):
@@ -207,10 +207,10 @@ def test_draws_do_not_depend_on_the_batch(place: Path) -> None:
     stage = Known(settings_of(place, max_new_tokens=8), wanted_share)
     roles = roles_of(stage)
     asked = stage.data.training[:9]
-    first = draw(stage._backend(roles), asked, 9, 100)
-    second = draw(stage._backend(roles), asked, 2, 100)
+    first = draw(stage._backend(roles), asked, 9, range(100, 100 + len(asked)))
+    second = draw(stage._backend(roles), asked, 2, range(100, 100 + len(asked)))
     assert [token_ids(one) for one in first] == [token_ids(one) for one in second]
-    third = draw(stage._backend(roles), asked, 9, 200)
+    third = draw(stage._backend(roles), asked, 9, range(200, 200 + len(asked)))
     assert [token_ids(one) for one in first] != [token_ids(one) for one in third]
 
 
@@ -350,7 +350,7 @@ def test_values_belong_to_the_position_before_the_token(place: Path) -> None:
     torch.nn.init.normal_(roles.value_head.weight, std=1.0)
     asked = stage.data.training[:3]
     with attention.for_batches(roles, stage.padding_free):
-        answers = draw(stage._backend(roles), asked, 4, 0)
+        answers = draw(stage._backend(roles), asked, 4, range(len(asked)))
         rollout = look_back(roles, asked, answers, stage._lay, temperature=1.0, batch_size=2)
     for index, one in enumerate(asked):
         said = rollout.answers[index]
