@@ -51,7 +51,7 @@ def score(settings: ScoreSettings, observer: Observer) -> dict[str, Any]:
     )
     resolved = resolve_models(named)
     check_head(resolved.adapter or resolved.base)
-    check_quantization(resolved.base, settings.quantization)
+    check_quantization(resolved, settings.quantization)
     tokenizer = load_tokenizer(named, resolved, observer)
     counts = Counts()
     pairs = first_format([str(settings.data_file)]) == "preference"

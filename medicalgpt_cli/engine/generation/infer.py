@@ -125,7 +125,7 @@ class _LocalModel:
     def __init__(self, settings: InferSettings, observer: Observer):
         self.settings, self.observer = settings, observer
         self.resolved = resolve_models(settings)
-        check_quantization(self.resolved.base, settings.quantization)
+        check_quantization(self.resolved, settings.quantization)
         plain = settings.with_prompt is True
         self.tokenizer = load_tokenizer(settings, self.resolved, observer, plain_template=plain)
 

@@ -171,7 +171,7 @@ def load_model(
     observer = observer or Observer()
     device = choose_device(model)
     dtype = choose_dtype(model, device)
-    check_quantization(resolved.base, model.quantization)
+    check_quantization(resolved, model.quantization)
     task = "loading weights"
     observer.on_task_start(task, None, "")
     try:

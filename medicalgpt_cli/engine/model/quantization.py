@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from medicalgpt_cli.engine.model.references import ModelReference
+from medicalgpt_cli.engine.model.references import ModelReference, ResolvedModel
 from medicalgpt_cli.errors import EnvironmentFailure, UsageError
 
 _PER_BYTE = 2  # 4-bit weights in a byte
@@ -29,12 +29,14 @@ def stored_quantization(base: ModelReference) -> str | None:
     return str(stored.get("quant_method", "an unknown method")) if stored else None
 
 
-def check_quantization(base: ModelReference, quantization: str | None, tuning: str = "lora") -> None:
+def check_quantization(resolved: ResolvedModel, quantization: str | None, tuning: str = "lora") -> None:
     """Say what cannot be quantised before any weight is read.
 
     Raises:
-        UsageError: the base's files are quantised already. EnvironmentFailure: bitsandbytes is missing.
+        UsageError: the base's files are quantised already, or the adapter does not go over 8 bits.
+        EnvironmentFailure: bitsandbytes is missing.
     """
+    base = resolved.base
     stored = stored_quantization(base)
     if stored and tuning == "full":
         raise UsageError(
@@ -54,8 +56,18 @@ def check_quantization(base: ModelReference, quantization: str | None, tuning: s
             f"{flag}: the files of {base.name} are quantised already ({stored})",
             "leave the option out, or name the full-precision model",
         )
+    if quantization == "8bit" and resolved.adapter is not None and _is_dora(resolved.adapter):
+        raise UsageError(
+            f"{flag}: {resolved.adapter.name} is a DoRA adapter, and the library computes those wrongly over 8 bits",
+            "take --load-in-4bit",
+        )
     if importlib.util.find_spec("bitsandbytes") is None:
         raise EnvironmentFailure(f"{flag}: bitsandbytes is not installed", "pip install bitsandbytes")
+
+
+def _is_dora(adapter: ModelReference) -> bool:
+    config = Path(adapter.path) / "adapter_config.json"
+    return bool(json.loads(config.read_text(encoding="utf-8")).get("use_dora"))
 
 
 def quantization_config(quantization: str, dtype: torch.dtype, kept: tuple[str, ...] = ()) -> Any:

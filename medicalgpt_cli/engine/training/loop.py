@@ -65,7 +65,7 @@ class Stage(ABC):
         check_surroundings(settings)
         self.settings = self.complete(settings)
         self.resolved: ResolvedModel = self.resolve()
-        check_quantization(self.resolved.base, self.settings.quantization, self.settings.tuning)
+        check_quantization(self.resolved, self.settings.quantization, self.settings.tuning)
         self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(
             self.settings, self.resolved, observer, plain_template=self.chats
         )

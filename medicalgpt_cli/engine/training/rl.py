@@ -55,7 +55,7 @@ class RlStage(Stage):
         if self.settings.reward_model:
             self.reward_resolved = resolve_models(self._reward_settings())
             check_head(self.reward_resolved.adapter or self.reward_resolved.base)
-            check_quantization(self.reward_resolved.base, self.settings.quantization)
+            check_quantization(self.reward_resolved, self.settings.quantization)
         return resolved
 
     def _reward_settings(self) -> ModelSettings:

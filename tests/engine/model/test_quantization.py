@@ -245,6 +245,7 @@ def test_a_folder_that_is_quantised_already_is_taken_as_it_is(place: Path) -> No
         (("sft", "--load-in-4bit", "--load-in-8bit"), "contradict each other"),
         (("sft", "--load-in-4bit", "--tuning", "full"), "cannot be trained"),
         (("pretrain", "--load-in-8bit", "--from-config", "model/config.json"), "--load-in-8bit"),
+        (("sft", "--load-in-8bit", "--dora"), "wrongly over 8 bits"),
         (("sft", "--optimizer", "paged-adamw"), "needs a GPU"),
         (("sft", "--load-in-4bit", "--base-model", "some.gguf"), "is a GGUF file"),
     ],
@@ -285,9 +286,16 @@ def test_no_compiled_code_is_fetched(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize(
-    "more", [("--dora",), ("--embeddings", "all"), ("--gradient-checkpointing",), ("--layout", "padded")]
+    ("bits", "more"),
+    [
+        ("4bit", ("--dora",)),
+        *[
+            (bits, more)
+            for bits in BITS
+            for more in (("--embeddings", "all"), ("--gradient-checkpointing",), ("--layout", "padded"))
+        ],
+    ],
 )
 def test_what_goes_with_few_bits(place: Path, bits: str, more: tuple[str, ...]) -> None:
     flags = ("sft", "--base-model", "model", "--train-data", "talk.jsonl", "--batch-size", "4")
