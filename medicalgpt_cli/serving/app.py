@@ -112,7 +112,7 @@ def open_model(settings: ServeSettings, observer: Observer) -> Served:
     model = load_model(settings, resolved, observer=observer)
     variants: dict[str, Any] = {"tuned": contextlib.nullcontext}
     models = {resolved.label: "tuned"}
-    about = str(model.dtype).removeprefix("torch.")
+    about = settings.quantization or str(model.dtype).removeprefix("torch.")
     if resolved.adapter is not None:
         base = Path(resolved.base.name).name
         variants["base"] = model.disable_adapter

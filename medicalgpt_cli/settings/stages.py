@@ -52,6 +52,11 @@ class TrainSettings(
                 f"--load-in-{self.quantization}: weights of so few bits cannot be trained themselves",
                 "leave out --tuning full: an adapter over them learns (QLoRA)",
             )
+        if self.load_in_8bit and self.dora:
+            raise UsageError(
+                "--dora: the library computes DoRA wrongly over 8 bits",
+                "take --load-in-4bit, or leave it out",
+            )
         if self.early_stopping is not None and not self.eval_data and self.eval_fraction == 0:
             raise UsageError(
                 "--early-stopping needs held-out data", "give --eval-data, or --eval-fraction above 0"
@@ -244,7 +249,7 @@ class RlSettings(RewardModelSettings, TrainSettings):
             )
         for flag, off in (
             ("neftune_alpha", None), ("early_stopping", None), ("gradient_accumulation", 1),
-            ("gradient_checkpointing", False), ("tuning", "lora"), ("optimizer", "adamw"),
+            ("gradient_checkpointing", False), ("tuning", "lora"),
         ):  # fmt: skip
             if getattr(self, flag) != off:
                 hint = {"gradient_accumulation": "--minibatch-size says what a gradient step is made of"}

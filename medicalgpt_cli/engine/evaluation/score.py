@@ -13,6 +13,7 @@ from medicalgpt_cli.engine.data.preferences import load_pairs
 from medicalgpt_cli.engine.data.rendering import render_answer
 from medicalgpt_cli.engine.evaluation.preferences import judge, score_pairs, score_rows
 from medicalgpt_cli.engine.model.loading import choose_device, choose_dtype, load_tokenizer
+from medicalgpt_cli.engine.model.quantization import check_quantization
 from medicalgpt_cli.engine.model.references import resolve_models
 from medicalgpt_cli.engine.model.reward_model import check_head, load_reward_model
 from medicalgpt_cli.engine.observer import Observer
@@ -50,6 +51,7 @@ def score(settings: ScoreSettings, observer: Observer) -> dict[str, Any]:
     )
     resolved = resolve_models(named)
     check_head(resolved.adapter or resolved.base)
+    check_quantization(resolved, settings.quantization)
     tokenizer = load_tokenizer(named, resolved, observer)
     counts = Counts()
     pairs = first_format([str(settings.data_file)]) == "preference"

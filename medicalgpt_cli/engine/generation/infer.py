@@ -20,6 +20,7 @@ from medicalgpt_cli.engine.generation.local import LocalBackend
 from medicalgpt_cli.engine.generation.predictions import PredictionFile
 from medicalgpt_cli.engine.generation.questions import Question, read_questions
 from medicalgpt_cli.engine.model.loading import load_model, load_tokenizer
+from medicalgpt_cli.engine.model.quantization import check_quantization
 from medicalgpt_cli.engine.model.references import ModelReference, resolve_models
 from medicalgpt_cli.engine.model.tokenizer import fingerprint
 from medicalgpt_cli.engine.observer import Observer
@@ -124,6 +125,7 @@ class _LocalModel:
     def __init__(self, settings: InferSettings, observer: Observer):
         self.settings, self.observer = settings, observer
         self.resolved = resolve_models(settings)
+        check_quantization(self.resolved, settings.quantization)
         plain = settings.with_prompt is True
         self.tokenizer = load_tokenizer(settings, self.resolved, observer, plain_template=plain)
 

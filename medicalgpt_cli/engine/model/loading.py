@@ -15,8 +15,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from medicalgpt_cli.engine import starter
 from medicalgpt_cli.engine.model.quantization import (
     check_quantization,
-    keep_differentiable,
+    compute_alike,
     quantization_config,
+    stored_quantization,
 )
 from medicalgpt_cli.engine.model.references import ModelReference, ResolvedModel
 from medicalgpt_cli.engine.model.tokenizer import apply_template, check_fingerprint
@@ -170,7 +171,7 @@ def load_model(
     observer = observer or Observer()
     device = choose_device(model)
     dtype = choose_dtype(model, device)
-    check_quantization(resolved.base, model.quantization)
+    check_quantization(resolved, model.quantization)
     task = "loading weights"
     observer.on_task_start(task, None, "")
     try:
@@ -223,8 +224,10 @@ def load_base(
     else:
         options["use_safetensors"] = True
     if quantization:
-        options |= {"quantization_config": quantization_config(quantization, dtype, kept)}
-        options |= {"device_map": {"": device}}
+        options["quantization_config"] = quantization_config(quantization, dtype, kept)
+    quantised = quantization is not None or stored_quantization(base) == "bitsandbytes"
+    if quantised:
+        options["device_map"] = {"": device}  # bitsandbytes' weights are not moved later
     if gpus > 1:
         free = {number: torch.cuda.mem_get_info(number)[0] for number in range(gpus)}
         options |= {"device_map": "balanced", "max_memory": free}
@@ -236,9 +239,9 @@ def load_base(
             options["num_labels"] = 1
         loaded, found = kind.from_pretrained(source, output_loading_info=True, **options)
     _must_be_complete(base.name, set(found["missing_keys"]) - set(may_lack))
-    if quantization:
-        keep_differentiable(loaded)
-    return loaded if gpus > 1 or quantization else _to_device(loaded, device)
+    if quantised:
+        compute_alike(loaded)
+    return loaded if gpus > 1 or quantised else _to_device(loaded, device)
 
 
 def _new_model(resolved: ResolvedModel, dtype: torch.dtype) -> Any:

@@ -6,23 +6,43 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
+import json
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from medicalgpt_cli.engine.model.references import ModelReference
+from medicalgpt_cli.engine.model.references import ModelReference, ResolvedModel
 from medicalgpt_cli.errors import EnvironmentFailure, UsageError
 
 _PER_BYTE = 2  # 4-bit weights in a byte
 
 
-def check_quantization(base: ModelReference, quantization: str | None) -> None:
+def stored_quantization(base: ModelReference) -> str | None:
+    """The method by which the files of a model folder are quantised already, such as "bitsandbytes" or "gptq"."""
+    config = Path(base.path) / "config.json"
+    if base.kind != "folder" or not config.is_file():
+        return None
+    stored = json.loads(config.read_text(encoding="utf-8")).get("quantization_config")
+    return str(stored.get("quant_method", "an unknown method")) if stored else None
+
+
+def check_quantization(resolved: ResolvedModel, quantization: str | None, tuning: str = "lora") -> None:
     """Say what cannot be quantised before any weight is read.
 
     Raises:
-        UsageError: the base's files are quantised already. EnvironmentFailure: bitsandbytes is missing.
+        UsageError: the base's files are quantised already, or the adapter does not go over 8 bits.
+        EnvironmentFailure: bitsandbytes is missing.
     """
+    base = resolved.base
+    stored = stored_quantization(base)
+    if stored and tuning == "full":
+        raise UsageError(
+            f"{base.name} is a quantised model ({stored}), whose weights cannot be trained themselves",
+            "leave out --tuning full: an adapter over them learns (QLoRA)",
+        )
     if quantization is None:
         return
     flag = f"--load-in-{quantization}"
@@ -31,8 +51,23 @@ def check_quantization(base: ModelReference, quantization: str | None) -> None:
             f"{flag}: {base.name} is a GGUF file, whose weights are quantised in their own way",
             "name the model's safetensors version, or leave the option out",
         )
+    if stored:
+        raise UsageError(
+            f"{flag}: the files of {base.name} are quantised already ({stored})",
+            "leave the option out, or name the full-precision model",
+        )
+    if quantization == "8bit" and resolved.adapter is not None and _is_dora(resolved.adapter):
+        raise UsageError(
+            f"{flag}: {resolved.adapter.name} is a DoRA adapter, and the library computes those wrongly over 8 bits",
+            "take --load-in-4bit",
+        )
     if importlib.util.find_spec("bitsandbytes") is None:
         raise EnvironmentFailure(f"{flag}: bitsandbytes is not installed", "pip install bitsandbytes")
+
+
+def _is_dora(adapter: ModelReference) -> bool:
+    config = Path(adapter.path) / "adapter_config.json"
+    return bool(json.loads(config.read_text(encoding="utf-8")).get("use_dora"))
 
 
 def quantization_config(quantization: str, dtype: torch.dtype, kept: tuple[str, ...] = ()) -> Any:
@@ -57,15 +92,30 @@ def quantization_config(quantization: str, dtype: torch.dtype, kept: tuple[str, 
     )
 
 
-def keep_differentiable(model: torch.nn.Module) -> None:
-    """Keep bitsandbytes from repacking 4-bit weights on a processor.
+def compute_alike(model: torch.nn.Module) -> None:
+    """Make a quantised model compute the same on a processor whether it trains or answers, and in any batch.
 
-    In evaluation mode it repacks them for a kernel of bfloat16 that has no gradient, and leaves them so: a model that
-    was measured before it trains would learn from wrong gradients, without a word (bitsandbytes 0.50).
+    bitsandbytes 0.50 has kernels of its own there for evaluation mode. That for 4 bits repacks the weights, computes
+    in bfloat16, has no gradient, and leaves them so: a model that was measured before it trains would learn from
+    wrong gradients, without a word. That for 8 bits rounds the activations, too, by scales and outlier columns that
+    depend on which other texts are in the batch. Its training kernels write the weights out and round nothing else.
     """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
+        elif type(module).__name__ == "Linear8bitLt" and module.weight.device.type == "cpu":
+            module.state.__class__ = _as_in_training()
+
+
+@functools.cache
+def _as_in_training() -> type:
+    """The state of an 8-bit layer that always names training as what it is used for."""
+    from bitsandbytes.autograd._functions import MatmulLtState
+
+    class AsInTraining(MatmulLtState):
+        is_training = property(lambda self: True, lambda self, value: None)
+
+    return AsInTraining
 
 
 def count_parameters(model: torch.nn.Module) -> int:

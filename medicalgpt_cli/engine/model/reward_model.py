@@ -20,7 +20,6 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 
 from medicalgpt_cli.engine.model.adapters import target_layers
 from medicalgpt_cli.engine.model.loading import choose_device, choose_dtype, load_base
-from medicalgpt_cli.engine.model.quantization import check_quantization
 from medicalgpt_cli.engine.model.references import ModelReference, ResolvedModel
 from medicalgpt_cli.engine.observer import Observer
 from medicalgpt_cli.errors import UsageError
@@ -190,7 +189,6 @@ def _with_head(
     Raises:
         UsageError: its architecture has no such head, or it is to be `complete` and the files lack it.
     """
-    check_quantization(base, quantization)
     model = load_base(
         base,
         dtype,

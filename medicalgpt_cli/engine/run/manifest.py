@@ -118,16 +118,18 @@ def resumed_settings(manifest: Mapping[str, Any], given: _Settings, path: Path |
     """
     recorded = manifest["settings"]
     origins, values, differences = {}, {}, []
-    for name in options_of(given):
+    for name, (option, _) in options_of(given).items():
         origin = given.origins.get(name, "default")
         chosen = origin != "default"
-        if name in OF_THE_CALL or name not in recorded or (name in MAY_CHANGE and chosen):
+        if name in OF_THE_CALL or (name in MAY_CHANGE and chosen):
             origins[name] = origin
             continue
-        before = _typed(type(given), name, recorded[name]["value"])
+        # An option newer than the run: the run did what is its default.
+        entry = recorded.get(name) or {"value": plain(option.default), "origin": "default"}
+        before = _typed(type(given), name, entry["value"])
         if chosen and plain(getattr(given, name)) != plain(before):
             differences.append(f"{flag_of(name)} {_spell(before)} → {_spell(getattr(given, name))}")
-        values[name], origins[name] = before, recorded[name]["origin"]
+        values[name], origins[name] = before, entry["origin"]
     if differences:
         raise UsageError(
             f"{path or 'the run'} began with other settings: {'; '.join(differences)}",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 import warnings
 
 # No library that medgpt uses may report to anyone. These win over what the user's shell has.
@@ -44,8 +45,10 @@ _LOGGERS = (
 
 
 def quieten() -> None:
-    """Switch telemetry off, and progress bars, advice and warnings of the libraries."""
+    """Switch telemetry off, fetched code, and progress bars, advice and warnings of the libraries."""
     os.environ.update(NO_TELEMETRY)
+    # Where this package is installed, bitsandbytes fetches compiled code from the hub as it is imported, and runs it.
+    sys.modules.setdefault("kernels", None)
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
     for name in _LOGGERS:

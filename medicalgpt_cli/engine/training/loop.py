@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 from transformers import PreTrainedTokenizerBase, set_seed
 
 from medicalgpt_cli.engine.model.loading import choose_device, choose_dtype, load_tokenizer
-from medicalgpt_cli.engine.model.quantization import count_parameters
+from medicalgpt_cli.engine.model.quantization import check_quantization, count_parameters
 from medicalgpt_cli.engine.model.references import ResolvedModel, resolve_models
 from medicalgpt_cli.engine.model.tokenizer import fingerprint
 from medicalgpt_cli.engine.observer import Observer
@@ -65,6 +65,7 @@ class Stage(ABC):
         check_surroundings(settings)
         self.settings = self.complete(settings)
         self.resolved: ResolvedModel = self.resolve()
+        check_quantization(self.resolved, self.settings.quantization, self.settings.tuning)
         self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(
             self.settings, self.resolved, observer, plain_template=self.chats
         )

@@ -10,6 +10,7 @@ import torch
 from medicalgpt_cli.engine.evaluation.statistics import mean_interval
 from medicalgpt_cli.engine.generation.local import LocalBackend
 from medicalgpt_cli.engine.model.loading import choose_device, choose_dtype, load_tokenizer
+from medicalgpt_cli.engine.model.quantization import check_quantization
 from medicalgpt_cli.engine.model.references import ResolvedModel, resolve_models
 from medicalgpt_cli.engine.model.reward_model import check_head, load_reward_model, read_record
 from medicalgpt_cli.engine.observer import Observer
@@ -54,6 +55,7 @@ class RlStage(Stage):
         if self.settings.reward_model:
             self.reward_resolved = resolve_models(self._reward_settings())
             check_head(self.reward_resolved.adapter or self.reward_resolved.base)
+            check_quantization(self.reward_resolved, self.settings.quantization)
         return resolved
 
     def _reward_settings(self) -> ModelSettings:

@@ -66,14 +66,15 @@ class PPOTrainer(MedgptTrainer):
         super().__init__(**options)
 
     def create_optimizer(self, *_: Any) -> torch.optim.Optimizer:
-        """AdamW over policy and value function, each with its own learning rate."""
+        """`--optimizer` over policy and value function, each with its own learning rate."""
         if self.optimizer is None:
             roles: Roles = self.model
             value_rate = self.rl.value_learning_rate or self.args.learning_rate
             groups = [{"params": roles.learning["policy"], "lr": self.args.learning_rate}]
             if roles.learning["value"]:
                 groups.append({"params": roles.learning["value"], "lr": value_rate})
-            self.optimizer = torch.optim.AdamW(groups, weight_decay=self.args.weight_decay)
+            kind, options = self.get_optimizer_cls_and_kwargs(self.args)
+            self.optimizer = kind(groups, **{**options, "weight_decay": self.args.weight_decay})
         return self.optimizer
 
     # -- a step ------------------------------------------------------------------------------------------------
