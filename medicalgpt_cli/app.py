@@ -119,7 +119,11 @@ def main() -> None:
             EnvironmentFailure("out of memory", "a smaller --batch-size or --max-length helps"), debug
         )
     except Exception as error:
-        code = _fail(_unexpected(error), debug)
+        from medicalgpt_cli.engine.run import processes
+
+        # Who started this process says what ended the other one.
+        lost = processes.lost_partner(error) and not debug
+        code = processes.LOST if lost else _fail(_unexpected(error), debug)
     sys.exit(code if isinstance(code, int) else 0)
 
 

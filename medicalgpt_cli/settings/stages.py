@@ -207,7 +207,7 @@ class RlSettings(RewardModelSettings, TrainSettings):
     )
     length_target: int = opt(128, "Tokens up to which the rule `length` gives the whole reward.", min=1)
     batch_size: int = opt(32, "Prompts answered before the policy learns from the answers.", min=1)
-    minibatch_size: int = opt(8, "Answers of a gradient step.", min=1)
+    minibatch_size: int = opt(8, "Answers of a gradient step, of all processes together.", min=1)
     rollout_size: int = opt(16, "Prompts answered at one time.", min=1)
     ppo_epochs: int = opt(4, "Passes over the answers of a batch.", min=1)
     learning_rate: float | None = opt(None, "Peak learning rate; 5e-5 for LoRA where not given.", above=0)
@@ -249,14 +249,14 @@ class RlSettings(RewardModelSettings, TrainSettings):
             )
         for flag, off in (
             ("neftune_alpha", None), ("early_stopping", None), ("gradient_accumulation", 1),
-            ("gradient_checkpointing", False), ("tuning", "lora"),
+            ("gradient_checkpointing", False), ("tuning", "lora"), ("optimizer", "adamw"),
         ):  # fmt: skip
             if getattr(self, flag) != off:
                 hint = {"gradient_accumulation": "--minibatch-size says what a gradient step is made of"}
                 raise UsageError(f"{flag_of(flag)} is not for rl", hint.get(flag, "leave it out"))
         if self.embeddings not in ("auto", "frozen"):
             raise UsageError("--embeddings: rl leaves them as they are", "leave it out")
-        if self.minibatch_size > self.batch_size * self.answers_a_prompt:
+        if self.minibatch_size > self.batch_size * self.answers_a_prompt * self.wanted_processes:
             raise UsageError(
                 f"--minibatch-size {self.minibatch_size} is larger than --batch-size {self.batch_size}",
                 "a minibatch is a part of the batch",

@@ -20,6 +20,7 @@ from pathlib import Path
 
 from medicalgpt_cli.errors import EnvironmentFailure
 
+LOST = 75  # exit code of a process that has lost another one of its run
 _GRACE = 5.0  # seconds in which the others may end by themselves once one has failed
 _FORWARDED = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")
 _PARENT_DEATH = 1  # PR_SET_PDEATHSIG
@@ -38,6 +39,18 @@ def rank() -> int:
 def local_rank() -> int:
     """Which of this machine's processes this is."""
     return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def lost_partner(error: Exception) -> bool:
+    """Whether an error only says that another process of the run is gone."""
+    if size() == 1 or not isinstance(error, RuntimeError):
+        return False
+    frame, files = error.__traceback__, []
+    while frame is not None:
+        files.append(frame.tb_frame.f_code.co_filename)
+        frame = frame.tb_next
+    word = str(error).lower()
+    return any("distributed" in Path(file).parts for file in files[-3:]) or "gloo" in word or "nccl" in word
 
 
 def supervise(arguments: Sequence[str], count: int) -> int:
@@ -60,11 +73,12 @@ def supervise(arguments: Sequence[str], count: int) -> int:
             return 0
         code = children[failed].returncode
         said = logs[failed].read_text(encoding="utf-8", errors="replace") if failed else ""
-    if code > 0:
+    if code > 0 and code != LOST:
         sys.stderr.write(said)
         return code
+    how = "lost the others" if code > 0 else f"was ended by {signal.Signals(-code).name}"
     raise EnvironmentFailure(
-        f"process {failed + 1} of {count} was ended by {signal.Signals(-code).name}; the others were stopped",
+        f"process {failed + 1} of {count} {how}; the run was stopped",
         "was memory short? what is saved goes on with --resume",
     )
 
@@ -139,4 +153,4 @@ def _wait(children: Sequence[subprocess.Popen]) -> int | None:
 
 def _first_failed(children: Sequence[subprocess.Popen]) -> subprocess.Popen | None:
     failed = [child for child in children if child.returncode]
-    return min(failed, key=lambda child: child.returncode) if failed else None
+    return min(failed, key=lambda child: (child.returncode == LOST, child.returncode)) if failed else None

@@ -175,7 +175,8 @@ class PPOTrainer(MedgptTrainer):
                 self.accelerator.clip_grad_norm_(roles.parameters(), self.args.max_grad_norm)
                 self.optimizer.step()
                 self.optimizer.zero_grad()
-        return {name: together.total(value, self.args.device) for name, value in totals.items()}
+        parts = together.from_all(totals)  # of a process without a share, empty
+        return {name: sum(part.get(name, 0.0) for part in parts) for name in max(parts, key=len)}
 
     def minibatch_losses(
         self,
