@@ -249,7 +249,7 @@ class RlSettings(RewardModelSettings, TrainSettings):
             )
         for flag, off in (
             ("neftune_alpha", None), ("early_stopping", None), ("gradient_accumulation", 1),
-            ("gradient_checkpointing", False), ("tuning", "lora"), ("optimizer", "adamw"),
+            ("gradient_checkpointing", False), ("tuning", "lora"),
         ):  # fmt: skip
             if getattr(self, flag) != off:
                 hint = {"gradient_accumulation": "--minibatch-size says what a gradient step is made of"}
