@@ -35,6 +35,12 @@ class TrainSettings(
         "Train in this many processes, each with --batch-size examples a step; one for each of --gpus.",
         min=1,
     )
+    parallel: str = opt(
+        "ddp",
+        "What each process holds: ddp a whole copy; zero2 (DeepSpeed) shards gradients and AdamW's moments; "
+        "zero3 and fsdp shard the weights, too.",
+        choices=("ddp", "fsdp", "zero2", "zero3"),
+    )
 
     @property
     def wanted_processes(self) -> int:
