@@ -41,6 +41,11 @@ class TrainSettings(
         "zero3 and fsdp shard the weights, too.",
         choices=("ddp", "fsdp", "zero2", "zero3"),
     )
+    accelerate_config: Path | None = opt(
+        None,
+        "A file of `accelerate config`, which then says how many processes and machines there are and what they share.",
+        metavar="FILE",
+    )
 
     @property
     def wanted_processes(self) -> int:
@@ -53,6 +58,12 @@ class TrainSettings(
                 f"--processes {self.processes} and --gpus {self.gpus} contradict each other",
                 "a process takes one GPU: leave one of them out",
             )
+        if self.accelerate_config:
+            for name in ("processes", "gpus", "parallel"):
+                if self.chosen(name):
+                    raise UsageError(
+                        f"{flag_of(name)} and --accelerate-config contradict each other", "give one of them"
+                    )
         if self.quantization and self.tuning == "full":
             raise UsageError(
                 f"--load-in-{self.quantization}: weights of so few bits cannot be trained themselves",

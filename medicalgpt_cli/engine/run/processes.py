@@ -18,7 +18,9 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from medicalgpt_cli.engine.run import manifest
 from medicalgpt_cli.errors import EnvironmentFailure
+from medicalgpt_cli.settings.stages import TrainSettings
 
 LOST = 75  # exit code of a process that has lost another one of its run
 _GRACE = 5.0  # seconds in which the others may end by themselves once one has failed
@@ -29,6 +31,27 @@ _PARENT_DEATH = 1  # PR_SET_PDEATHSIG
 def size() -> int:
     """How many processes this run has."""
     return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def started() -> bool:
+    """Whether a launcher, ours or torch's, has started this process as one of a run."""
+    return "RANK" in os.environ
+
+
+def wanted(settings: TrainSettings) -> int | None:
+    """How many processes a training command still has to be started in; None where this one does it itself.
+
+    A run goes on in as many as it had, where nothing else is said.
+    """
+    if settings.dry_run or started():
+        return None
+    count, parallel = settings.wanted_processes, settings.parallel
+    if settings.resume and (settings.resume / manifest.NAME).is_file():
+        before = manifest.read(settings.resume)
+        parallel = before["settings"].get("parallel", {}).get("value", parallel)
+        if not settings.processes and not settings.gpus:
+            count = before.get("processes", 1)
+    return count if count > 1 or parallel != "ddp" else None
 
 
 def rank() -> int:

@@ -23,7 +23,7 @@ from medicalgpt_cli.engine.run.folder import Onlooker, RunFolder
 from medicalgpt_cli.engine.run.manifest import read as read_manifest
 from medicalgpt_cli.engine.run.manifest import resumed_settings
 from medicalgpt_cli.engine.run.report import write_report
-from medicalgpt_cli.engine.training import attention, together
+from medicalgpt_cli.engine.training import attention, sharding, together
 from medicalgpt_cli.engine.training.callbacks import EarlyStopping, Reporting, StopOnSignal
 from medicalgpt_cli.engine.training.trainer import MedgptTrainer
 from medicalgpt_cli.engine.training.trainer_args import (
@@ -66,6 +66,8 @@ class Stage(ABC):
         self.settings = self.complete(settings)
         self.resolved: ResolvedModel = self.resolve()
         check_quantization(self.resolved, self.settings.quantization, self.settings.tuning)
+        if not settings.dry_run:
+            sharding.check_sharding(self.settings, self.name, self.resolved, choose_device(self.settings))
         self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(
             self.settings, self.resolved, observer, plain_template=self.chats
         )
@@ -155,7 +157,8 @@ def run(stage: Stage, observer: Observer) -> dict[str, Any]:
     device = choose_device(stage.settings)
     if device.type == "cpu":
         keep_freed_memory()
-    together.join(device)
+    sharding.prepare_environment(stage.settings, device)
+    together.join(device, sharding.uses_deepspeed(stage.settings))
     with _open_folder(stage) as folder:
         try:
             return _train_in(folder, stage, observer)
@@ -314,8 +317,8 @@ def _trainer(
             dtype=choose_dtype(settings, device),
             evaluate=parts["measure"] is not None,
         ),
+        settings=settings,
         checkpoint_folder=folder.checkpoints,
-        keep_checkpoints=settings.keep_checkpoints,
         callbacks=callbacks,
         **parts,
     )

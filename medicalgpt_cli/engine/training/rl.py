@@ -184,7 +184,6 @@ class RlStage(Stage):
             ),
             "collate": lambda asked: {"asked": list(asked)},
             "measure": partial(self._held_out, model) if self.data.held_out else None,
-            "settings": settings,
             "reward": self.rewards,
             "backend": self._backend(model),
             "lay": self._lay,

@@ -12,17 +12,20 @@ from medicalgpt_cli.engine.run import processes
 from medicalgpt_cli.errors import EnvironmentFailure
 
 
-def join(device: torch.device) -> None:
+def join(device: torch.device, deepspeed: bool = False) -> None:
     """Meet the other processes, and see that all are there.
 
     Raises:
         EnvironmentFailure: the library made fewer of them than were started.
     """
-    if processes.size() == 1:
+    if processes.size() == 1 and not deepspeed:
         return
     from accelerate import PartialState
 
-    state = PartialState(cpu=device.type == "cpu")
+    on_cpu = device.type == "cpu"
+    state = (
+        PartialState(cpu=False, backend="gloo" if on_cpu else None) if deepspeed else PartialState(cpu=on_cpu)
+    )
     if state.num_processes != processes.size() or not dist.is_initialized():
         raise EnvironmentFailure(
             f"{processes.size()} processes were started, {state.num_processes} work together",

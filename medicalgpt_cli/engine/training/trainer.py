@@ -8,16 +8,20 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import PrinterCallback, Trainer
 
 from medicalgpt_cli.engine.run import checkpoints, processes
 from medicalgpt_cli.engine.run.files import remove_tree
-from medicalgpt_cli.engine.training import together
+from medicalgpt_cli.engine.training import sharding, together
 from medicalgpt_cli.engine.training.batches import IGNORED
 from medicalgpt_cli.engine.training.callbacks import EarlyStopping, best_step
 from medicalgpt_cli.engine.training.losses import target_loss
 from medicalgpt_cli.errors import TrainingFailed
+from medicalgpt_cli.settings.stages import TrainSettings
+
+_LEARNING = "learning.safetensors"  # of a run whose model is spread (sharding.py)
 
 
 class MedgptTrainer(Trainer):
@@ -38,8 +42,8 @@ class MedgptTrainer(Trainer):
         sampler: Sampler[int],
         collate: Callable[[Sequence[Any]], dict[str, torch.Tensor]],
         measure: Callable[[], dict[str, Any] | None] | None,
+        settings: TrainSettings,
         checkpoint_folder: Path,
-        keep_checkpoints: int,
         callbacks: list[Any],
     ):
         """
@@ -59,7 +63,8 @@ class MedgptTrainer(Trainer):
         self.sampler, self.measure = sampler, measure
         self.seen = 0  # targets since the last log step
         self.measured: tuple[int, dict[str, Any]] | None = None  # the last update measured after
-        self.checkpoint_folder, self.keep_checkpoints = checkpoint_folder, keep_checkpoints
+        self.settings, self.checkpoint_folder = settings, checkpoint_folder
+        self.spread = sharding.kind_of(settings) != "ddp"
         self.keep_best = any(isinstance(callback, EarlyStopping) for callback in callbacks)
         # Our batches carry shifted labels; their count normalises the loss, and the loss says so.
         self.model_accepts_loss_kwargs = True
@@ -164,11 +169,60 @@ class MedgptTrainer(Trainer):
         if first:
             checkpoints.publish(self.checkpoint_folder / ".writing" / name, final)
             best = self.best_checkpoint()
-            checkpoints.prune(self.checkpoint_folder, self.keep_checkpoints, protect=[best] if best else [])
+            checkpoints.prune(
+                self.checkpoint_folder, self.settings.keep_checkpoints, protect=[best] if best else []
+            )
         together.wait()
         for callback in self.callback_handler.callbacks:
             if hasattr(callback, "on_published"):
                 callback.on_published(self.state.global_step, final)
+
+    # -- a model that is spread over the processes -------------------------------------------------------------
+
+    def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
+        if not self.spread:
+            return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
+        sharding.check_spread(self.settings, self.model, self.model_wrapped, self.optimizer)
+        if resume_from_checkpoint is not None:
+            self._load_learning(Path(resume_from_checkpoint), moments=True)
+            self._load_state(Path(resume_from_checkpoint))
+            schedule = torch.load(Path(resume_from_checkpoint) / "scheduler.pt", weights_only=True)
+            self.lr_scheduler.load_state_dict(schedule)
+            for group, rate in zip(self.optimizer.param_groups, self.lr_scheduler.get_last_lr(), strict=True):
+                group["lr"] = rate  # the schedule sets it with its next step only
+        return prepared
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """The model's part of a checkpoint; of one that is spread, what learns is saved with its moments."""
+        if not self.spread:
+            super().save_model(output_dir, _internal_call)
+        elif processes.rank() == 0:
+            Path(output_dir).mkdir(parents=True, exist_ok=True)
+            self._save_state(Path(output_dir))
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self.spread:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        found = sharding.learning_state(self.model, self.optimizer)
+        if processes.rank() == 0:
+            save_file({name: tensor.contiguous() for name, tensor in found}, Path(output_dir) / _LEARNING)
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / "scheduler.pt")
+        else:
+            for _ in found:  # every process has a part of each
+                pass
+
+    def _load_learning(self, checkpoint: Path, *, moments: bool) -> None:
+        sharding.restore_learning(
+            self.model, self.optimizer, load_file(checkpoint / _LEARNING), moments=moments
+        )
+
+    def _save_state(self, folder: Path) -> None:
+        """What a stage remembers beside weights, moments and random states."""
+
+    def _load_state(self, folder: Path) -> None:
+        """The same, taken up again."""
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         super()._save(output_dir, state_dict=state_dict)
@@ -184,4 +238,7 @@ class MedgptTrainer(Trainer):
 
     def load_weights(self, checkpoint: Path) -> None:
         """Put the weights of a checkpoint into the model (used to end with the best one)."""
-        self._load_from_checkpoint(str(checkpoint))
+        if self.spread:
+            self._load_learning(checkpoint, moments=False)
+        else:
+            self._load_from_checkpoint(str(checkpoint))

@@ -12,6 +12,7 @@ from transformers import TrainingArguments
 
 from medicalgpt_cli.engine.model.loading import choose_device
 from medicalgpt_cli.engine.run import processes
+from medicalgpt_cli.engine.training import sharding
 from medicalgpt_cli.errors import EnvironmentFailure, UsageError
 from medicalgpt_cli.settings.groups import AdapterSettings, OptimSettings
 from medicalgpt_cli.settings.stages import PretrainSettings, RlSettings, TrainSettings
@@ -137,7 +138,9 @@ def training_arguments(
         fp16=cuda and dtype == torch.float16,
         gradient_checkpointing=settings.gradient_checkpointing,
         gradient_checkpointing_kwargs={"use_reentrant": False} if settings.gradient_checkpointing else None,
-        use_cpu=torch_device.type == "cpu",
+        # DeepSpeed finds the processor by itself; told to use it, accelerate would leave DeepSpeed out
+        use_cpu=torch_device.type == "cpu" and not sharding.uses_deepspeed(settings),
+        **sharding.library_options(settings),
         seed=settings.seed,
         data_seed=settings.seed,
         logging_strategy="steps",

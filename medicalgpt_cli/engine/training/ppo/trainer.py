@@ -49,12 +49,12 @@ class PPOTrainer(MedgptTrainer):
     def __init__(
         self,
         *,
-        settings: RlSettings,
         reward: WeightedReward,
         backend: LocalBackend,
         lay: Callable[[Sequence[Sequence[int]]], dict[str, torch.Tensor]],
         **options: Any,
     ):
+        settings: RlSettings = options["settings"]
         self.rl, self.reward, self.backend, self.lay = settings, reward, backend, lay
         if settings.kl_target is None:
             self.price: FixedKL = FixedKL(settings.kl_coefficient)
@@ -161,22 +161,35 @@ class PPOTrainer(MedgptTrainer):
         for number, chosen in enumerate(batches, 1):
             mine = together.share(chosen)
             weight = float(rollout.mask[mine].sum() / rollout.mask[chosen].sum())  # of the minibatch's tokens
-            for loss, measured in self.minibatch_losses(roles, rollout, mine, advantages, returns):
+            # Where there are fewer answers than processes, one counts for nothing: DeepSpeed adds gradients up in the
+            # order in which they come, so that every process has to come by the same ones.
+            losses = self.minibatch_losses(roles, rollout, mine or chosen[:1], advantages, returns)
+            for part, (loss, measured) in enumerate(losses, 1):
                 if not torch.isfinite(loss):
                     raise TrainingFailed(
                         f"the loss became {float(loss)} at step {self.state.global_step + 1}",
                         "lower --learning-rate, or raise --kl-coefficient",
                     )
-                self.accelerator.backward(loss * weight)
+                self._backward(loss * weight, last=part == (1 if returns is None else 2))
                 for name, value in measured.items():
                     totals[name] = totals.get(name, 0.0) + value * weight / len(batches)
-            together.sum_gradients([*roles.learning["policy"], *roles.learning["value"]])
-            if number < len(batches):  # the last one is made by the loop, which also counts it
-                self.accelerator.clip_grad_norm_(roles.parameters(), self.args.max_grad_norm)
-                self.optimizer.step()
-                self.optimizer.zero_grad()
-        parts = together.from_all(totals)  # of a process without a share, empty
-        return {name: sum(part.get(name, 0.0) for part in parts) for name in max(parts, key=len)}
+            if not self.spread:
+                together.sum_gradients([*roles.learning["policy"], *roles.learning["value"]])
+                if number < len(batches):  # the last one is made by the loop, which also counts it
+                    self.accelerator.clip_grad_norm_(roles.parameters(), self.args.max_grad_norm)
+                    self.optimizer.step()
+                    self.optimizer.zero_grad()
+        parts = together.from_all(totals)
+        return {name: sum(part[name] for part in parts) for name in totals}
+
+    def _backward(self, loss: torch.Tensor, *, last: bool) -> None:
+        """Add the gradient of a part of a minibatch's loss. DeepSpeed makes the gradient step with the last one."""
+        if not self.spread:
+            self.accelerator.backward(loss)
+            return
+        self.accelerator.gradient_state._set_sync_gradients(last)
+        # It takes the mean over the processes, and the loss is this one's part of a sum.
+        self.accelerator.backward(loss * processes.size(), scale_wrt_gas=False)
 
     def minibatch_losses(
         self,
@@ -191,8 +204,6 @@ class PPOTrainer(MedgptTrainer):
         First the policy's, then the value function's. They have no weight in common: taking the gradient of one
         before the other is computed keeps one set of activations at a time.
         """
-        if not chosen:  # fewer answers than processes
-            return
         prompts = [rollout.asked[index].ids for index in chosen]
         answers = [rollout.answers[index] for index in chosen]
         batch, positions, tokens = prepared(prompts, answers, self.lay, rollout.mask.device)
@@ -304,6 +315,9 @@ class PPOTrainer(MedgptTrainer):
         folder = Path(output_dir or self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         save_file(self._learning(), folder / _WEIGHTS)
+        self._save_state(folder)
+
+    def _save_state(self, folder: Path) -> None:
         state = {"price": self.price.state_dict(), "moments": asdict(self.moments), "alike": self.alike}
         (folder / _STATE).write_text(json.dumps(state), encoding="utf-8")
 
@@ -323,6 +337,9 @@ class PPOTrainer(MedgptTrainer):
         with torch.no_grad():
             for name, weight in ours.items():
                 weight.copy_(saved[name])
+        self._load_state(folder)
+
+    def _load_state(self, folder: Path) -> None:
         state = json.loads((folder / _STATE).read_text(encoding="utf-8"))
         self.price.load_state_dict(state["price"])
         self.moments.load_state_dict(state["moments"])

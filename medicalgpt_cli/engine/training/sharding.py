@@ -1,0 +1,336 @@
+"""Weights, gradients and moments spread over the processes: DeepSpeed's ZeRO and torch's FSDP2, through accelerate.
+
+What was asked for is proved once the library has set it up: on the wrong device it silently does something else.
+What learns leaves as whole tensors under their own names, so that a checkpoint fits any number of processes.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from medicalgpt_cli.engine.model.references import ResolvedModel
+from medicalgpt_cli.engine.model.vocabulary import new_token_ids
+from medicalgpt_cli.engine.run import processes
+from medicalgpt_cli.errors import EnvironmentFailure, UsageError
+from medicalgpt_cli.settings.fields import flag_of
+from medicalgpt_cli.settings.stages import TrainSettings
+
+_MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's, as torch and DeepSpeed name them
+_INSTALL = "pip install 'medicalgpt-cli[deepspeed]'"
+
+
+def kind_of(settings: TrainSettings) -> str:
+    """What the processes share: "ddp" (nothing), "zero2", "zero3" or "fsdp", as in `--parallel`.
+
+    With `--accelerate-config` it is what that file's launch has put into the environment.
+    """
+    if settings.accelerate_config is None:
+        return settings.parallel
+    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+        return "fsdp"
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() != "true":
+        return "ddp"
+    return "zero3" if _stage_in_environment() == 3 else "zero2"
+
+
+def _stage_in_environment() -> int:
+    """ZeRO's stage in accelerate's environment; stage 1 shards the moments only and is handled like 2."""
+    file = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
+    if file != "none":
+        return int(json.loads(Path(file).read_text(encoding="utf-8"))["zero_optimization"]["stage"])
+    return int(os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2"))
+
+
+def spreads_weights(settings: TrainSettings) -> bool:
+    """Whether no process holds a whole model."""
+    return kind_of(settings) in ("zero3", "fsdp")
+
+
+def uses_deepspeed(settings: TrainSettings) -> bool:
+    return kind_of(settings).startswith("zero")
+
+
+# -- before anything is loaded ---------------------------------------------------------------------------------
+
+
+def check_sharding(settings: TrainSettings, stage: str, resolved: ResolvedModel, device: torch.device) -> None:
+    """Say what cannot be spread over processes before any weight is read.
+
+    Raises:
+        UsageError: a combination that the libraries compute wrongly, silently leave out, or that is unproved.
+        EnvironmentFailure: DeepSpeed is not installed.
+    """
+    kind = kind_of(settings)
+    if kind == "ddp":
+        return
+    flag = f"--parallel {kind}" if settings.accelerate_config is None else "--accelerate-config"
+    if not processes.started():
+        raise UsageError(
+            f"{flag}: this run was started without its processes",
+            "give it to the command itself: inside a pipeline it has no effect",
+        )
+    if kind == "fsdp" and device.type == "cpu":
+        raise UsageError(
+            f"{flag}: on a processor accelerate would silently copy the weights instead of sharding them",
+            "take --parallel zero3, or GPUs",
+        )
+    if uses_deepspeed(settings) and importlib.util.find_spec("deepspeed") is None:
+        raise EnvironmentFailure(f"{flag}: DeepSpeed is not installed", _INSTALL)
+    if settings.optimizer != "adamw":
+        raise UsageError(
+            f"--optimizer {settings.optimizer} with {flag}: sharded moments are AdamW's in 32 bits",
+            "leave --optimizer out: each process holds a part of the moments only",
+        )
+    if kind != "zero2":
+        _check_spread_weights(settings, stage, resolved, flag)
+
+
+def _check_spread_weights(
+    settings: TrainSettings, stage: str, resolved: ResolvedModel, flag: str
+) -> None:
+    if stage == "rl":
+        raise UsageError(
+            f"{flag} is not for rl: its processes draw answers of different lengths, each with a whole model",
+            "take --parallel zero2, or --load-in-4bit",
+        )
+    if settings.quantization:
+        raise UsageError(
+            f"--load-in-{settings.quantization} with {flag}: quantised weights are not spread",
+            "take --parallel zero2 or ddp, or full-precision weights",
+        )
+    if settings.dora:
+        raise UsageError(f"--dora with {flag}: DoRA needs whole weights", "take --parallel zero2 or ddp")
+    if settings.tuning == "full" and resolved.adapter is not None:
+        raise UsageError(
+            f"{flag}: an adapter cannot be merged into spread weights",
+            "merge it first (medgpt merge-lora), then --base-model",
+        )
+    if getattr(settings, "from_config", None) is not None:
+        raise UsageError(
+            f"{flag}: a new model is made as a whole", "take --parallel zero2 or ddp"
+        )
+    rows = bool(resolved.base.folder and new_token_ids(resolved.base.folder))
+    if settings.tuning == "lora" and (settings.embeddings == "all" or (rows and settings.embeddings != "frozen")):
+        raise UsageError(
+            f"{flag}: rows of the embeddings that learn beside an adapter need whole tables",
+            f"take {flag_of('embeddings')} frozen, or --parallel zero2",
+        )
+
+
+def prepare_environment(settings: TrainSettings, device: torch.device) -> None:
+    """What the libraries read as they are imported or meet."""
+    if uses_deepspeed(settings):
+        os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
+        if device.type == "cpu":
+            os.environ["DS_ACCELERATOR"] = "cpu"
+
+
+def library_options(settings: TrainSettings) -> dict[str, Any]:
+    """The arguments of the trainer that spread the model; those of `--accelerate-config` stand in the environment."""
+    kind = kind_of(settings)
+    if kind == "ddp":
+        return {}
+    options: dict[str, Any] = {"accelerator_config": {"use_configured_state": True}}
+    if settings.accelerate_config is not None:
+        return options
+    if kind == "fsdp":
+        return {**options, "fsdp": True, "fsdp_config": {"version": 2, "cpu_ram_efficient_loading": False}}
+    zero: dict[str, Any] = {"stage": 3 if kind == "zero3" else 2}
+    return {
+        **options,
+        "deepspeed": {
+            "zero_optimization": zero,
+            **dict.fromkeys(
+                (
+                    "train_batch_size",
+                    "train_micro_batch_size_per_gpu",
+                    "gradient_accumulation_steps",
+                    "gradient_clipping",
+                ),
+                "auto",  # as the trainer's own arguments say
+            ),
+            "bf16": {"enabled": "auto"},
+            "fp16": {"enabled": "auto"},
+        },
+    }
+
+
+# -- once it is set up -----------------------------------------------------------------------------------------
+
+
+def check_spread(settings: TrainSettings, model: Any, wrapped: Any, optimizer: Any) -> None:
+    """See that the library has done what was asked for.
+
+    Args:
+        wrapped: the model as the trainer calls it.
+
+    Raises:
+        EnvironmentFailure: it has not.
+    """
+    kind = kind_of(settings)
+    if kind == "ddp":
+        return
+    learning = [weight for weight in model.parameters() if weight.requires_grad]
+    if kind == "fsdp":
+        right = all(isinstance(weight, DTensor) for weight in model.parameters())
+        mine = sum(weight.to_local().numel() for weight in learning if isinstance(weight, DTensor))
+    else:
+        stage = getattr(wrapped, "zero_optimization_stage", lambda: None)()
+        right = stage == 3 if kind == "zero3" else stage in (1, 2)
+        if kind == "zero3":
+            right = right and all(hasattr(weight, "ds_id") for weight in model.parameters())
+        mine = sum(one.numel() for group in optimizer.param_groups for one in group["params"]) if right else 0
+    whole = sum(getattr(weight, "ds_numel", weight.numel()) for weight in learning)
+    # Shares are padded a little; moments of a whole model in each of several processes are what must not be.
+    if not right or (processes.size() > 1 and mine > 0.75 * whole + 4096):
+        raise EnvironmentFailure(
+            f"the library did not set up {kind}: this process holds {mine:,} of {whole:,} learning weights",
+            "this is a fault of medgpt or of a library's version; --parallel ddp works without it",
+        )
+
+
+@contextmanager
+def whole(model: Any) -> Iterator[None]:
+    """Inside, the weights that learn are whole in every process. All processes have to enter together."""
+    learning = [weight for weight in model.parameters() if weight.requires_grad]
+    if not any(hasattr(weight, "ds_id") for weight in learning):
+        yield
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(learning):
+        yield
+
+
+def learning_state(model: Any, optimizer: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every tensor that learning has changed, whole and in fp32: weights, AdamW's moments, and its count of steps.
+
+    All processes have to ask together; a name is `<part>/<name of the weight>`, and `step` is a scalar.
+    """
+    _link_moments(optimizer)
+    steps = [int(state["step"]) for state in _inner(optimizer).state.values() if "step" in state]
+    yield "step", torch.tensor(max(steps, default=0))
+    for name, weight in model.named_parameters():
+        if not weight.requires_grad:
+            continue
+        yield f"weight/{name}", _get(weight, None, optimizer)
+        if steps:
+            for part in _MOMENTS:
+                yield f"{part}/{name}", _get(weight, part, optimizer)
+
+
+def restore_learning(model: Any, optimizer: Any, saved: dict[str, torch.Tensor], *, moments: bool = True) -> None:
+    """Put back what `learning_state` gave; all processes together.
+
+    Raises:
+        KeyError: a weight of the model is not in `saved`.
+    """
+    if moments:
+        _make_moments(optimizer, int(saved["step"]))
+    for name, weight in model.named_parameters():
+        if not weight.requires_grad:
+            continue
+        _set_weight(weight, saved[f"weight/{name}"], optimizer)
+        if moments and f"{_MOMENTS[0]}/{name}" in saved:
+            for part in _MOMENTS:
+                _set(weight, part, saved[f"{part}/{name}"], optimizer)
+
+
+def _inner(optimizer: Any) -> Any:
+    """torch's optimizer inside the wrappers of accelerate and DeepSpeed."""
+    while hasattr(optimizer, "optimizer"):
+        optimizer = optimizer.optimizer
+    return optimizer
+
+
+def _make_moments(optimizer: Any, steps: int) -> None:
+    """Moments of zero, which AdamW makes in its first step: one without gradients that moves nothing."""
+    inner = _inner(optimizer)
+    rates = [group["lr"] for group in inner.param_groups]
+    for group in inner.param_groups:
+        group["lr"] = 0.0
+        for weight in group["params"]:
+            weight.grad = torch.zeros_like(weight)
+    inner.step()
+    for group, rate in zip(inner.param_groups, rates, strict=True):
+        group["lr"] = rate
+        for weight in group["params"]:
+            weight.grad = None
+    for state in inner.state.values():
+        state["step"] = torch.full_like(state["step"], float(steps))
+    _link_moments(optimizer)
+
+
+def _link_moments(optimizer: Any) -> None:
+    """Let ZeRO-2 find each weight's moments: by itself it looks once, when only the first group has any."""
+    zero = optimizer.optimizer
+    if hasattr(zero, "_lazy_init_hp_params_optimizer_state") and _inner(optimizer).state:
+        zero._hp_optimizer_states_linked = False
+        zero._lazy_init_hp_params_optimizer_state()
+
+
+def _get(weight: Any, part: str | None, optimizer: Any) -> torch.Tensor:
+    if isinstance(weight, DTensor):
+        tensor = weight if part is None else _inner(optimizer).state[weight][part]
+        return tensor.detach().full_tensor().float().cpu()
+    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+    found = safe_get_full_fp32_param(weight) if part is None else safe_get_full_optimizer_state(weight, part)
+    return found.detach().float().cpu()
+
+
+@torch.no_grad()
+def _set_weight(weight: Any, value: torch.Tensor, optimizer: Any) -> None:
+    if isinstance(weight, DTensor):
+        _copy_share(weight, value)
+        return
+    if hasattr(weight, "ds_id"):
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([weight], modifier_rank=0):
+            weight.data.copy_(value)
+    else:
+        weight.data.copy_(value)
+    _set(weight, None, value, optimizer)  # DeepSpeed's own copy in fp32, which AdamW moves
+
+
+@torch.no_grad()
+def _set(weight: Any, part: str | None, value: torch.Tensor, optimizer: Any) -> None:
+    if isinstance(weight, DTensor):
+        _copy_share(_inner(optimizer).state[weight][part], value)
+        return
+    from deepspeed.utils import (
+        safe_set_full_fp32_param,
+        safe_set_full_optimizer_state,
+        safe_set_local_fp32_param,
+        safe_set_local_optimizer_state,
+    )
+
+    if hasattr(weight, "ds_id"):
+        # The last share is padded, which DeepSpeed's own way of setting a whole weight forgets.
+        size = weight.ds_tensor.ds_numel
+        padded = torch.zeros(size * processes.size(), dtype=torch.float32)
+        padded[: value.numel()] = value.flatten()
+        share = padded[size * processes.rank() : size * (processes.rank() + 1)].to(weight.ds_tensor.device)
+        if part is None:
+            safe_set_local_fp32_param(weight, share)
+        else:
+            safe_set_local_optimizer_state(weight, share, part)
+    elif part is None:
+        safe_set_full_fp32_param(weight, value.to(weight.device))
+    else:
+        safe_set_full_optimizer_state(weight, value.to(weight.device), part)
+
+
+def _copy_share(target: DTensor, value: torch.Tensor) -> None:
+    value = value.to(device=target.device, dtype=target.dtype)
+    target.copy_(distribute_tensor(value, target.device_mesh, target.placements))
