@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from medicalgpt_cli.engine.model.references import ModelReference, ResolvedModel
+from medicalgpt_cli.engine.model.spread import size_of
 from medicalgpt_cli.errors import EnvironmentFailure, UsageError
 
 _PER_BYTE = 2  # 4-bit weights in a byte
@@ -118,9 +119,10 @@ def _as_in_training() -> type:
     return AsInTraining
 
 
-def count_parameters(model: torch.nn.Module) -> int:
-    """Weights of a model, also where several of them share a byte."""
+def count_parameters(model: torch.nn.Module, *, learning: bool = False) -> int:
+    """Weights of a model, also where several of them share a byte, or processes share them (ZeRO-3)."""
     return sum(
-        weight.numel() * (_PER_BYTE * weight.element_size() if type(weight).__name__ == "Params4bit" else 1)
+        size_of(weight) * (_PER_BYTE * weight.element_size() if type(weight).__name__ == "Params4bit" else 1)
         for weight in model.parameters()
+        if weight.requires_grad or not learning
     )

@@ -21,6 +21,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 from medicalgpt_cli.engine.model.adapters import target_layers
 from medicalgpt_cli.engine.model.loading import choose_device, choose_dtype, load_base
 from medicalgpt_cli.engine.model.references import ModelReference, ResolvedModel
+from medicalgpt_cli.engine.model.spread import written_to
 from medicalgpt_cli.engine.observer import Observer
 from medicalgpt_cli.errors import UsageError
 from medicalgpt_cli.settings.groups import AdapterSettings
@@ -210,7 +211,7 @@ def _with_head(
 def _new_head(model: Any) -> None:
     """Small random numbers, standard deviation 1 / sqrt(width + 1) (Stiennon et al. 2020; Huang et al. 2024)."""
     head = getattr(model, HEAD)
-    with torch.no_grad():
+    with torch.no_grad(), written_to(head.weight):
         head.weight.normal_(std=(head.in_features + 1) ** -0.5)
 
 

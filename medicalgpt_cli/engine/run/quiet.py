@@ -53,5 +53,7 @@ def quieten() -> None:
         os.environ.setdefault(name, value)
     for name in _LOGGERS:
         logging.getLogger(name).setLevel(logging.ERROR)
+    # DeepSpeed sets its logger's level itself, and writes to standard output.
+    logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
     if not os.environ.get("PYTHONWARNINGS"):
         warnings.simplefilter("ignore")

@@ -148,10 +148,10 @@ def borrows_prefixes(model: PreTrainedModel, tolerance: float = 1e-3) -> bool:
 @torch.no_grad()
 def _same(model: PreTrainedModel, tolerance: float, shared: int) -> bool:
     """Two rows of tokens with their first `shared` ones in common: alone, and end to end without the second copy."""
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    body = inner.base_model  # without a head: what is compared are hidden states
     device = model.get_input_embeddings().weight.device
-    vocabulary = model.get_input_embeddings().weight.shape[0]
+    vocabulary = (
+        model.config.get_text_config().vocab_size
+    )  # a table that processes share does not show its shape
     generator = torch.Generator().manual_seed(0)
     rows = [torch.randint(vocabulary, (length,), generator=generator).to(device) for length in (9, 6)]
     rows[1][:shared] = rows[0][:shared]
@@ -161,16 +161,17 @@ def _same(model: PreTrainedModel, tolerance: float, shared: int) -> bool:
     training = model.training
     model.eval()
     try:
-        alone = [body(input_ids=row[None], use_cache=False).last_hidden_state[0] for row in rows]
+        # The model as a whole: of one that processes share, no part can be called. A reward model scores every token.
+        alone = [model(input_ids=row[None], use_cache=False).logits[0] for row in rows]
         with for_batches(model, True):
-            together = body(
+            together = model(
                 input_ids=torch.cat([rows[0], rows[1][shared:]])[None],
                 position_ids=positions[None],
                 cu_seq_lens_q=bounds,
                 cu_seq_lens_k=bounds,
                 use_cache=False,
                 **borrowed,
-            ).last_hidden_state[0]
+            ).logits[0]
     except (TypeError, ValueError, AttributeError, RuntimeError):
         return False
     finally:

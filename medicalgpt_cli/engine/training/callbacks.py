@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -108,6 +108,16 @@ class StopOnSignal(TrainerCallback):
             control.should_save = True
             control.should_evaluate = False  # whoever stops a run wants it to stop
         return control
+
+
+class Beginning(TrainerCallback):
+    """Calls back once the trainer has set the model up, before the first step."""
+
+    def __init__(self, begin: Callable[[], None]):
+        self.begin = begin
+
+    def on_train_begin(self, args, state, control, **_):
+        self.begin()
 
 
 class EarlyStopping(TrainerCallback):

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, ClassVar
 
-from transformers import PreTrainedTokenizerBase, set_seed
+from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainingArguments, set_seed
 
 from medicalgpt_cli.engine.model.loading import choose_device, choose_dtype, load_tokenizer
 from medicalgpt_cli.engine.model.quantization import check_quantization, count_parameters
@@ -24,7 +25,7 @@ from medicalgpt_cli.engine.run.manifest import read as read_manifest
 from medicalgpt_cli.engine.run.manifest import resumed_settings
 from medicalgpt_cli.engine.run.report import write_report
 from medicalgpt_cli.engine.training import attention, sharding, together
-from medicalgpt_cli.engine.training.callbacks import EarlyStopping, Reporting, StopOnSignal
+from medicalgpt_cli.engine.training.callbacks import Beginning, EarlyStopping, Reporting, StopOnSignal
 from medicalgpt_cli.engine.training.trainer import MedgptTrainer
 from medicalgpt_cli.engine.training.trainer_args import (
     Schedule,
@@ -93,13 +94,21 @@ class Stage(ABC):
     def examples(self) -> int:
         """How many examples make an epoch."""
 
+    @property
+    @abstractmethod
+    def has_held_out(self) -> bool:
+        """Whether there is data to measure on."""
+
     @abstractmethod
     def facts(self) -> dict[str, Any]:
         """What the plan says about the data."""
 
     @abstractmethod
     def trainer_parts(self, model: Any, stop: StopOnSignal) -> dict[str, Any]:
-        """`train_dataset`, `sampler`, `collate` and `measure` (None where nothing is held out)."""
+        """`train_dataset`, `sampler`, `collate` and `measure`, which is called where something is held out.
+
+        Asked for before it is known how batches are laid out (`keeps_apart`).
+        """
 
     @abstractmethod
     def measure(self, model: Any, observer: Observer, known: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -215,23 +224,32 @@ def _make_folder(stage: Stage) -> RunFolder:
 
 def _train_in(folder: RunFolder, stage: Stage, observer: Observer) -> dict[str, Any]:
     settings, updates = stage.settings, stage.schedule.updates
+    arguments = _arguments(
+        stage, folder
+    )  # before the model: from them the library knows that it is to be spread
     set_seed(settings.seed)
     model = stage.load(observer)
-    stage.padding_free = stage.keeps_apart(model, observer)
-    before = together.from_first(folder.read().get("before"))  # a resumed run measured it when it began
-    if before is None:
-        before = stage.measure(model, observer)
-        folder.update(before=before)
-    with StopOnSignal().listening() as stop:
-        trainer = _trainer(stage, model, folder, stop, observer)
-        first = processes.rank() == 0
+    # What is spread over processes can be measured once the trainer has done so.
+    spread = sharding.spreads_weights(settings)
+    before = None if spread else _measured_before(folder, stage, model, observer)
+    with StopOnSignal().listening() as stop, ExitStack() as layout:
+
+        def begin() -> None:
+            nonlocal before, began
+            before = before or _measured_before(folder, stage, model, observer)
+            observer.on_train_start(
+                _start_event(folder, stage, model, trainer, checkpoint, before["metrics"])
+            )
+            # Measuring must not have moved the random state; each process drops out on its own.
+            set_seed(settings.seed + processes.rank())
+            layout.enter_context(attention.for_batches(model, stage.padding_free))
+            began = time.monotonic()
+
+        trainer = _trainer(stage, model, arguments, folder, stop, [Beginning(begin)], observer)
+        first, began = processes.rank() == 0, 0.0
         checkpoint = together.from_first(_checkpoint_to_go_on_from(folder, observer) if first else None)
-        observer.on_train_start(_start_event(folder, stage, model, trainer, checkpoint, before["metrics"]))
-        began = time.monotonic()
-        # Measuring must not have moved the random state; each process drops out on its own.
-        set_seed(settings.seed + processes.rank())
-        with attention.for_batches(model, stage.padding_free):
-            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        layout.close()
         seconds, step = time.monotonic() - began, trainer.state.global_step
     if stop.received is not None and step < updates:
         raise Stopped(
@@ -246,6 +264,7 @@ def _train_in(folder: RunFolder, stage: Stage, observer: Observer) -> dict[str, 
         observer.on_notice(f"kept the weights with the lowest held-out loss, of {best.name}")
     model.eval()
     after = stage.measure(model, observer, known)
+    trainer.make_whole()
     if first:
         stage.save(model, folder, after)
     result = {
@@ -261,6 +280,16 @@ def _train_in(folder: RunFolder, stage: Stage, observer: Observer) -> dict[str, 
     summary = {"stage": stage.name, "folder": str(folder.path), "model": str(folder.model), **result}
     observer.on_train_end(summary)
     return summary
+
+
+def _measured_before(folder: RunFolder, stage: Stage, model: Any, observer: Observer) -> dict[str, Any]:
+    """How the batches are laid out, and the held-out figures; a resumed run measured these when it began."""
+    stage.padding_free = stage.keeps_apart(model, observer)
+    before = together.from_first(folder.read().get("before"))
+    if before is None:
+        before = stage.measure(model, observer)
+        folder.update(before=before)
+    return before
 
 
 def _checkpoint_to_go_on_from(folder: RunFolder, observer: Observer) -> Path | None:
@@ -288,7 +317,7 @@ def _start_event(
         "model": stage.resolved.label,
         "steps": stage.schedule.updates,
         "from_step": checkpoints.step_of(checkpoint) if checkpoint else 0,
-        "trainable": sum(weight.numel() for weight in model.parameters() if weight.requires_grad),
+        "trainable": count_parameters(model, learning=True),
         "parameters": count_parameters(model),
         "quantization": stage.settings.quantization,
         "device": str(trainer.args.device),
@@ -298,27 +327,36 @@ def _start_event(
     }
 
 
+def _arguments(stage: Stage, folder: RunFolder) -> TrainingArguments:
+    device = choose_device(stage.settings)
+    return training_arguments(
+        stage.settings,
+        stage.schedule,
+        folder=folder.checkpoints,
+        torch_device=device,
+        dtype=choose_dtype(stage.settings, device),
+        evaluate=stage.has_held_out,
+    )
+
+
 def _trainer(
-    stage: Stage, model: Any, folder: RunFolder, stop: StopOnSignal, observer: Observer
+    stage: Stage,
+    model: Any,
+    arguments: TrainingArguments,
+    folder: RunFolder,
+    stop: StopOnSignal,
+    callbacks: list[TrainerCallback],
+    observer: Observer,
 ) -> MedgptTrainer:
     settings = stage.settings
-    device = choose_device(settings)
-    parts = stage.trainer_parts(model, stop)
-    callbacks: list[Any] = [Reporting(observer, folder.metrics, stage.trainer.unit), stop]
-    if settings.early_stopping is not None and parts["measure"] is not None:
+    callbacks = [*callbacks, Reporting(observer, folder.metrics, stage.trainer.unit), stop]
+    if settings.early_stopping is not None and stage.has_held_out:
         callbacks.append(EarlyStopping(settings.early_stopping))
     return stage.trainer(
         model=model,
-        args=training_arguments(
-            settings,
-            stage.schedule,
-            folder=folder.checkpoints,
-            torch_device=device,
-            dtype=choose_dtype(settings, device),
-            evaluate=parts["measure"] is not None,
-        ),
+        args=arguments,
         settings=settings,
         checkpoint_folder=folder.checkpoints,
         callbacks=callbacks,
-        **parts,
+        **stage.trainer_parts(model, stop),
     )

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
+from medicalgpt_cli.engine.model.spread import is_spread
 from medicalgpt_cli.engine.training.batches import IGNORED
 
 # Logits that exist at one time: 128 MiB in fp32. All logits of a batch at once are most of a small model's memory
@@ -69,6 +70,8 @@ def _without(head: torch.nn.Module) -> Iterator[None]:
 def _head_comes_last(model: torch.nn.Module) -> bool:
     """Whether the logits are the head's output as it is: some models scale or cap them. Asked once a model."""
     inner = _inner(model)
+    if is_spread(inner):
+        return False
     if not hasattr(inner, "_medgpt_head_comes_last"):
         training = model.training
         model.eval()

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import torch
+
+from medicalgpt_cli.engine.data.packing import Block
 from medicalgpt_cli.engine.evaluation.bits_per_byte import text_loss
 from medicalgpt_cli.engine.model.references import ModelReference, ResolvedModel, resolve_models
 from medicalgpt_cli.engine.observer import Observer
@@ -44,6 +48,10 @@ class PretrainStage(Stage):
     def examples(self) -> int:
         return len(self.data.sampler)
 
+    @property
+    def has_held_out(self) -> bool:
+        return bool(self.data.held_out.windows)
+
     def facts(self) -> dict[str, Any]:
         """Blocks and tokens of the whole run, and how often each source is seen in it."""
         passes = self.schedule.updates / self.schedule.updates_per_epoch
@@ -70,12 +78,11 @@ class PretrainStage(Stage):
             "train_dataset": self.data.blocks,
             "sampler": self.data.sampler,
             "collate": self._collate,
-            "measure": measure if self.data.held_out.windows else None,
+            "measure": measure,
         }
 
-    @property
-    def _collate(self) -> Any:
-        return packed if self.padding_free else partial(stacked, pad_id=self.tokenizer.pad_token_id)
+    def _collate(self, blocks: Sequence[Block]) -> dict[str, torch.Tensor]:
+        return packed(blocks) if self.padding_free else stacked(blocks, pad_id=self.tokenizer.pad_token_id)
 
     def _held_out(self, model: Any, **options: Any) -> dict[str, Any] | None:
         with attention.for_batches(model, self.padding_free):
@@ -85,6 +92,6 @@ class PretrainStage(Stage):
 
     def measure(self, model: Any, observer: Observer, known: dict[str, Any] | None = None) -> dict[str, Any]:
         """Held-out bits per byte by source and language; empty where nothing is held out."""
-        if not self.data.held_out.windows:
+        if not self.has_held_out:
             return {"metrics": {}}
         return {"metrics": known or self._held_out(model, observer=observer)}

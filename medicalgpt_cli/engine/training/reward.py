@@ -77,6 +77,10 @@ class RewardStage(Stage):
     def examples(self) -> int:
         return len(self.data.training)
 
+    @property
+    def has_held_out(self) -> bool:
+        return bool(self.data.held_out)
+
     def facts(self) -> dict[str, Any]:
         """Pairs, and the tokens of the whole run."""
         passes = self.schedule.updates / self.schedule.updates_per_epoch
@@ -111,8 +115,8 @@ class RewardStage(Stage):
                 settings.seed,
                 by_length=settings.batch_order == "by-length",
             ),
-            "collate": partial(pair_batch, lay=self.lay),
-            "measure": measure if self.data.held_out else None,
+            "collate": lambda pairs: pair_batch(pairs, lay=self.lay),
+            "measure": measure,
             "centring": settings.centring,
         }
 
@@ -135,7 +139,7 @@ class RewardStage(Stage):
 
     def measure(self, model: Any, observer: Observer, known: dict[str, Any] | None = None) -> dict[str, Any]:
         """Accuracy, margin and calibration on held-out pairs; empty where nothing is held out."""
-        if not self.data.held_out:
+        if not self.has_held_out:
             return {"metrics": {}}
         return {"metrics": known or self._held_out(model, observer=observer)}
 

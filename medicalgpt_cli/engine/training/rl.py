@@ -84,6 +84,10 @@ class RlStage(Stage):
     def examples(self) -> int:
         return len(self.data.training)
 
+    @property
+    def has_held_out(self) -> bool:
+        return bool(self.data.held_out)
+
     def facts(self) -> dict[str, Any]:
         """Prompts, and the answers of the whole run."""
         return {
@@ -183,7 +187,7 @@ class RlStage(Stage):
                 [0] * len(dataset), settings.batch_size * processes.size(), settings.seed, by_length=False
             ),
             "collate": lambda asked: {"asked": list(asked)},
-            "measure": partial(self._held_out, model) if self.data.held_out else None,
+            "measure": partial(self._held_out, model),
             "reward": self.rewards,
             "backend": self._backend(model),
             "lay": self._lay,
@@ -249,7 +253,7 @@ class RlStage(Stage):
     def measure(
         self, model: Roles, observer: Observer, known: dict[str, Any] | None = None
     ) -> dict[str, Any]:
-        if not self.data.held_out:
+        if not self.has_held_out:
             return {"metrics": {}, "answers": []}
         figures = known or self._held_out(model, observer)  # known ones come with their answers
         return {"metrics": figures, "answers": self.answers[: self.settings.sample_answers]}

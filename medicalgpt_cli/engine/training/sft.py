@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
+import torch
+
+from medicalgpt_cli.engine.data.rendering import Example
 from medicalgpt_cli.engine.evaluation.heldout import held_out
 from medicalgpt_cli.engine.evaluation.samples import answer_questions, paired_samples
 from medicalgpt_cli.engine.observer import Observer
@@ -36,6 +40,10 @@ class SftStage(Stage):
     def examples(self) -> int:
         return len(self.data.training)
 
+    @property
+    def has_held_out(self) -> bool:
+        return bool(self.data.held_out)
+
     def facts(self) -> dict[str, Any]:
         """Examples and tokens of the whole run."""
         training = self.data.training
@@ -60,12 +68,13 @@ class SftStage(Stage):
                 by_length=settings.batch_order == "by-length",
             ),
             "collate": self._collate,
-            "measure": measure if self.data.held_out else None,
+            "measure": measure,
         }
 
-    @property
-    def _collate(self) -> Any:
-        return end_to_end if self.padding_free else partial(padded, pad_id=self.tokenizer.pad_token_id)
+    def _collate(self, examples: Sequence[Example]) -> dict[str, torch.Tensor]:
+        if self.padding_free:
+            return end_to_end(examples)
+        return padded(examples, pad_id=self.tokenizer.pad_token_id)
 
     def _held_out(self, model: Any, **options: Any) -> dict[str, Any] | None:
         with attention.for_batches(model, self.padding_free):
@@ -80,7 +89,7 @@ class SftStage(Stage):
 
     def measure(self, model: Any, observer: Observer, known: dict[str, Any] | None = None) -> dict[str, Any]:
         """Held-out loss and the answers to a few held-out questions; empty where nothing is held out."""
-        if not self.data.held_out:
+        if not self.has_held_out:
             return {"metrics": {}, "answers": []}
         figures = known or self._held_out(model, observer=observer)
         answers = answer_questions(

@@ -10,14 +10,15 @@ import importlib.util
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from medicalgpt_cli.engine.model.references import ResolvedModel
+from medicalgpt_cli.engine.model.spread import size_of, written_to
 from medicalgpt_cli.engine.model.vocabulary import new_token_ids
 from medicalgpt_cli.engine.run import processes
 from medicalgpt_cli.errors import EnvironmentFailure, UsageError
@@ -62,7 +63,9 @@ def uses_deepspeed(settings: TrainSettings) -> bool:
 # -- before anything is loaded ---------------------------------------------------------------------------------
 
 
-def check_sharding(settings: TrainSettings, stage: str, resolved: ResolvedModel, device: torch.device) -> None:
+def check_sharding(
+    settings: TrainSettings, stage: str, resolved: ResolvedModel, device: torch.device
+) -> None:
     """Say what cannot be spread over processes before any weight is read.
 
     Raises:
@@ -94,9 +97,7 @@ def check_sharding(settings: TrainSettings, stage: str, resolved: ResolvedModel,
         _check_spread_weights(settings, stage, resolved, flag)
 
 
-def _check_spread_weights(
-    settings: TrainSettings, stage: str, resolved: ResolvedModel, flag: str
-) -> None:
+def _check_spread_weights(settings: TrainSettings, stage: str, resolved: ResolvedModel, flag: str) -> None:
     if stage == "rl":
         raise UsageError(
             f"{flag} is not for rl: its processes draw answers of different lengths, each with a whole model",
@@ -115,11 +116,11 @@ def _check_spread_weights(
             "merge it first (medgpt merge-lora), then --base-model",
         )
     if getattr(settings, "from_config", None) is not None:
-        raise UsageError(
-            f"{flag}: a new model is made as a whole", "take --parallel zero2 or ddp"
-        )
+        raise UsageError(f"{flag}: a new model is made as a whole", "take --parallel zero2 or ddp")
     rows = bool(resolved.base.folder and new_token_ids(resolved.base.folder))
-    if settings.tuning == "lora" and (settings.embeddings == "all" or (rows and settings.embeddings != "frozen")):
+    if settings.tuning == "lora" and (
+        settings.embeddings == "all" or (rows and settings.embeddings != "frozen")
+    ):
         raise UsageError(
             f"{flag}: rows of the embeddings that learn beside an adapter need whole tables",
             f"take {flag_of('embeddings')} frozen, or --parallel zero2",
@@ -188,8 +189,8 @@ def check_spread(settings: TrainSettings, model: Any, wrapped: Any, optimizer: A
         right = stage == 3 if kind == "zero3" else stage in (1, 2)
         if kind == "zero3":
             right = right and all(hasattr(weight, "ds_id") for weight in model.parameters())
-        mine = sum(one.numel() for group in optimizer.param_groups for one in group["params"]) if right else 0
-    whole = sum(getattr(weight, "ds_numel", weight.numel()) for weight in learning)
+        mine = sum(share.numel() for share in _shares(optimizer)) if right else 0
+    whole = sum(size_of(weight) for weight in learning)
     # Shares are padded a little; moments of a whole model in each of several processes are what must not be.
     if not right or (processes.size() > 1 and mine > 0.75 * whole + 4096):
         raise EnvironmentFailure(
@@ -198,17 +199,20 @@ def check_spread(settings: TrainSettings, model: Any, wrapped: Any, optimizer: A
         )
 
 
-@contextmanager
-def whole(model: Any) -> Iterator[None]:
-    """Inside, the weights that learn are whole in every process. All processes have to enter together."""
-    learning = [weight for weight in model.parameters() if weight.requires_grad]
-    if not any(hasattr(weight, "ds_id") for weight in learning):
-        yield
-        return
-    import deepspeed
+def make_whole(model: Any, optimizer: Any) -> None:
+    """Replace the shares of what learns by whole tensors in fp32, in the first process; all have to call together.
 
-    with deepspeed.zero.GatheredParameters(learning):
-        yield
+    The model can be saved after that, and nothing else.
+    """
+    found = {}
+    for _, weight in _learning(model):
+        value = _get(weight, None, optimizer)
+        if processes.rank() == 0:
+            found[id(weight)] = torch.nn.Parameter(value)
+    for module in model.modules():  # a weight that two layers share stands in both
+        for name, weight in list(module._parameters.items()):
+            if id(weight) in found:
+                module._parameters[name] = found[id(weight)]
 
 
 def learning_state(model: Any, optimizer: Any) -> Iterator[tuple[str, torch.Tensor]]:
@@ -219,16 +223,16 @@ def learning_state(model: Any, optimizer: Any) -> Iterator[tuple[str, torch.Tens
     _link_moments(optimizer)
     steps = [int(state["step"]) for state in _inner(optimizer).state.values() if "step" in state]
     yield "step", torch.tensor(max(steps, default=0))
-    for name, weight in model.named_parameters():
-        if not weight.requires_grad:
-            continue
+    for name, weight in _learning(model):
         yield f"weight/{name}", _get(weight, None, optimizer)
         if steps:
             for part in _MOMENTS:
                 yield f"{part}/{name}", _get(weight, part, optimizer)
 
 
-def restore_learning(model: Any, optimizer: Any, saved: dict[str, torch.Tensor], *, moments: bool = True) -> None:
+def restore_learning(
+    model: Any, optimizer: Any, saved: dict[str, torch.Tensor], *, moments: bool = True
+) -> None:
     """Put back what `learning_state` gave; all processes together.
 
     Raises:
@@ -236,13 +240,19 @@ def restore_learning(model: Any, optimizer: Any, saved: dict[str, torch.Tensor],
     """
     if moments:
         _make_moments(optimizer, int(saved["step"]))
-    for name, weight in model.named_parameters():
-        if not weight.requires_grad:
-            continue
+    for name, weight in _learning(model):
         _set_weight(weight, saved[f"weight/{name}"], optimizer)
         if moments and f"{_MOMENTS[0]}/{name}" in saved:
             for part in _MOMENTS:
                 _set(weight, part, saved[f"{part}/{name}"], optimizer)
+
+
+def _learning(model: Any) -> list[tuple[str, Any]]:
+    """The weights that learn, by name, in shares: FSDP leaves some whole after a forward pass."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+    return [(name, weight) for name, weight in model.named_parameters() if weight.requires_grad]
 
 
 def _inner(optimizer: Any) -> Any:
@@ -253,21 +263,24 @@ def _inner(optimizer: Any) -> Any:
 
 
 def _make_moments(optimizer: Any, steps: int) -> None:
-    """Moments of zero, which AdamW makes in its first step: one without gradients that moves nothing."""
+    """Moments of zero for each share, which AdamW would make in its first step."""
     inner = _inner(optimizer)
-    rates = [group["lr"] for group in inner.param_groups]
-    for group in inner.param_groups:
-        group["lr"] = 0.0
-        for weight in group["params"]:
-            weight.grad = torch.zeros_like(weight)
-    inner.step()
-    for group, rate in zip(inner.param_groups, rates, strict=True):
-        group["lr"] = rate
-        for weight in group["params"]:
-            weight.grad = None
-    for state in inner.state.values():
-        state["step"] = torch.full_like(state["step"], float(steps))
+    as_number = not isinstance(inner, torch.optim.AdamW)  # DeepSpeed's own, for moments on the host
+    for share in _shares(optimizer):
+        inner.state[share] = {
+            "step": steps if as_number else torch.tensor(float(steps)),
+            **{part: torch.zeros_like(share) for part in _MOMENTS},
+        }
     _link_moments(optimizer)
+
+
+def _shares(optimizer: Any) -> list[torch.Tensor]:
+    """What AdamW moves in this process."""
+    zero = optimizer.optimizer
+    for name in ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups"):  # ZeRO-3, ZeRO-2
+        if hasattr(zero, name):
+            return list(getattr(zero, name))
+    return [weight for group in _inner(optimizer).param_groups for weight in group["params"]]
 
 
 def _link_moments(optimizer: Any) -> None:
@@ -293,12 +306,7 @@ def _set_weight(weight: Any, value: torch.Tensor, optimizer: Any) -> None:
     if isinstance(weight, DTensor):
         _copy_share(weight, value)
         return
-    if hasattr(weight, "ds_id"):
-        import deepspeed
-
-        with deepspeed.zero.GatheredParameters([weight], modifier_rank=0):
-            weight.data.copy_(value)
-    else:
+    with written_to(weight):
         weight.data.copy_(value)
     _set(weight, None, value, optimizer)  # DeepSpeed's own copy in fp32, which AdamW moves
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 from collections.abc import Iterable
 from typing import Any
 
@@ -23,9 +25,11 @@ def join(device: torch.device, deepspeed: bool = False) -> None:
     from accelerate import PartialState
 
     on_cpu = device.type == "cpu"
-    state = (
-        PartialState(cpu=False, backend="gloo" if on_cpu else None) if deepspeed else PartialState(cpu=on_cpu)
-    )
+    if deepspeed:
+        with contextlib.redirect_stdout(io.StringIO()):  # it says there what it builds
+            state = PartialState(cpu=False, backend="gloo" if on_cpu else None)
+    else:
+        state = PartialState(cpu=on_cpu)
     if state.num_processes != processes.size() or not dist.is_initialized():
         raise EnvironmentFailure(
             f"{processes.size()} processes were started, {state.num_processes} work together",

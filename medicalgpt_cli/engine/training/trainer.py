@@ -41,7 +41,7 @@ class MedgptTrainer(Trainer):
         train_dataset: Dataset,
         sampler: Sampler[int],
         collate: Callable[[Sequence[Any]], dict[str, torch.Tensor]],
-        measure: Callable[[], dict[str, Any] | None] | None,
+        measure: Callable[[], dict[str, Any] | None],
         settings: TrainSettings,
         checkpoint_folder: Path,
         callbacks: list[Any],
@@ -49,13 +49,13 @@ class MedgptTrainer(Trainer):
         """
         Args:
             sampler: gives the order of an epoch; it has `set_epoch`.
-            measure: held-out figures of the model as it is, None where a signal came; None for no measure.
+            measure: held-out figures of the model as it is, None where a signal came.
         """
         super().__init__(
             model=model,
             args=args,
             train_dataset=train_dataset,
-            eval_dataset=[] if measure else None,  # the library asks for one; `measure` has the data
+            eval_dataset=[],  # the library asks for one where it is to evaluate; `measure` has the data
             data_collator=collate,
             callbacks=callbacks,
         )
@@ -212,6 +212,11 @@ class MedgptTrainer(Trainer):
         else:
             for _ in found:  # every process has a part of each
                 pass
+
+    def make_whole(self) -> None:
+        """Give the first process the whole of what has learnt; a model that was spread can then only be saved."""
+        if self.spread:
+            sharding.make_whole(self.model, self.optimizer)
 
     def _load_learning(self, checkpoint: Path, *, moments: bool) -> None:
         sharding.restore_learning(
