@@ -82,8 +82,8 @@ def _run(command: Command, settings: OutputSettings) -> None:
     quieten()
     first = processes.rank() == 0
     trains = isinstance(settings, TrainSettings)
-    if trains and (count := processes.wanted(settings)):
-        raise typer.Exit(processes.supervise(sys.argv[1:], count))
+    if trains and (launch := processes.launch_of(settings)):
+        raise typer.Exit(processes.supervise(sys.argv[1:], launch))
     if isinstance(settings, DeviceSettings):
         show_only(settings.gpu_numbers, single=trains and processes.size() == 1)
     with TerminalObserver(quiet=settings.json) if first else nullcontext(Observer()) as observer:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -395,6 +396,8 @@ def _explained(base: ModelReference) -> Any:
 
 
 def _to_device(model: Any, device: torch.device) -> Any:
+    if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
+        return model  # it goes there in shares
     try:
         return model.to(device)
     except torch.OutOfMemoryError:

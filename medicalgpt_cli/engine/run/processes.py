@@ -15,7 +15,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from medicalgpt_cli.engine.run import manifest
@@ -38,20 +39,30 @@ def started() -> bool:
     return "RANK" in os.environ
 
 
-def wanted(settings: TrainSettings) -> int | None:
-    """How many processes a training command still has to be started in; None where this one does it itself.
+def launch_of(settings: TrainSettings) -> Launch | None:
+    """The processes that a training command still has to be started in; None where this one does it by itself.
 
     A run goes on in as many as it had, where nothing else is said.
+
+    Raises:
+        UsageError: the file of `--accelerate-config` is not one, or none that medgpt takes.
     """
     if settings.dry_run or started():
         return None
-    count, parallel = settings.wanted_processes, settings.parallel
+    count, parallel, file = settings.wanted_processes, settings.parallel, settings.accelerate_config
     if settings.resume and (settings.resume / manifest.NAME).is_file():
         before = manifest.read(settings.resume)
-        parallel = before["settings"].get("parallel", {}).get("value", parallel)
+        recorded = {name: entry["value"] for name, entry in before["settings"].items()}
+        parallel = recorded.get("parallel", parallel)
+        if not file and recorded.get("accelerate_config"):
+            file = Path(recorded["accelerate_config"])
         if not settings.processes and not settings.gpus:
             count = before.get("processes", 1)
-    return count if count > 1 or parallel != "ddp" else None
+    if file:
+        from medicalgpt_cli.engine.run.accelerate_file import read_launch
+
+        return read_launch(file)
+    return Launch(count, count) if count > 1 or parallel != "ddp" else None
 
 
 def rank() -> int:
@@ -76,8 +87,26 @@ def lost_partner(error: Exception) -> bool:
     return any("distributed" in Path(file).parts for file in files[-3:]) or "gloo" in word or "nccl" in word
 
 
-def supervise(arguments: Sequence[str], count: int) -> int:
-    """Run `medgpt …` in `count` processes and wait for all of them.
+@dataclass(frozen=True)
+class Launch:
+    """The processes of a run that this machine starts: `here` of `total`, numbered from `first`."""
+
+    here: int
+    total: int
+    first: int = 0
+    address: str = "127.0.0.1"  # where the first process of all listens
+    port: int | None = None  # a free one where there is no other machine
+    environment: Mapping[str, str] = field(default_factory=dict)  # what they get beside this process' own
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def supervise(arguments: Sequence[str], launch: Launch) -> int:
+    """Run `medgpt …` in several processes and wait for all of them.
 
     Signals are passed on. Where one process fails, the others are ended.
 
@@ -88,36 +117,41 @@ def supervise(arguments: Sequence[str], count: int) -> int:
         EnvironmentFailure: a process died without a word (killed, out of memory).
     """
     with tempfile.TemporaryDirectory() as folder:
-        logs = [Path(folder) / str(number) for number in range(count)]
-        children = _start(arguments, logs)
+        logs = [Path(folder) / str(number) for number in range(launch.here)]
+        children = _start(arguments, launch, logs)
         with _passed_on(children):
             failed = _wait(children)
         if failed is None:
             return 0
         code = children[failed].returncode
-        said = logs[failed].read_text(encoding="utf-8", errors="replace") if failed else ""
+        silent = launch.first + failed > 0
+        said = logs[failed].read_text(encoding="utf-8", errors="replace") if silent else ""
     if code > 0 and code != LOST:
         sys.stderr.write(said)
         return code
     how = "lost the others" if code > 0 else f"was ended by {signal.Signals(-code).name}"
     raise EnvironmentFailure(
-        f"process {failed + 1} of {count} {how}; the run was stopped",
+        f"process {launch.first + failed + 1} of {launch.total} {how}; the run was stopped",
         "was memory short? what is saved goes on with --resume",
     )
 
 
-def _start(arguments: Sequence[str], logs: Sequence[Path]) -> list[subprocess.Popen]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    shared = {"WORLD_SIZE": str(len(logs)), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+def _start(arguments: Sequence[str], launch: Launch, logs: Sequence[Path]) -> list[subprocess.Popen]:
+    shared = {
+        **launch.environment,
+        "WORLD_SIZE": str(launch.total),
+        "LOCAL_WORLD_SIZE": str(launch.here),
+        "MASTER_ADDR": launch.address,
+        "MASTER_PORT": str(launch.port or free_port()),
+    }
     threads = str(max((os.cpu_count() or 1) // len(logs), 1))
     children = []
     for number, log in enumerate(logs):
-        place = {"RANK": str(number), "LOCAL_RANK": str(number), "LOCAL_WORLD_SIZE": str(len(logs))}
+        rank = launch.first + number
+        place = {"RANK": str(rank), "LOCAL_RANK": str(number)}
         environment = {"OMP_NUM_THREADS": threads, **os.environ, **shared, **place}
         with log.open("w") as file:
-            quiet = {"stdout": subprocess.DEVNULL, "stderr": file} if number else {}
+            quiet = {"stdout": subprocess.DEVNULL, "stderr": file} if rank else {}
             children.append(
                 subprocess.Popen(
                     [sys.executable, "-m", "medicalgpt_cli", *arguments],

@@ -170,7 +170,9 @@ def run(stage: Stage, observer: Observer) -> dict[str, Any]:
     together.join(device, sharding.uses_deepspeed(stage.settings))
     with _open_folder(stage) as folder:
         try:
-            return _train_in(folder, stage, observer)
+            summary = _train_in(folder, stage, observer)
+            together.leave()
+            return summary
         except Stopped as stopped:
             folder.finish("stopped")
             if processes.rank() == 0:
@@ -210,9 +212,16 @@ def _make_folder(stage: Stage) -> RunFolder:
             fingerprints=now,
             parents=stage.resolved.parents(),
             processes=processes.size(),
+            parallel=sharding.kind_of(settings),
         )
         return folder
-    before = read_manifest(settings.resume).get("fingerprints", {})
+    recorded = read_manifest(settings.resume)
+    if (recorded.get("parallel", "ddp") == "ddp") != (sharding.kind_of(settings) == "ddp"):
+        raise UsageError(
+            f"{settings.resume} cannot go on: its checkpoints are for {recorded.get('parallel', 'ddp')}",
+            "go on with the --accelerate-config that it began with, or start a new run",
+        )
+    before = recorded.get("fingerprints", {})
     changed = [name for name in now if before.get(name) != now[name]]
     if changed:
         raise UsageError(

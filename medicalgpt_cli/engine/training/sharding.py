@@ -17,6 +17,7 @@ import torch
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from medicalgpt_cli.engine.model.loading import choose_dtype
 from medicalgpt_cli.engine.model.references import ResolvedModel
 from medicalgpt_cli.engine.model.spread import size_of, written_to
 from medicalgpt_cli.engine.model.vocabulary import new_token_ids
@@ -93,6 +94,8 @@ def check_sharding(
             f"--optimizer {settings.optimizer} with {flag}: sharded moments are AdamW's in 32 bits",
             "leave --optimizer out: each process holds a part of the moments only",
         )
+    if settings.accelerate_config is not None:
+        _check_environment(settings, device)
     if kind != "zero2":
         _check_spread_weights(settings, stage, resolved, flag)
 
@@ -127,12 +130,37 @@ def _check_spread_weights(settings: TrainSettings, stage: str, resolved: Resolve
         )
 
 
+def _check_environment(settings: TrainSettings, device: torch.device) -> None:
+    """See that the file of `--accelerate-config` does not overrule a flag."""
+    ours = {
+        "MIXED_PRECISION": (
+            ("no", {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(choose_dtype(settings, device), "no")),
+            "--dtype",
+        ),
+        "GRADIENT_ACCUMULATION_STEPS": (
+            ("auto", str(settings.gradient_accumulation)),
+            "--gradient-accumulation",
+        ),
+        "GRADIENT_CLIPPING": (("auto", "none", str(settings.max_grad_norm)), "--max-grad-norm"),
+    }
+    for name, (allowed, flag) in ours.items():
+        value = os.environ.get(f"ACCELERATE_{name}", "no" if name == "MIXED_PRECISION" else "auto")
+        if value.lower() not in allowed:
+            raise UsageError(
+                f"{settings.accelerate_config}: {name.lower()} is {value}, and {flag} comes to {allowed[-1]}",
+                f"take it out of the file, or give {flag}",
+            )
+
+
 def prepare_environment(settings: TrainSettings, device: torch.device) -> None:
     """What the libraries read as they are imported or meet."""
     if uses_deepspeed(settings):
         os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
         if device.type == "cpu":
             os.environ["DS_ACCELERATOR"] = "cpu"
+    elif kind_of(settings) == "fsdp" and settings.accelerate_config is None:
+        # Only the first process reads the files; the others get their shares from it.
+        os.environ |= {"ACCELERATE_USE_FSDP": "true", "FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}
 
 
 def library_options(settings: TrainSettings) -> dict[str, Any]:
@@ -144,7 +172,7 @@ def library_options(settings: TrainSettings) -> dict[str, Any]:
     if settings.accelerate_config is not None:
         return options
     if kind == "fsdp":
-        return {**options, "fsdp": True, "fsdp_config": {"version": 2, "cpu_ram_efficient_loading": False}}
+        return {**options, "fsdp": True, "fsdp_config": {"version": 2, "cpu_ram_efficient_loading": True}}
     zero: dict[str, Any] = {"stage": 3 if kind == "zero3" else 2}
     return {
         **options,

@@ -37,6 +37,13 @@ def join(device: torch.device, deepspeed: bool = False) -> None:
         )
 
 
+def leave() -> None:
+    """End working together, once all are done: a process that goes while others still talk to it looks like a fault."""
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+
+
 def wait() -> None:
     if processes.size() > 1:
         dist.barrier()
