@@ -14,14 +14,14 @@ from transformers import PrinterCallback, Trainer
 
 from medicalgpt_cli.engine.run import checkpoints, processes
 from medicalgpt_cli.engine.run.files import remove_tree
-from medicalgpt_cli.engine.training import sharding, together
+from medicalgpt_cli.engine.training import sharding, shares, together
 from medicalgpt_cli.engine.training.batches import IGNORED
 from medicalgpt_cli.engine.training.callbacks import EarlyStopping, best_step
 from medicalgpt_cli.engine.training.losses import target_loss
 from medicalgpt_cli.errors import TrainingFailed
 from medicalgpt_cli.settings.stages import TrainSettings
 
-_LEARNING = "learning.safetensors"  # of a run whose model is spread (sharding.py)
+_LEARNING = "learning.safetensors"  # of a run whose model is spread (shares.py)
 
 
 class MedgptTrainer(Trainer):
@@ -205,7 +205,7 @@ class MedgptTrainer(Trainer):
         if not self.spread:
             super()._save_optimizer_and_scheduler(output_dir)
             return
-        found = sharding.learning_state(self.model, self.optimizer)
+        found = shares.learning_state(self.model, self.optimizer)
         if processes.rank() == 0:
             save_file({name: tensor.contiguous() for name, tensor in found}, Path(output_dir) / _LEARNING)
             torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / "scheduler.pt")
@@ -216,10 +216,10 @@ class MedgptTrainer(Trainer):
     def make_whole(self) -> None:
         """Give the first process the whole of what has learnt; a model that was spread can then only be saved."""
         if self.spread:
-            sharding.make_whole(self.model, self.optimizer)
+            shares.make_whole(self.model, self.optimizer)
 
     def _load_learning(self, checkpoint: Path, *, moments: bool) -> None:
-        sharding.restore_learning(
+        shares.restore_learning(
             self.model, self.optimizer, load_file(checkpoint / _LEARNING), moments=moments
         )
 
