@@ -162,7 +162,7 @@ def _with_adapter(model: Any, plan: Outline) -> Any:
     elif config is None:
         config = lora_config(model, plan.tuning, plan.new_rows)
     config.inference_mode = False
-    wrapped = get_peft_model(model, config, low_cpu_mem_usage=True)
+    wrapped = get_peft_model(model, config)
     for weight in wrapped.parameters():
         if weight.requires_grad:
             weight.data = weight.data.float()
