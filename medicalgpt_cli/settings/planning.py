@@ -74,21 +74,21 @@ class PlanSettings(Settings):
             return None
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class PlanPretrainSettings(PlanSettings, PretrainSettings):
     """Memory and time of `medgpt pretrain`, from its settings and data, without weights."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class PlanSftSettings(PlanSettings, SftSettings):
     """Memory and time of `medgpt sft`, from its settings and data, without weights."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class PlanRewardSettings(PlanSettings, RewardSettings):
     """Memory and time of `medgpt reward`, from its settings and data, without weights."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class PlanRlSettings(PlanSettings, RlSettings):
     """Memory and time of `medgpt rl`, from its settings and data, without weights."""

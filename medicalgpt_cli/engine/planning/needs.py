@@ -83,9 +83,7 @@ class Case:
     @cached_property
     def states(self) -> States:
         """What one device would hold from step to step if it were alone."""
-        sets = (
-            2 if self.roles is not None and self.roles.has_value else 1
-        )  # the value function's adapter learns, too
+        sets = 2 if self.roles is not None and self.roles.has_value else 1  # the value function learns, too
         learnt = sets * self.parameters.trainable
         weights = sets * self.parameters.trainable_bytes
         return States(self.frozen_bytes, weights, 4 * learnt, memory.moments_bytes(learnt, self.optimizer))
@@ -159,27 +157,37 @@ def needs(case: Case, way: str | None = None, devices: int | None = None) -> dic
 def largest_batch(case: Case, room: int) -> int | None:
     """How many of the longest examples fit together into `room` bytes; None where not even one does.
 
-    Memory grows evenly with the tokens of a batch: two rehearsals say how much, a third checks the answer.
+    Memory grows nearly evenly with the tokens of a batch: two rehearsals say about how many, further ones make sure, in
+    steps of a sixteenth where there are many.
     """
-    smallest = case.with_batch(1)
-    if needs(smallest)["peak"] > room:
+
+    def fits(batch_size: int) -> bool:
+        return needs(case.with_batch(batch_size))["peak"] <= room
+
+    if not fits(1):
         return None
     most = len(case.items)
-    other = case.with_batch(min(max(case.batch_size, 4), most))
-    low, high = needs(smallest)["peak"], needs(other)["peak"]
-    more_tokens = other.rows.tokens - smallest.rows.tokens
-    if more_tokens <= 0:
-        return 1
-    a_token = max((high - low) / more_tokens, 1e-9)
-    budget = smallest.rows.tokens + (room - low) / a_token
-    lengths = sorted((item.tokens for item in case.items), reverse=True)
-    found, tokens = 0, 0
-    for number, length in enumerate(lengths, 1):
-        tokens = number * lengths[0] if case.rows.padded else tokens + length
-        if tokens > budget:
-            break
-        found = number
-    found = max(found, 1)
-    while found > 1 and needs(case.with_batch(found))["peak"] > room:
-        found = max(found - max(found // 20, 1), 1)
+    found = min(_about(case, room), most)
+    step = max(found // 16, 1)
+    while found > 1 and not fits(found):
+        found = max(found - step, 1)
+    while found < most and fits(min(found + step, most)):
+        found = min(found + step, most)
     return found
+
+
+def _about(case: Case, room: int) -> int:
+    """How many of the longest examples fit if memory grows evenly with tokens."""
+    small, large = case.with_batch(1), case.with_batch(max(case.batch_size, 4))
+    low, more = needs(small)["peak"], large.rows.tokens - small.rows.tokens
+    a_token = (needs(large)["peak"] - low) / max(more, 1)
+    if a_token <= 0:
+        return 1
+    budget = small.rows.tokens + (room - low) / a_token
+    lengths = sorted((item.tokens for item in case.items), reverse=True)
+    tokens = 0
+    for number, length in enumerate(lengths):
+        tokens = (number + 1) * lengths[0] if case.rows.padded else tokens + length
+        if tokens > budget:
+            return max(number, 1)
+    return len(lengths)

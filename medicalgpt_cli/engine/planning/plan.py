@@ -15,11 +15,13 @@ from medicalgpt_cli.engine.planning.needs import CUDA_CONTEXT, Case, Roles, larg
 from medicalgpt_cli.engine.planning.rehearsal import Rows
 from medicalgpt_cli.engine.planning.skeleton import outline
 from medicalgpt_cli.engine.run import environment, processes
-from medicalgpt_cli.errors import EnvironmentFailure, UsageError
+from medicalgpt_cli.errors import UsageError
 from medicalgpt_cli.settings.planning import PlanSettings
 from medicalgpt_cli.settings.stages import RlSettings, TrainSettings
 
 WAYS = ("ddp", "zero2", "zero3", "fsdp")
+# What a model raises that does something which depends on numbers, or has a configuration of its own kind.
+UNKNOWN = (NotImplementedError, ValueError, AttributeError, LookupError, TypeError)
 
 
 def for_gpu(settings: TrainSettings, here: torch.device) -> bool:
@@ -198,13 +200,14 @@ def plan_of(stage: Any) -> dict[str, Any]:
 def _checked(stage: Any) -> tuple[Case, Amount]:
     try:
         case, amount = case_of(stage)
-        _ = case.rehearsed, case.answering
+        needs(case)
+        _ = case.shape
         return case, amount
-    except NotImplementedError as problem:
+    except UNKNOWN as problem:
         raise UsageError(
-            f"{stage.resolved.label}: its memory does not follow from its shapes ({str(problem)[:80]})",
-            "models that route tokens to experts cannot be planned",
-        ) from None
+            f"{stage.resolved.label}: its memory is not known from its shapes ({type(problem).__name__})",
+            "models that route tokens to experts, and some rare kinds, cannot be planned; --debug shows more",
+        ) from problem
 
 
 def _roles_said(case: Case) -> dict[str, Any]:
@@ -281,57 +284,3 @@ def speed_of_run(folder: Path) -> float:
         )
     done = result["steps"] / max(planned["updates"], 1)
     return planned["flops"] * done / result["seconds"] / max(found.get("processes") or 1, 1)
-
-
-# -- what a stage says when it starts ------------------------------------------------------------------------
-
-
-def before_loading(stage: Any, observer: Any) -> dict[str, Any] | None:
-    """The one line of a stage that is about to load its model; None where nothing is known.
-
-    Raises:
-        EnvironmentFailure: the device has less memory than the stage needs, and --force was not given.
-    """
-    try:
-        case, amount = case_of(stage)
-        need = needs(case)["peak"]
-    except NotImplementedError:
-        return None
-    have = device_memory(stage.settings, case.on_gpu)
-    flops = operations(case, amount, stage.settings)
-    tokens = amount.tokens
-    observer.on_notice(
-        f"plan: {_gib(need)} of {_gib(have)} at most, {stage.schedule.updates:,} updates, {tokens:,} tokens"
-        if have is not None
-        else f"plan: {_gib(need)} at most, {stage.schedule.updates:,} updates"
-    )
-    if have is not None and need > have and not stage.settings.force:
-        raise EnvironmentFailure(
-            f"the run needs {_gib(need)} of memory, and {_gib(have)} are there",
-            f"{what_fits(case, have)}; --force goes on",
-        )
-    return {"peak": need, "flops": flops, "tokens": tokens, "updates": stage.schedule.updates}
-
-
-def what_fits(case: Case, have: int) -> str:
-    """What to do about a run that does not fit into `have` bytes."""
-    flag = "--minibatch-size" if case.roles is not None else "--batch-size"
-    states = case.states
-    if case.program + states.frozen + states.weights + states.moments > have:
-        if case.outline.full:
-            return (
-                "weights and AdamW's moments alone do not fit: train a LoRA adapter, or take a smaller model"
-            )
-        if case.outline.quantization != "4bit":
-            return "the weights alone do not fit: --load-in-4bit, or a smaller model"
-        return "the weights alone do not fit, even in 4 bits: take a smaller model"
-    batch = largest_batch(case, have)
-    if batch is not None:
-        return f"{flag} {batch} fits"
-    if not case.checkpointing and case.roles is None:
-        return "not even one example fits: --gradient-checkpointing, or a shorter --max-length"
-    return "not even one example fits: a shorter --max-length"
-
-
-def _gib(size: int) -> str:
-    return f"{size / 2**30:.1f} GiB"

@@ -108,7 +108,7 @@ def _rehearse(plan: Outline, rows: Rows, manner: Manner, layers: int) -> Rehears
                         result.backward()
                     del result
         return Rehearsed(kept, lifetimes.peak, lifetimes.small_at_peak)
-    except (RuntimeError, TypeError, ValueError, AttributeError, AssertionError) as problem:
+    except (RuntimeError, TypeError, ValueError, AttributeError, LookupError, AssertionError) as problem:
         raise NotImplementedError(f"{type(problem).__name__}: {problem}") from problem
 
 

@@ -174,7 +174,7 @@ def shorten(config: Any, layers: int) -> None:
     """Make a configuration one of fewer layers."""
     text = config.get_text_config()
     text.num_hidden_layers = layers
-    if getattr(text, "layer_types", None):
+    if getattr(text, "layer_types", None) and "layer_types" in vars(text):
         text.layer_types = text.layer_types[:layers]
 
 

@@ -18,7 +18,7 @@ from medicalgpt_cli.engine.model.references import ResolvedModel, resolve_models
 from medicalgpt_cli.engine.model.tokenizer import fingerprint
 from medicalgpt_cli.engine.observer import Observer
 from medicalgpt_cli.engine.planning.batches import Item
-from medicalgpt_cli.engine.planning.plan import before_loading
+from medicalgpt_cli.engine.planning.start import before_loading
 from medicalgpt_cli.engine.run import checkpoints, metrics, processes
 from medicalgpt_cli.engine.run.allocation import keep_freed_memory
 from medicalgpt_cli.engine.run.folder import Onlooker, RunFolder

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
+from transformers import LlamaConfig
 
 from medicalgpt_cli.engine.planning.batches import Item
 from medicalgpt_cli.engine.planning.memory import States, cache_bytes, exchange_bytes, sharded, step_bytes
-from medicalgpt_cli.engine.planning.needs import CUDA_CONTEXT, Case, largest_batch, needs
+from medicalgpt_cli.engine.planning.needs import CUDA_CONTEXT, Case, Roles, largest_batch, needs
 from medicalgpt_cli.engine.planning.rehearsal import Rows
 from medicalgpt_cli.engine.planning.skeleton import Outline
 from medicalgpt_cli.settings.groups import AdapterSettings
@@ -83,20 +86,15 @@ def test_beside_qlora() -> None:
 
 
 def test_the_largest_batch_fits_and_the_next_does_not() -> None:
-    start = case(qwen_7b(), rows=2)
-    room = 40 * GB
-    most = largest_batch(start, room)
-    assert most is not None and most > 1
-    assert needs(start.with_batch(most))["peak"] <= room
-    assert needs(start.with_batch(most + 1 + most // 10))["peak"] > room
-    assert largest_batch(start, 10 * GB) is None
+    small = LlamaConfig(hidden_size=256, intermediate_size=512, num_hidden_layers=6, num_attention_heads=4)
+    start = case(small, tokens=300, rows=2)
+    seven, eight = (needs(start.with_batch(number))["peak"] for number in (7, 8))
+    assert seven < eight
+    assert largest_batch(start, (seven + eight) // 2) == 7
+    assert largest_batch(start, start.program) is None
 
 
 def test_four_roles_over_one_base_by_hand() -> None:
-    import dataclasses
-
-    from medicalgpt_cli.engine.planning.needs import Roles
-
     plain = case(qwen_7b())
     drawn, looked = Rows((100,) * 4, 0, True), Rows((200,) * 4, 400)
     roles = Roles(True, adapters=4, apart=None, drawn=drawn, new_tokens=100, looked_at=looked)
