@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from medicalgpt_cli.engine.observer import Observer
+from medicalgpt_cli.engine.planning.memory import quantised_bytes
 from medicalgpt_cli.engine.planning.needs import Case, largest_batch, needs
 from medicalgpt_cli.engine.planning.plan import UNKNOWN, case_of, device_memory, operations
 from medicalgpt_cli.errors import EnvironmentFailure
@@ -46,7 +47,10 @@ def what_fits(case: Case, have: int) -> str:
             return (
                 "weights and AdamW's moments alone do not fit: train a LoRA adapter, or take a smaller model"
             )
-        if case.outline.quantization != "4bit":
+        in_four_bits = (
+            states.frozen * quantised_bytes("4bit", 1024, 1024) / 2**20 / case.outline.dtype.itemsize
+        )
+        if case.outline.quantization is None and case.program + in_four_bits < have:
             return "the weights alone do not fit: --load-in-4bit, or a smaller model"
         return "the weights alone do not fit, even in 4 bits: take a smaller model"
     batch = largest_batch(case, have)
