@@ -14,7 +14,7 @@ import typer
 
 from medicalgpt_cli import __version__
 from medicalgpt_cli.commands.bridge import command_function
-from medicalgpt_cli.commands.catalogue import COMMANDS, Command
+from medicalgpt_cli.commands.catalogue import COMMANDS, GROUPS, Command
 from medicalgpt_cli.errors import EnvironmentFailure, MedgptError, Stopped, UsageError
 from medicalgpt_cli.settings.groups import DeviceSettings, OutputSettings
 from medicalgpt_cli.settings.stages import TrainSettings
@@ -50,16 +50,30 @@ def _global(
     pass
 
 
+_groups = {"": app}
+
+
+def _group(name: str) -> typer.Typer:
+    """The app of a group of commands; of those that stand alone, the whole one."""
+    if name not in _groups:
+        _groups[name] = typer.Typer(
+            no_args_is_help=True, rich_markup_mode="rich", context_settings=_CONTEXT, help=GROUPS[name]
+        )
+        app.add_typer(_groups[name], name=name, rich_help_panel="Tools")
+    return _groups[name]
+
+
 def _register(command: Command) -> None:
     def run(settings: OutputSettings) -> None:
         _run(command, settings)
 
     examples = "\n\n".join(f"  {example}" for example in command.examples)
-    app.command(
-        command.name,
+    group, _, name = command.name.rpartition(" ")
+    _group(group).command(
+        name,
         help=(command.settings.__doc__ or "").replace("[", "\\["),
         epilog=f"[bold]Examples[/bold]\n\n{examples}",
-        rich_help_panel=command.panel,
+        rich_help_panel=None if group else command.panel,
         context_settings=_CONTEXT,
         no_args_is_help=False,
     )(command_function(command.name, command.settings, run))

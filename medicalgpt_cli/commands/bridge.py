@@ -41,7 +41,7 @@ def command_function(
         parameters.append(_parameter(name, settings_class, field))
     command.__signature__ = inspect.Signature(parameters)
     command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
-    command.__name__ = name.replace("-", "_")
+    command.__name__ = name.replace("-", "_").replace(" ", "_")
     return command
 
 
@@ -102,7 +102,7 @@ def _parameter(command: str, settings_class: type[Settings], field: str) -> insp
             *about.aliases,
             help=about.help.replace("[", "\\[") + choices,
             metavar=_metavar(plain, about),
-            envvar=f"MEDGPT_{command}_{field}".upper().replace("-", "_"),
+            envvar=f"MEDGPT_{command}_{field}".upper().replace("-", "_").replace(" ", "_"),
             show_envvar=False,
             show_default=default not in (None, [], False),
             hidden=about.hidden,
@@ -167,6 +167,8 @@ def recipe_values(
     for key, value in content.items():
         field = str(key).replace("-", "_")
         if field not in known:
+            if field in settings_class.__dataclass_fields__:
+                continue  # a plan takes the recipe of its stage, and has no run folder
             near = did_you_mean(field, known)
             hint = f"did you mean {near.replace('_', '-')}?" if near else "see --help for the options"
             raise UsageError(f"{source}: unknown key {key}", hint)

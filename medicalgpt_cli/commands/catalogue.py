@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from medicalgpt_cli.settings import stages
+from medicalgpt_cli.settings import planning, stages
 from medicalgpt_cli.settings.groups import Settings
 
 
 @dataclass(frozen=True)
 class Command:
-    name: str
+    name: str  # of one in a group with the group's name in front: "plan sft"
     settings: type[Settings]
     examples: tuple[str, str, str]  # run by the tests, up to the model's name
     panel: str
 
     @property
     def module(self) -> str:
-        return f"medicalgpt_cli.commands.{self.name.replace('-', '_')}"
+        return f"medicalgpt_cli.commands.{self.name.split()[0].replace('-', '_')}"
 
+
+GROUPS = {"plan": "Will a stage fit, and how long will it take? Said without loading weights."}
 
 COMMANDS = (
     Command(
@@ -134,6 +137,50 @@ COMMANDS = (
         "Tools",
     ),
     Command(
+        "plan pretrain",
+        planning.PlanPretrainSettings,
+        (
+            "medgpt plan pretrain --base-model smollm2-135m --train-data books.txt --throughput 1500",
+            "medgpt plan pretrain --base-model smollm2-135m --train-data books.txt --tuning full "
+            "--plan-for gpu --device-memory 24GB",
+            "medgpt plan pretrain --base-model smollm2-135m --train-data books.txt --devices 4",
+        ),
+        "Tools",
+    ),
+    Command(
+        "plan sft",
+        planning.PlanSftSettings,
+        (
+            "medgpt plan sft --base-model smollm2-135m --train-data train.jsonl --throughput 1500",
+            "medgpt plan sft --base-model smollm2-135m --train-data train.jsonl --load-in-4bit "
+            "--plan-for gpu --device-memory 24GB",
+            "medgpt plan sft --base-model smollm2-135m --train-data train.jsonl --throughput runs/sft",
+        ),
+        "Tools",
+    ),
+    Command(
+        "plan reward",
+        planning.PlanRewardSettings,
+        (
+            "medgpt plan reward --base-model smollm2-135m --train-data pairs.jsonl --throughput 1500",
+            "medgpt plan reward --lora-model runs/sft --train-data pairs.jsonl --throughput 1500",
+            "medgpt plan reward --base-model smollm2-135m --train-data pairs.jsonl --devices 2 --json",
+        ),
+        "Tools",
+    ),
+    Command(
+        "plan rl",
+        planning.PlanRlSettings,
+        (
+            "medgpt plan rl --lora-model runs/sft --reward-model runs/reward --train-data prompts.jsonl",
+            "medgpt plan rl --base-model smollm2-135m --reward-rule right-option --train-data exam.jsonl "
+            "--throughput 500",
+            "medgpt plan rl --lora-model runs/sft --reward-model runs/reward --train-data prompts.jsonl "
+            "--plan-for gpu --device-memory 80GB",
+        ),
+        "Tools",
+    ),
+    Command(
         "pipeline",
         stages.PipelineSettings,
         (
@@ -161,3 +208,13 @@ COMMANDS = (
     ),
     Command("env", stages.EnvSettings, ("medgpt env", "medgpt env --json", "medgpt env --debug"), "Tools"),
 )
+
+
+def find(words: Sequence[str]) -> tuple[Command, list[str]]:
+    """The command that `words` begin with, and the words behind its name."""
+    for length in (2, 1):
+        name = " ".join(words[:length])
+        for command in COMMANDS:
+            if command.name == name:
+                return command, list(words[length:])
+    raise LookupError(" ".join(words))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import types
 import typing
 from collections.abc import Iterable
@@ -54,7 +55,7 @@ def flag_of(name: str) -> str:
 
 def base_type(settings_class: type, name: str) -> tuple[type, bool, bool]:
     """The plain type of a field, whether it may be None, and whether it can be repeated."""
-    hint = typing.get_type_hints(settings_class)[name]
+    hint = _hints(settings_class)[name]
     optional = False
     if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
         members = [member for member in typing.get_args(hint) if member is not type(None)]
@@ -62,6 +63,11 @@ def base_type(settings_class: type, name: str) -> tuple[type, bool, bool]:
     if typing.get_origin(hint) is tuple:
         return typing.get_args(hint)[0], optional, True
     return hint, optional, False
+
+
+@functools.cache
+def _hints(settings_class: type) -> dict[str, Any]:
+    return typing.get_type_hints(settings_class)
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str | None:

@@ -274,6 +274,7 @@ class RunSettings(OutputSettings):
     )
     resume: Path | None = opt(None, "Go on with this interrupted run folder.", metavar="RUN")
     dry_run: bool = opt(False, "Show data, steps and settings; load no weights and write nothing.")
+    force: bool = opt(False, "Go on where the run is expected not to fit into memory.")
     report_to: tuple[str, ...] = opt(
         (), "Experiment trackers, for example tensorboard or wandb; none where not given."
     )

@@ -17,7 +17,7 @@ class _Drop(torch.autograd.Function):
     def forward(ctx: Any, x: torch.Tensor, probability: float) -> torch.Tensor:
         size = x.numel()
         # One 64-bit draw of the ordinary generator decides about four elements.
-        drawn = torch.empty(-(-size // 4), dtype=torch.int64).random_(-(2**63), None)
+        drawn = torch.empty(-(-size // 4), dtype=torch.int64, device=x.device).random_(-(2**63), None)
         dropped = round(probability * _STEPS)
         keep = drawn.view(torch.int16)[:size].view(x.shape) >= dropped - _STEPS // 2
         ctx.save_for_backward(keep)

@@ -251,15 +251,32 @@ def _new_model(resolved: ResolvedModel, dtype: torch.dtype) -> Any:
     Raises:
         UsageError: the file is no configuration of a causal language model.
     """
+    with _explained_config(Path(resolved.base.path)):
+        config = config_of_new_model(resolved)
+        return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+
+
+def config_of_new_model(resolved: ResolvedModel) -> Any:
+    """The configuration of a new model, with rows for the tokenizer's tokens.
+
+    Raises:
+        UsageError: the file is none.
+    """
     path = Path(resolved.base.path)
     tokenizer = read_tokenizer(resolved.tokenizer)
-    try:
+    with _explained_config(path):
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
         given = json.loads(path.read_text(encoding="utf-8")).get("vocab_size", 0)
         config.vocab_size = max(given, -(-len(tokenizer) // 64) * 64)  # a multiple of 64 is faster
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
             setattr(config, name, getattr(tokenizer, name))
-        return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+        return config
+
+
+@contextlib.contextmanager
+def _explained_config(path: Path) -> Any:
+    try:
+        yield
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError) as problem:
         raise UsageError(
             f"{path}: no model can be made of it ({type(problem).__name__})",

@@ -220,7 +220,27 @@ def _new_head(model: Any) -> None:
 
 def _with_adapter(model: Any, adapter: AdapterSettings, given: ModelReference | None) -> Any:
     """The model under a new adapter with its head, or under a copy of the one given."""
-    from peft import LoraConfig, PeftConfig, get_peft_model, set_peft_model_state_dict
+    from peft import PeftConfig, get_peft_model, set_peft_model_state_dict
+
+    if given is not None:
+        _refuse_own_embeddings(given)
+    config = score_adapter(model, adapter, None if given is None else PeftConfig.from_pretrained(given.path))
+    wrapped = get_peft_model(model, config)
+    if given is not None:
+        _names(Path(given.path))  # refuses a file that is missing or damaged
+        content = load_file(Path(given.path) / "adapter_model.safetensors")
+        # PEFT asks for a head, which an adapter of a language model does not have.
+        content.setdefault(f"base_model.model.{HEAD}.weight", getattr(model, HEAD).weight.detach())
+        loaded = set_peft_model_state_dict(wrapped, content)
+        missing = [name for name in loaded.missing_keys if "lora_" in name]
+        if missing or loaded.unexpected_keys:
+            raise _misfit(given)
+    return wrapped
+
+
+def score_adapter(model: Any, adapter: AdapterSettings, given: Any = None) -> Any:
+    """PEFT's configuration of a reward model's adapter: a new one, or that of the adapter it goes on with."""
+    from peft import LoraConfig
 
     linear = {
         name.rpartition(".")[2]
@@ -238,29 +258,25 @@ def _with_adapter(model: Any, adapter: AdapterSettings, given: ModelReference | 
             use_rslora=adapter.rslora,
         )
     else:
-        config = PeftConfig.from_pretrained(given.path)
+        config = given
         config.inference_mode = False
-        own = set(config.modules_to_save or ()) - {HEAD, "classifier"}  # PEFT names both of any classifier
-        if own or config.trainable_token_indices:
-            raise UsageError(
-                f"{given.name} has embeddings of its own",
-                "merge it first (medgpt merge-lora), then --base-model",
-            )
         if config.target_modules == "all-linear":
             config.target_modules = sorted(linear)
     config.task_type = "SEQ_CLS"
     config.modules_to_save = [HEAD]
-    wrapped = get_peft_model(model, config)
-    if given is not None:
-        _names(Path(given.path))  # refuses a file that is missing or damaged
-        content = load_file(Path(given.path) / "adapter_model.safetensors")
-        # PEFT asks for a head, which an adapter of a language model does not have.
-        content.setdefault(f"base_model.model.{HEAD}.weight", getattr(model, HEAD).weight.detach())
-        loaded = set_peft_model_state_dict(wrapped, content)
-        missing = [name for name in loaded.missing_keys if "lora_" in name]
-        if missing or loaded.unexpected_keys:
-            raise _misfit(given)
-    return wrapped
+    return config
+
+
+def _refuse_own_embeddings(given: ModelReference) -> None:
+    from peft import PeftConfig
+
+    config: Any = PeftConfig.from_pretrained(given.path)
+    own = set(config.modules_to_save or ()) - {HEAD, "classifier"}  # PEFT names both of any classifier
+    if own or config.trainable_token_indices:
+        raise UsageError(
+            f"{given.name} has embeddings of its own",
+            "merge it first (medgpt merge-lora), then --base-model",
+        )
 
 
 def _attached(model: Any, adapter: ModelReference) -> Any:

@@ -75,6 +75,11 @@ def local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
+def local_size() -> int:
+    """How many processes of the run are on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
 def lost_partner(error: Exception) -> bool:
     """Whether an error only says that another process of the run is gone."""
     if size() == 1 or not isinstance(error, RuntimeError):

@@ -18,6 +18,8 @@ from medicalgpt_cli.engine.model.quantization import check_quantization, count_p
 from medicalgpt_cli.engine.model.references import ResolvedModel, resolve_models
 from medicalgpt_cli.engine.model.tokenizer import fingerprint
 from medicalgpt_cli.engine.observer import Observer
+from medicalgpt_cli.engine.planning.batches import Item
+from medicalgpt_cli.engine.planning.start import before_loading
 from medicalgpt_cli.engine.run import checkpoints, metrics, processes
 from medicalgpt_cli.engine.run.allocation import keep_freed_memory
 from medicalgpt_cli.engine.run.folder import Onlooker, RunFolder
@@ -104,6 +106,14 @@ class Stage(ABC):
         """What the plan says about the data."""
 
     @abstractmethod
+    def batch_items(self) -> list[Item]:
+        """What each example puts into a batch, for the plan of memory and time."""
+
+    @abstractmethod
+    def sampler(self) -> Any:
+        """Gives the order of an epoch; it has `set_epoch`."""
+
+    @abstractmethod
     def trainer_parts(self, model: Any, stop: StopOnSignal) -> dict[str, Any]:
         """`train_dataset`, `sampler`, `collate` and `measure`, which is called where something is held out.
 
@@ -162,13 +172,16 @@ def run(stage: Stage, observer: Observer) -> dict[str, Any]:
     Raises:
         TrainingFailed: the loss is not a number.
         Stopped: a signal came; a checkpoint was saved and the hint says how to go on.
+        EnvironmentFailure: the run is not expected to fit into the device's memory.
     """
     device = choose_device(stage.settings)
     if device.type == "cpu":
         keep_freed_memory()
+    planned = before_loading(stage, observer)
     sharding.prepare_environment(stage.settings, device)
     together.join(device, sharding.uses_deepspeed(stage.settings))
     with _open_folder(stage) as folder:
+        folder.update(plan=planned)
         try:
             summary = _train_in(folder, stage, observer)
             together.leave()

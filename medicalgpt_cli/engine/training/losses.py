@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from medicalgpt_cli.engine.model.spread import is_spread
+from medicalgpt_cli.engine.training import attention
 from medicalgpt_cli.engine.training.batches import IGNORED
 
 # Logits that exist at one time: 128 MiB in fp32. All logits of a batch at once are most of a small model's memory
@@ -40,7 +41,7 @@ def target_loss(model: torch.nn.Module, batch: Mapping[str, torch.Tensor]) -> to
             head = _inner(model).get_output_embeddings()
             with _without(head):
                 hidden = model(**inputs, use_cache=False).logits
-            return _loss_in_pieces(head, hidden[keep], targets)
+            return loss_in_pieces(head, hidden[keep], targets)
         logits = model(**inputs, use_cache=False).logits
     else:
         logits = model(**inputs, use_cache=False).logits[:, columns]
@@ -78,9 +79,12 @@ def _head_comes_last(model: torch.nn.Module) -> bool:
         try:
             head = inner.get_output_embeddings()
             ids = torch.tensor([[0, 1, 2]], device=next(inner.parameters()).device)
-            logits = inner(input_ids=ids, use_cache=False).logits
+            asked = {"input_ids": ids, "use_cache": False}
+            if inner.config._attn_implementation == attention.NAME:  # which asks where rows begin
+                asked |= dict.fromkeys(("cu_seq_lens_q", "cu_seq_lens_k"), torch.tensor([0, 3]))
+            logits = inner(**asked).logits
             with _without(head):
-                hidden = inner(input_ids=ids, use_cache=False).logits
+                hidden = inner(**asked).logits
             inner._medgpt_head_comes_last = bool(torch.equal(head(hidden), logits))
         except (AttributeError, RuntimeError, TypeError):
             inner._medgpt_head_comes_last = False
@@ -89,7 +93,7 @@ def _head_comes_last(model: torch.nn.Module) -> bool:
     return inner._medgpt_head_comes_last and "forward" not in vars(inner.get_output_embeddings())
 
 
-def _loss_in_pieces(head: torch.nn.Module, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+def loss_in_pieces(head: torch.nn.Module, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """Sum of -log p(target) for hidden states (kept, width), never holding the logits of all of them."""
     rows = max(_LOGITS // _vocabulary(head), 1)
     if type(head) is torch.nn.Linear and head.bias is None and not head.weight.requires_grad:

@@ -13,6 +13,7 @@ from medicalgpt_cli.engine.data.packing import Block
 from medicalgpt_cli.engine.evaluation.bits_per_byte import text_loss
 from medicalgpt_cli.engine.model.references import ModelReference, ResolvedModel, resolve_models
 from medicalgpt_cli.engine.observer import Observer
+from medicalgpt_cli.engine.planning.batches import Item
 from medicalgpt_cli.engine.training import attention
 from medicalgpt_cli.engine.training.batches import packed, stacked
 from medicalgpt_cli.engine.training.callbacks import StopOnSignal
@@ -72,11 +73,23 @@ class PretrainStage(Stage):
             )
         return apart
 
+    def batch_items(self) -> list[Item]:
+        found = []
+        for source in self.data.blocks.sources:
+            lengths = [source.block_size] * len(source)
+            if source.tail:
+                lengths[-1] = source.tail
+            found += [Item((length,), length) for length in lengths]
+        return found
+
+    def sampler(self) -> Any:
+        return self.data.sampler
+
     def trainer_parts(self, model: Any, stop: StopOnSignal) -> dict[str, Any]:
         measure = partial(self._held_out, model, should_stop=lambda: stop.received is not None)
         return {
             "train_dataset": self.data.blocks,
-            "sampler": self.data.sampler,
+            "sampler": self.sampler(),
             "collate": self._collate,
             "measure": measure,
         }

@@ -13,6 +13,7 @@ from medicalgpt_cli.engine.evaluation.preferences import judge, score_pairs
 from medicalgpt_cli.engine.model.dropout import use_fast_dropout
 from medicalgpt_cli.engine.model.reward_model import new_reward_model, write_record
 from medicalgpt_cli.engine.observer import Observer
+from medicalgpt_cli.engine.planning.batches import Item
 from medicalgpt_cli.engine.run import processes
 from medicalgpt_cli.engine.run.folder import RunFolder
 from medicalgpt_cli.engine.training import attention, together
@@ -104,17 +105,24 @@ class RewardStage(Stage):
         self.lay = pair_layout(model, apart, self.tokenizer.pad_token_id)
         return apart
 
+    def batch_items(self) -> list[Item]:
+        return [Item((len(one.chosen), len(one.rejected)), 2, one.shared) for one in self.data.training]
+
+    def sampler(self) -> EpochSampler:
+        settings = self.settings
+        return EpochSampler(
+            PairDataset(self.data.training).lengths,
+            settings.batch_size * processes.size(),
+            settings.seed,
+            by_length=settings.batch_order == "by-length",
+        )
+
     def trainer_parts(self, model: Any, stop: StopOnSignal) -> dict[str, Any]:
         dataset, settings = PairDataset(self.data.training), self.settings
         measure = partial(self._held_out, model, should_stop=lambda: stop.received is not None)
         return {
             "train_dataset": dataset,
-            "sampler": EpochSampler(
-                dataset.lengths,
-                settings.batch_size * processes.size(),
-                settings.seed,
-                by_length=settings.batch_order == "by-length",
-            ),
+            "sampler": self.sampler(),
             "collate": lambda pairs: pair_batch(pairs, lay=self.lay),
             "measure": measure,
             "centring": settings.centring,

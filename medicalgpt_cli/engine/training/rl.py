@@ -14,6 +14,7 @@ from medicalgpt_cli.engine.model.quantization import check_quantization
 from medicalgpt_cli.engine.model.references import ResolvedModel, resolve_models
 from medicalgpt_cli.engine.model.reward_model import check_head, load_reward_model, read_record
 from medicalgpt_cli.engine.observer import Observer
+from medicalgpt_cli.engine.planning.batches import Item
 from medicalgpt_cli.engine.rewards.sources import (
     Reward,
     WeightedReward,
@@ -177,15 +178,22 @@ class RlStage(Stage):
         )
         return _Drawing(roles.policy, self.tokenizer, sampling)
 
+    def batch_items(self) -> list[Item]:
+        """Prompts with answers of full length."""
+        new = self.settings.max_new_tokens
+        return [Item((len(one.ids) + new,), new) for one in self.data.training]
+
+    def sampler(self) -> EpochSampler:
+        lengths = [0] * len(self.data.training)
+        whole = self.settings.batch_size * processes.size()
+        return EpochSampler(lengths, whole, self.settings.seed, by_length=False)
+
     def trainer_parts(self, model: Roles, stop: StopOnSignal) -> dict[str, Any]:
-        settings = self.settings
         self.check_rewards(model)
         dataset = _Prompts(self.data.training)
         return {
             "train_dataset": dataset,
-            "sampler": EpochSampler(
-                [0] * len(dataset), settings.batch_size * processes.size(), settings.seed, by_length=False
-            ),
+            "sampler": self.sampler(),
             "collate": lambda asked: {"asked": list(asked)},
             "measure": partial(self._held_out, model),
             "reward": self.rewards,

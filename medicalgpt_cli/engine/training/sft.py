@@ -12,6 +12,7 @@ from medicalgpt_cli.engine.data.rendering import Example
 from medicalgpt_cli.engine.evaluation.heldout import held_out
 from medicalgpt_cli.engine.evaluation.samples import answer_questions, paired_samples
 from medicalgpt_cli.engine.observer import Observer
+from medicalgpt_cli.engine.planning.batches import Item
 from medicalgpt_cli.engine.run import processes
 from medicalgpt_cli.engine.training import attention
 from medicalgpt_cli.engine.training.batches import (
@@ -55,18 +56,24 @@ class SftStage(Stage):
             "target_tokens": round(target_count(training) * passes),
         }
 
+    def batch_items(self) -> list[Item]:
+        return [Item((len(one.input_ids),), target_count([one])) for one in self.data.training]
+
+    def sampler(self) -> EpochSampler:
+        settings = self.settings
+        return EpochSampler(
+            [len(one.input_ids) for one in self.data.training],
+            settings.batch_size * processes.size(),
+            settings.seed,
+            by_length=settings.batch_order == "by-length",
+        )
+
     def trainer_parts(self, model: Any, stop: StopOnSignal) -> dict[str, Any]:
         dataset = ExampleDataset(self.data.training)
-        settings = self.settings
         measure = partial(self._held_out, model, should_stop=lambda: stop.received is not None)
         return {
             "train_dataset": dataset,
-            "sampler": EpochSampler(
-                dataset.lengths,
-                settings.batch_size * processes.size(),
-                settings.seed,
-                by_length=settings.batch_order == "by-length",
-            ),
+            "sampler": self.sampler(),
             "collate": self._collate,
             "measure": measure,
         }

@@ -8,8 +8,9 @@ import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM
 
-from medicalgpt_cli.engine.training import losses
-from medicalgpt_cli.engine.training.batches import IGNORED
+from medicalgpt_cli.engine.data.rendering import Example
+from medicalgpt_cli.engine.training import attention, losses
+from medicalgpt_cli.engine.training.batches import IGNORED, end_to_end, padded
 from medicalgpt_cli.engine.training.losses import target_loss
 from tests.tiny import tiny_model
 
@@ -67,6 +68,22 @@ def test_equals_the_plain_loss(tmp_path, monkeypatch, kind: str, rows: int) -> N
         assert torch.allclose(found[name], expected[name], rtol=1e-4, atol=1e-5), name
     with torch.no_grad():
         assert float(target_loss(model, batch)) == pytest.approx(float(one.detach()), rel=1e-6)
+
+
+def test_the_loss_comes_in_pieces_where_examples_lie_end_to_end(tmp_path, monkeypatch) -> None:
+    model = llama(tmp_path, "frozen head")
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    monkeypatch.setattr(losses, "_LOGITS", 4 * vocabulary)
+    torch.manual_seed(3)
+    examples = [
+        Example(ids, [IGNORED, *ids[1:]], "") for ids in torch.randint(0, vocabulary, (2, 7)).tolist()
+    ]
+    expected = float(target_loss(model, padded(examples, 0)).detach())
+    del model.get_base_model()._medgpt_head_comes_last
+    with attention.for_batches(model, True):
+        found = target_loss(model, end_to_end(examples))
+    assert losses._head_comes_last(model)
+    assert float(found.detach()) == pytest.approx(expected, rel=1e-5)
 
 
 def test_a_model_that_caps_its_logits_takes_the_plain_way() -> None:

@@ -1,0 +1,193 @@
+"""Memory of a stage by part, at its largest batch, on one device and on several."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from medicalgpt_cli.engine.planning import memory
+from medicalgpt_cli.engine.planning.batches import Item, largest_possible
+from medicalgpt_cli.engine.planning.memory import States
+from medicalgpt_cli.engine.planning.rehearsal import Manner, Rehearsed, Rows, rehearse
+from medicalgpt_cli.engine.planning.skeleton import Outline, Parameters, build, count, depth
+from medicalgpt_cli.engine.planning.work import Shape, shape_of
+
+CUDA_CONTEXT = (
+    600 * 2**20
+)  # what a process takes on a GPU before any tensor; read of others, not measured here
+# Of what comes and goes with each batch: glibc's heap and the products' scratch space on a processor, the rounding of
+# torch's caching allocator on a GPU. The one fitted number of the plan (docs/planning.md).
+SLACK = 0.06
+
+
+@dataclass(frozen=True)
+class Roles:
+    """What reinforcement learning holds beside the policy and does beside learning."""
+
+    has_value: bool
+    adapters: int  # policy, value, reference and reward, as far as they are adapters over the policy's base
+    apart: Outline | None  # a reward model with weights of its own
+    drawn: Rows  # the prompts that are answered at one time
+    new_tokens: int
+    looked_at: Rows  # answers whose probabilities are computed at one time
+
+
+@dataclass(frozen=True)
+class Case:
+    """All that a stage's memory follows from."""
+
+    outline: Outline
+    rows: Rows  # the largest batch of a process
+    items: Sequence[Item] = field(repr=False)
+    stage: str = "sft"
+    optimizer: str = "adamw"
+    checkpointing: bool = False
+    accumulates: bool = False
+    parallel: str = "ddp"
+    devices: int = 1
+    on_gpu: bool = False
+    autocast: torch.dtype | None = None
+    program: int = 0  # bytes that the process holds before it loads anything
+    file: int = 0  # bytes of the weight files, which are mapped while they are read
+    roles: Roles | None = None
+    batch_size: int = 1
+
+    @cached_property
+    def skeleton(self) -> Any:
+        return build(self.outline)
+
+    @cached_property
+    def parameters(self) -> Parameters:
+        return count(self.skeleton)
+
+    @cached_property
+    def shape(self) -> Shape:
+        return shape_of(self.skeleton)
+
+    @cached_property
+    def frozen_bytes(self) -> int:
+        """Weights that do not learn, the other roles' included."""
+        found = self.parameters.base_bytes + self.parameters.adapter_bytes - self.parameters.trainable_bytes
+        if self.roles is not None:
+            found += self.parameters.adapter_bytes * (self.roles.adapters - 1 - int(self.roles.has_value))
+            if self.roles.apart is not None:
+                apart = count(build(self.roles.apart))
+                found += apart.base_bytes + apart.adapter_bytes
+        return found
+
+    @cached_property
+    def states(self) -> States:
+        """What one device would hold from step to step if it were alone."""
+        sets = 2 if self.roles is not None and self.roles.has_value else 1  # the value function learns, too
+        learnt = sets * self.parameters.trainable
+        weights = sets * self.parameters.trainable_bytes
+        return States(self.frozen_bytes, weights, 4 * learnt, memory.moments_bytes(learnt, self.optimizer))
+
+    def with_batch(self, batch_size: int) -> Case:
+        """The same with the `batch_size` longest examples in one batch."""
+        rows = largest_possible(self.items, batch_size, self.rows.padded)
+        return dataclasses.replace(self, rows=rows, batch_size=batch_size)
+
+    @cached_property
+    def rehearsed(self) -> Rehearsed:
+        """The batch that needs most, of all that the stage does with one."""
+        manner = Manner(_ACT[self.stage], self.checkpointing, self.autocast, self.accumulates)
+        found = rehearse(self.outline, self.rows, manner)
+        if self.roles is None:
+            return found
+        value = Manner("value", False, self.autocast)
+        acts = [found, rehearse(self.outline, self.rows, value)] if self.roles.has_value else [found]
+        acts.append(rehearse(self.outline, self.roles.looked_at, Manner("look back")))
+        return max(acts, key=lambda one: one.peak)
+
+    @cached_property
+    def cache(self) -> int:
+        """Keys and values of the answers that are drawn together, at their longest."""
+        if self.roles is None:
+            return 0
+        return cache_of(self.outline, self.roles.drawn, self.roles.new_tokens)
+
+    @cached_property
+    def answering(self) -> int:
+        """Bytes beside the weights while answers are drawn, the cache included."""
+        if self.roles is None:
+            return 0
+        return self.cache + rehearse(self.outline, self.roles.drawn, Manner("answer")).peak
+
+
+_ACT: dict[str, Any] = {"sft": "next token", "pretrain": "next token", "reward": "score", "rl": "policy"}
+
+
+def cache_of(outline: Outline, drawn: Rows, new_tokens: int) -> int:
+    """Bytes of the cache of rows that are answered together."""
+    config = outline.config.get_text_config()
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    positions = len(drawn.lengths) * (max(drawn.lengths) + new_tokens)
+    return memory.cache_bytes(depth(outline.config), heads, size, positions, outline.dtype.itemsize)
+
+
+def needs(case: Case, way: str | None = None, devices: int | None = None) -> dict[str, int]:
+    """Bytes by part on each of `devices`; "peak" is their sum, or what loading takes where that is more."""
+    way, devices = way or case.parallel, devices or case.devices
+    part = memory.sharded(case.states, way, devices)
+    whole = case.states
+    layer = (whole.frozen + whole.weights) // max(depth(case.outline.config), 1)
+    batch = max(case.rehearsed.peak - whole.gradients, memory.step_bytes(part.weights, case.on_gpu), 0)
+    batch = max(batch, case.answering - part.gradients, 0)
+    found = {
+        "program": case.program,
+        "frozen": part.frozen,
+        "learning": part.weights,
+        "gradients": part.gradients,
+        "moments": part.moments,
+        "exchange": memory.exchange_bytes(whole.gradients, layer, way, devices),
+        "batch": batch,
+        "slack": round(SLACK * batch),
+    }
+    loading = case.program + whole.frozen + whole.weights + (0 if case.on_gpu else case.file)
+    return {**found, "peak": max(sum(found.values()), loading), "loading": loading}
+
+
+def largest_batch(case: Case, room: int) -> int | None:
+    """How many of the longest examples fit together into `room` bytes; None where not even one does.
+
+    Memory grows nearly evenly with the tokens of a batch: two rehearsals say about how many, further ones make sure, in
+    steps of a sixteenth where there are many.
+    """
+
+    def fits(batch_size: int) -> bool:
+        return needs(case.with_batch(batch_size))["peak"] <= room
+
+    if not fits(1):
+        return None
+    most = len(case.items)
+    found = min(_about(case, room), most)
+    step = max(found // 16, 1)
+    while found > 1 and not fits(found):
+        found = max(found - step, 1)
+    while found < most and fits(min(found + step, most)):
+        found = min(found + step, most)
+    return found
+
+
+def _about(case: Case, room: int) -> int:
+    """How many of the longest examples fit if memory grows evenly with tokens."""
+    small, large = case.with_batch(1), case.with_batch(max(case.batch_size, 4))
+    low, more = needs(small)["peak"], large.rows.tokens - small.rows.tokens
+    a_token = (needs(large)["peak"] - low) / max(more, 1)
+    if a_token <= 0:
+        return 1
+    budget = small.rows.tokens + (room - low) / a_token
+    lengths = sorted((item.tokens for item in case.items), reverse=True)
+    tokens = 0
+    for number, length in enumerate(lengths):
+        tokens = (number + 1) * lengths[0] if case.rows.padded else tokens + length
+        if tokens > budget:
+            return max(number, 1)
+    return len(lengths)

@@ -1,0 +1,275 @@
+"""A step of training or answering without numbers: which tensors live when, in bytes.
+
+The model is that of `skeleton.py`, and its own code runs, with our attention and our loss, PEFT's adapters and torch's
+automatic differentiation, over fake tensors (torch._subclasses): they have a shape, a format and a lifetime, and no
+content. What is counted is therefore what the installed versions really keep for the backward pass.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+
+from medicalgpt_cli.engine.planning.skeleton import Outline, build, depth
+from medicalgpt_cli.engine.run.allocation import OWN_PAGES
+from medicalgpt_cli.engine.training import attention
+from medicalgpt_cli.engine.training.losses import loss_in_pieces
+from medicalgpt_cli.engine.training.ppo import mathematics
+
+# A pass over all layers takes seconds where there are many; they are alike, so two short models tell the rest.
+# Two is the period in which some models alternate kinds of layers.
+_SHORT, _LONG = 2, 4
+
+Act = Literal["next token", "score", "policy", "value", "look back", "answer"]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows of one forward pass: their lengths in tokens, and what is predicted of them."""
+
+    lengths: tuple[int, ...]
+    targets: int = 0  # positions with a loss, of all rows together
+    padded: bool = False
+    prefixes: tuple[
+        tuple[int, int], ...
+    ] = ()  # where rows begin elsewhere (`attention.py`); empty: none does
+
+    @property
+    def tokens(self) -> int:
+        """Positions that are computed, padding included."""
+        return len(self.lengths) * max(self.lengths) if self.padded else sum(self.lengths)
+
+
+@dataclass(frozen=True)
+class Rehearsed:
+    """Bytes beside the weights."""
+
+    kept: int  # when the backward pass begins; 0 where there is none
+    peak: int  # at most at any one time, gradients included
+    small: int = 0  # of the peak, in tensors that come from the C library's heap (`run/allocation.py`)
+
+
+@dataclass(frozen=True)
+class Manner:
+    """How a step is computed."""
+
+    act: Act
+    checkpointing: bool = False
+    autocast: torch.dtype | None = None
+    accumulates: bool = False  # gradients of an earlier batch are there when a batch begins
+
+
+def rehearse(plan: Outline, rows: Rows, manner: Manner) -> Rehearsed:
+    """What one batch needs beside the weights.
+
+    Raises:
+        NotImplementedError: the model does something that depends on numbers (routing to experts, say).
+    """
+    whole = depth(plan.config)
+    if whole <= _LONG:
+        return _rehearse(plan, rows, manner, whole)
+    short, long = (_rehearse(plan, rows, manner, layers) for layers in (_SHORT, _LONG))
+
+    def further(a: int, b: int) -> int:
+        return b + (b - a) * (whole - _LONG) // (_LONG - _SHORT)
+
+    return Rehearsed(
+        further(short.kept, long.kept), further(short.peak, long.peak), further(short.small, long.small)
+    )
+
+
+def _rehearse(plan: Outline, rows: Rows, manner: Manner, layers: int) -> Rehearsed:
+    model = build(plan, layers)
+    if manner.checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    backward = manner.act in ("next token", "score", "policy", "value")
+    model.train(manner.act in ("next token", "score"))  # rl switches dropout off
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            _make_fake(model)
+            batch = _batch(rows, answering=manner.act == "answer")
+            autocast = torch.autocast("cpu", manner.autocast) if manner.autocast else contextlib.nullcontext()
+            lifetimes = _Lifetimes(model)
+            end_to_end = not rows.padded and manner.act != "answer"
+            with attention.for_batches(model, end_to_end), torch.set_grad_enabled(backward), lifetimes:
+                for _ in range(2 if manner.accumulates and backward else 1):
+                    lifetimes.peak = 0
+                    with autocast:
+                        result = _ACTS[manner.act](model, batch, rows)
+                    kept = lifetimes.alive if backward else 0
+                    if backward:
+                        result.backward()
+                    del result
+        return Rehearsed(kept, lifetimes.peak, lifetimes.small_at_peak)
+    except (RuntimeError, TypeError, ValueError, AttributeError, LookupError, AssertionError) as problem:
+        raise NotImplementedError(f"{type(problem).__name__}: {problem}") from problem
+
+
+class _Bounds(list):
+    """Where rows begin and end, for our attention, which asks for a list: fake tensors have no numbers."""
+
+    def tolist(self) -> list[int]:
+        return list(self)
+
+
+def _batch(rows: Rows, answering: bool) -> dict[str, Any]:
+    if rows.padded or answering:
+        shape = (len(rows.lengths), max(rows.lengths))
+        whole = torch.ones(shape, dtype=torch.long)
+        places = {"position_ids": torch.zeros(shape, dtype=torch.long)} if answering else {}
+        return {"input_ids": torch.zeros(shape, dtype=torch.long), "attention_mask": whole, **places}
+    bounds = _Bounds([0])
+    for length in rows.lengths:
+        bounds.append(bounds[-1] + length)
+    shape = (1, rows.tokens)
+    borrowed = {"prefixes": _Bounds(rows.prefixes)} if rows.prefixes else {}
+    return {
+        **borrowed,
+        "input_ids": torch.zeros(shape, dtype=torch.long),
+        "position_ids": torch.zeros(shape, dtype=torch.long),
+        "cu_seq_lens_q": bounds,
+        "cu_seq_lens_k": bounds,
+    }
+
+
+# -- what is computed ----------------------------------------------------------------------------------------
+
+
+def _inner(model: Any) -> Any:
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def _hidden(model: Any, batch: dict[str, Any]) -> torch.Tensor:
+    return _inner(model).base_model(**batch, use_cache=False).last_hidden_state
+
+
+def _at(hidden: torch.Tensor, positions: int) -> torch.Tensor:
+    return hidden.flatten(0, 1)[torch.zeros(positions, dtype=torch.long)]
+
+
+def _next_token(model: Any, batch: dict[str, Any], rows: Rows) -> torch.Tensor:
+    """`losses.target_loss` behind the choice of positions, which needs numbers."""
+    inner, hidden = _inner(model), _hidden(model, batch)
+    targets = torch.zeros(rows.targets, dtype=torch.long)
+    head = inner.get_output_embeddings()
+    if _changes_logits(inner.config):
+        logits = head(_at(hidden, rows.targets))
+        return torch.nn.functional.cross_entropy(logits.float(), targets, reduction="sum")
+    return loss_in_pieces(head, _at(_at(hidden, rows.targets)[None], rows.targets), targets)
+
+
+def _changes_logits(config: Any) -> bool:
+    """Whether the logits are more than the head's output, so that they are all there at once."""
+    names = ("final_logit_softcapping", "logits_scaling", "logit_scale", "lm_head_multiplier")
+    return any(getattr(config.get_text_config(), name, None) not in (None, 1, 1.0) for name in names)
+
+
+def _score(model: Any, batch: dict[str, Any], rows: Rows) -> torch.Tensor:
+    hidden = _hidden(model, batch)
+    return _at(hidden, len(rows.lengths)).float().sum()
+
+
+def _logits(model: Any, batch: dict[str, Any], rows: Rows) -> torch.Tensor:
+    positions = torch.zeros(rows.targets, dtype=torch.long)
+    inner = _inner(model)
+    if rows.padded:
+        return inner(**batch, use_cache=False).logits.flatten(0, 1)[positions]
+    return inner(**batch, use_cache=False, logits_to_keep=positions).logits[0]
+
+
+def _log_probabilities(logits: torch.Tensor) -> torch.Tensor:
+    tokens = torch.zeros(logits.shape[0], dtype=torch.long)
+    return mathematics.log_probabilities(logits[None], tokens[None], 1.0)[0]
+
+
+def _policy(model: Any, batch: dict[str, Any], rows: Rows) -> torch.Tensor:
+    logits = _logits(model, batch, rows)
+    loss = _log_probabilities(logits).sum()
+    loss.logits = logits  # `PPOTrainer.minibatch_losses` holds them until the gradient is taken
+    return loss
+
+
+def _value(model: Any, batch: dict[str, Any], rows: Rows) -> torch.Tensor:
+    return _at(_hidden(model, batch), rows.targets).float().sum()
+
+
+def _look_back(model: Any, batch: dict[str, Any], rows: Rows) -> torch.Tensor:
+    logits = _logits(model, batch, rows)
+    found = _log_probabilities(logits)
+    return found + mathematics.entropy(logits[None], 1.0)[0]
+
+
+def _answer(model: Any, batch: dict[str, Any], rows: Rows) -> torch.Tensor:
+    """Reading the prompts; the cache itself is `memory.cache_bytes`."""
+    return _inner(model)(**batch, use_cache=False, logits_to_keep=1).logits[:, -1].float()
+
+
+_ACTS: dict[str, Any] = {
+    "next token": _next_token,
+    "score": _score,
+    "policy": _policy,
+    "value": _value,
+    "look back": _look_back,
+    "answer": _answer,
+}
+
+
+# -- fake tensors --------------------------------------------------------------------------------------------
+
+
+def _make_fake(model: torch.nn.Module) -> None:
+    """Give every weight and buffer a fake tensor of its shape and format; shared ones stay shared."""
+    found: dict[int, torch.nn.Parameter] = {}
+    for module in model.modules():
+        for name, weight in module._parameters.items():
+            if weight is not None:
+                if id(weight) not in found:
+                    empty = torch.empty(weight.shape, dtype=weight.dtype)
+                    found[id(weight)] = torch.nn.Parameter(empty, requires_grad=weight.requires_grad)
+                module._parameters[name] = found[id(weight)]
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
+
+
+class _Lifetimes(TorchDispatchMode):
+    """Bytes of all tensors that are alive, the model's own aside, and the most there were."""
+
+    def __init__(self, model: torch.nn.Module):
+        super().__init__()
+        self.alive = self.peak = self.small = self.small_at_peak = 0
+        tensors = [*model.parameters(), *model.buffers()]
+        self._held = [one.untyped_storage() for one in tensors]  # so that their numbers stay theirs
+        self._known: dict[int, int] = {one._cdata: 0 for one in self._held}
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        if function is torch.ops.aten.logsumexp.default:  # exp(x - max), which the operation makes inside
+            self.peak = max(self.peak, self.alive + args[0].untyped_storage().nbytes())
+        for one in tree_iter(result):
+            if isinstance(one, torch.Tensor):
+                self._born(one.untyped_storage())
+        return result
+
+    def _born(self, storage: Any) -> None:
+        number = storage._cdata
+        if number in self._known:
+            return
+        self._known[number] = storage.nbytes()
+        self.alive += storage.nbytes()
+        self.small += storage.nbytes() if storage.nbytes() < OWN_PAGES else 0
+        if self.alive > self.peak:
+            self.peak, self.small_at_peak = self.alive, self.small
+        weakref.finalize(storage, self._gone, number)
+
+    def _gone(self, number: int) -> None:
+        size = self._known.pop(number)
+        self.alive -= size
+        self.small -= size if size < OWN_PAGES else 0

@@ -1,0 +1,102 @@
+"""Floating-point operations of a run, and the time that they take.
+
+An operation is an addition or a multiplication: a product of (a, b) and (b, c) matrices has 2abc of them. As usual only
+products of matrices count (Kaplan et al. 2020, section 2.1; Chowdhery et al. 2022, PaLM, appendix B).
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+_FORWARD, _ATTENTION_BACKWARD = 2, 2.5  # flash attention computes the scores anew: Dao 2023, section 4.1
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a model's products are made of."""
+
+    linear: int  # weights of linear layers without head and adapter; each meets every token once
+    learnt: int  # how many of these learn
+    adapter: int
+    head: int  # weights of the output head
+    head_learns: bool
+    attention: int  # layers · heads · head size
+
+
+def shape_of(model: Any) -> Shape:
+    """The shape of a model that need not have numbers."""
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    head = inner.get_output_embeddings()
+    linear = learnt = adapter = 0
+    for name, module in model.named_modules():
+        weight = getattr(module, "weight", None)
+        if weight is None or weight.dim() != 2 or module is head:
+            continue
+        if isinstance(module, torch.nn.Embedding) or hasattr(module, "base_layer"):  # PEFT's layer around one
+            continue
+        if ".lora_" in name:
+            adapter += weight.numel()
+        else:
+            linear += weight.numel()
+            learnt += weight.numel() if weight.requires_grad else 0
+    config = inner.config.get_text_config()
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return Shape(
+        linear,
+        learnt,
+        adapter,
+        0 if head is None else head.weight.numel(),
+        head is not None and head.weight.requires_grad,
+        config.num_hidden_layers * config.num_attention_heads * size,
+    )
+
+
+def forward(shape: Shape, tokens: int, pairs: int, projected: int) -> float:
+    """Operations of a forward pass.
+
+    Args:
+        pairs: sum of the squared lengths of the rows; causal attention computes half of the two products of each pair.
+        projected: positions whose logits are computed.
+    """
+    linear = _FORWARD * (shape.linear + shape.adapter) * tokens
+    return linear + 2 * shape.attention * pairs + _FORWARD * shape.head * projected
+
+
+def training(
+    shape: Shape, tokens: int, pairs: int, projected: int, *, checkpointing: bool = False, learns: bool = True
+) -> float:
+    """Operations of a forward and a backward pass.
+
+    A weight that learns costs a product for the activations' gradient and one for its own (6 operations a token with
+    the forward pass); a frozen one only the first (4). A frozen output head computes its gradient beside the loss; one
+    that learns computes its logits twice (`losses.py`). Checkpointing repeats the forward pass of the layers.
+    """
+    body = Shape(shape.linear, shape.learnt, shape.adapter, 0, False, shape.attention)
+    ahead = forward(body, tokens, pairs, 0)
+    back = 2 * (shape.linear + shape.learnt + 2 * shape.adapter) * tokens
+    back += _ATTENTION_BACKWARD * 2 * shape.attention * pairs
+    head = (8 if shape.head_learns else 4) * shape.head * projected
+    return ahead * (2 if checkpointing else 1) + back + head
+
+
+def speed_here(width: int, tokens: int, dtype: torch.dtype, device: Any, seconds: float = 2.0) -> float:
+    """Operations a second of products as this model has them, measured for about `seconds`.
+
+    A run is slower: it also reads data, adds, normalises and moves.
+    """
+    rows = min(max(tokens, 16), 4096)
+    left = torch.randn(rows, width, dtype=dtype, device=device)
+    right = torch.randn(width, 4 * width, dtype=dtype, device=device)
+    done, began = 0, time.perf_counter()
+    while True:
+        left @ right
+        done += 1
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        spent = time.perf_counter() - began
+        if spent > seconds and done > 1:
+            return done * 2 * rows * width * 4 * width / spent

@@ -1,0 +1,138 @@
+"""`medgpt plan` on the screen."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from medicalgpt_cli.terminal.console import one_line, results
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+_PARTS = {
+    "program": "the program itself",
+    "frozen": "weights that stay",
+    "learning": "weights that learn",
+    "gradients": "gradients",
+    "moments": "AdamW's moments",
+    "exchange": "buffers between devices",
+    "batch": "activations of the largest batch",
+    "slack": "allowance for the allocator",
+}
+_WAYS = {"ddp": "DDP", "zero2": "ZeRO-2", "zero3": "ZeRO-3", "fsdp": "FSDP2"}
+
+
+def show_plan(plan: Mapping[str, Any]) -> None:
+    console = results()
+    share = plan["trainable"] / max(plan["parameters"], 1)
+    bits = f", base in {plan['quantization'].replace('bit', ' bits')}" if plan["quantization"] else ""
+    console.print(
+        f"{plan['stage']}: {one_line(plan['model'])}, {plan['parameters']:,} parameters, "
+        f"{plan['trainable']:,} learn ({share:.1%}), {plan['dtype']}{bits}, {plan['device']}",
+        style="bold",
+        markup=False,
+        soft_wrap=True,
+    )
+    _show_memory(console, plan)
+    _show_batch(console, plan)
+    _show_several(console, plan)
+    _show_amount(console, plan)
+
+
+def _line(console: Console, label: str, value: str, style: str = "") -> None:
+    console.print(f"  {label:<36}{value}", style=style, markup=False, soft_wrap=True)
+
+
+def _show_memory(console: Console, plan: Mapping[str, Any]) -> None:
+    console.print("\nmemory of one device", style="bold")
+    memory = plan["memory"]
+    for part, label in _PARTS.items():
+        if memory[part]:
+            _line(console, label, f"{size(memory[part]):>10}")
+    roles = plan["roles"]
+    if roles:
+        apart = roles["reward_model_apart"]
+        _line(
+            console,
+            "  of it, of the roles",
+            f"one base {size(roles['one_base'])}, policy {size(roles['policy'])}, value {size(roles['value'])}, "
+            f"reference and reward {size(roles['frozen_adapters'])}"
+            + (f", reward model apart {size(apart)}" if apart else ""),
+        )
+        _line(
+            console, "  while answers are drawn", f"{size(roles['drawing'])}, cache {size(memory['cache'])}"
+        )
+    have = plan["device_memory"]
+    told = "" if have is None else f"  of {size(have)}: " + ("fits" if plan["fits"] else "does not fit")
+    _line(console, "at most", f"{size(memory['peak']):>10}{told}", "bold" if plan["fits"] else "bold red")
+
+
+def _show_batch(console: Console, plan: Mapping[str, Any]) -> None:
+    batch = plan["batch"]
+    layout = "padded" if batch["padded"] else "end to end"
+    _line(
+        console,
+        "largest batch",
+        f"{batch['tokens']:,} tokens in {batch['rows']} rows of up to {batch['longest']:,}, {layout}",
+    )
+    if plan["device_memory"] is None:
+        return
+    most, flag = plan["largest_batch"], plan["batch_flag"]
+    if most is None:
+        _line(console, "what fits", f"not even {flag} 1", "red")
+    elif most >= plan["examples"]:
+        _line(console, "what fits", f"all {plan['examples']:,} examples in one batch")
+    else:
+        _line(console, "what fits", f"{flag} {most:,}, of the longest examples")
+
+
+def _show_several(console: Console, plan: Mapping[str, Any]) -> None:
+    console.print("\nmemory of each of several devices, each with such a batch", style="bold")
+    console.print(f"  {'devices':<12}" + "".join(f"{name:>12}" for name in _WAYS.values()), markup=False)
+    for number, peaks in plan["several"].items():
+        console.print(f"  {number:<12}" + "".join(f"{size(peaks[way]):>12}" for way in _WAYS), markup=False)
+
+
+def _show_amount(console: Console, plan: Mapping[str, Any]) -> None:
+    console.print("\nthe run", style="bold")
+    _line(console, "updates", f"{plan['updates']:,}, {plan['updates_per_epoch']:,} an epoch")
+    _line(console, "tokens", f"{plan['tokens']:,}")
+    _line(console, "operations", f"{plan['flops']:.2e}")
+    took = plan["time"]
+    if took["seconds"] is None:
+        _line(console, "time", f"unknown: {took['source']}; --throughput says how fast it goes")
+    elif took["source"] == "measured products":
+        speed = took["flops_a_second"] / 1e9
+        _line(
+            console,
+            "time",
+            f"no faster than {duration(took['seconds'])} ({speed:,.0f} GFLOP/s, measured here)",
+        )
+    else:
+        _line(console, "time", f"about {duration(took['seconds'])} (throughput: {one_line(took['source'])})")
+    disk = plan["disk"]
+    free = "" if disk["free"] is None else f" of {size(disk['free'])} free"
+    _line(
+        console,
+        "disk",
+        f"{size(disk['total'])}{free}: checkpoints {size(disk['checkpoint'])} each, the result {size(disk['result'])}",
+        "" if disk["free"] is None or disk["total"] < disk["free"] else "red",
+    )
+
+
+def size(count: int) -> str:
+    """Bytes as a person reads them: 3.1 GiB, 512 MiB."""
+    if count >= 2**30:
+        return f"{count / 2**30:,.1f} GiB"
+    return f"{count / 2**20:,.0f} MiB" if count >= 2**20 else f"{count / 2**10:,.0f} KiB"
+
+
+def duration(seconds: float) -> str:
+    """A time of two units at most: 2 d 3 h, 12 min, 40 s."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    if seconds < 90 * 60:
+        return f"{seconds / 60:.0f} min"
+    hours = round(seconds / 3600)
+    return f"{seconds / 3600:.1f} h" if hours < 24 else f"{hours // 24} d {hours % 24} h"

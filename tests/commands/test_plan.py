@@ -1,0 +1,140 @@
+"""`medgpt plan` in real processes: against the run's own figures, and what is refused before weights are read."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from transformers import LlamaConfig
+
+from tests.cli import medgpt
+from tests.conftest import DATA
+from tests.tiny import tiny_model, tiny_tokenizer, write_jsonl
+
+TRAIN = DATA / "medquad_en_alpaca.jsonl"
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("plan")
+    tiny_model(folder / "model")
+    rows = [{"prompt": f"What about fever {n}?"} for n in range(12)]
+    write_jsonl(folder / "prompts.jsonl", rows)
+    pairs = [{**row, "chosen": "Please rest.", "rejected": f"no {n}"} for n, row in enumerate(rows)]
+    write_jsonl(folder / "pairs.jsonl", pairs)
+    write_jsonl(folder / "text.jsonl", [{"text": "Fever is a sign. " * 30} for _ in range(9)])
+    huge = LlamaConfig(
+        vocab_size=1500, hidden_size=8192, intermediate_size=28672, num_hidden_layers=80,
+        num_attention_heads=64, num_key_value_heads=8,
+    )  # fmt: skip
+    huge.save_pretrained(folder / "huge")
+    tiny_tokenizer().save_pretrained(folder / "huge")
+    return folder
+
+
+def stage(place: Path, name: str, *more: object) -> tuple[object, ...]:
+    data = {"sft": TRAIN, "pretrain": place / "text.jsonl", "reward": place / "pairs.jsonl"}
+    file = data.get(name, place / "prompts.jsonl")
+    own = ("--reward-rule", "length") if name == "rl" else ()
+    own = (*own, "--block-size", 64) if name == "pretrain" else own
+    return (name, "--base-model", place / "model", "--train-data", file, "--use-cpu", *own, *more)
+
+
+def planned(place: Path, name: str, *more: object) -> dict:
+    done = medgpt("plan", *stage(place, name, "--throughput", 1000, "--json", *more))
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.fixture(scope="module")
+def sft_run(place: Path) -> Path:
+    done = medgpt(*stage(place, "sft", "--epochs", 2, "--output-dir", place / "run"))
+    assert done.returncode == 0, done.stderr
+    assert "plan: " in done.stderr
+    return place / "run"
+
+
+def test_the_run_does_what_the_plan_says(place: Path, sft_run: Path) -> None:
+    plan = planned(place, "sft", "--epochs", 2)
+    run = json.loads((sft_run / "run.json").read_text(encoding="utf-8"))
+    lines = [json.loads(line) for line in (sft_run / "metrics.jsonl").read_text().splitlines()]
+    assert plan["updates"] == run["result"]["steps"] == max(line["step"] for line in lines)
+    assert plan["tokens"] == 2 * run["data"]["training"]["tokens"]
+    assert plan["time"]["seconds"] == plan["tokens"] / 1000
+    saved = sum(file.stat().st_size for file in (sft_run / "model").glob("adapter_model.safetensors"))
+    assert plan["disk"]["result"] == pytest.approx(saved, rel=0.1)
+
+
+def test_a_run_tells_how_fast_it_goes(place: Path, sft_run: Path) -> None:
+    run = json.loads((sft_run / "run.json").read_text(encoding="utf-8"))
+    done = medgpt("plan", *stage(place, "sft", "--epochs", 4, "--throughput", sft_run, "--json"))
+    assert json.loads(done.stdout)["time"]["seconds"] == pytest.approx(2 * run["result"]["seconds"], rel=0.01)
+    refused = medgpt("plan", *stage(place, "sft", "--throughput", place / "model"))
+    assert refused.returncode == 2
+
+
+@pytest.mark.parametrize("name", ["pretrain", "reward", "rl"])
+def test_every_stage_has_a_plan(place: Path, name: str) -> None:
+    plan = planned(place, name)
+    parts = {key: size for key, size in plan["memory"].items() if key not in ("peak", "loading", "cache")}
+    assert plan["memory"]["peak"] in (sum(parts.values()), plan["memory"]["loading"])
+    assert plan["fits"] and plan["flops"] > 0 and plan["trainable"] > 0
+    assert (plan["roles"] is not None) == (name == "rl")
+
+
+def test_what_is_shown(place: Path) -> None:
+    asked = ("--plan-for", "gpu", "--device-memory", "24GB", "--devices", 4, "--load-in-4bit")
+    done = medgpt("plan", *stage(place, "sft", "--throughput", 1000, *asked))
+    assert done.returncode == 0, done.stderr
+    for word in (
+        "parameters",
+        "weights that stay",
+        "AdamW's moments",
+        "22.4 GiB: fits",
+        "ZeRO-3",
+        "4 bits",
+        "updates",
+    ):
+        assert word in done.stdout
+    assert "read" not in done.stdout  # what the data are goes elsewhere
+
+
+def test_a_run_that_cannot_fit_stops_before_it_loads(place: Path) -> None:
+    huge = (
+        "sft",
+        "--base-model",
+        place / "huge",
+        "--train-data",
+        TRAIN,
+        "--use-cpu",
+        "--output-dir",
+        place / "no",
+    )
+    done = medgpt(*huge)
+    assert done.returncode == 3
+    assert "GiB of memory" in done.stderr and "a smaller model" in done.stderr and "--force" in done.stderr
+    assert not (place / "no").exists()
+    forced = medgpt(*huge, "--force")
+    assert forced.returncode == 2 and "huge" in forced.stderr  # it has no weights to load
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (("--device-memory", "24"), "--device-memory 24: not a size"),
+        (("--throughput", "-3"), "--throughput -3"),
+        (("--output-dir", "x"), "--output-dir"),
+        (("--resume", "x"), "--resume"),
+        (("--devices", "1"), "--devices 1"),
+    ],
+)
+def test_what_is_refused(place: Path, more: tuple[str, ...], message: str) -> None:
+    done = medgpt("plan", *stage(place, "sft", *more))
+    assert done.returncode == 2 and message in done.stderr
+
+
+def test_a_plan_takes_the_recipe_of_its_run(place: Path, sft_run: Path) -> None:
+    done = medgpt("plan", "sft", "--recipe", sft_run / "recipe.yaml", "--throughput", 1000, "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["updates"] == planned(place, "sft", "--epochs", 2)["updates"]

@@ -1,0 +1,107 @@
+"""What a rehearsal counts against what real tensors of the same model keep."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
+
+from medicalgpt_cli.engine.data.rendering import Example
+from medicalgpt_cli.engine.model.adapters import add_adapter
+from medicalgpt_cli.engine.model.dropout import use_fast_dropout
+from medicalgpt_cli.engine.planning import rehearsal
+from medicalgpt_cli.engine.planning.rehearsal import Manner, Rows, rehearse
+from medicalgpt_cli.engine.planning.skeleton import Outline
+from medicalgpt_cli.engine.training import attention
+from medicalgpt_cli.engine.training.batches import IGNORED, end_to_end
+from medicalgpt_cli.engine.training.losses import target_loss
+from medicalgpt_cli.settings.groups import AdapterSettings
+
+SMALL = {
+    "vocab_size": 400,
+    "hidden_size": 64,
+    "intermediate_size": 160,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+LENGTHS = (40, 33, 21)
+KINDS = {
+    "lora": (LlamaConfig(**SMALL, tie_word_embeddings=True), AdapterSettings(), False),
+    "lora without dropout": (Qwen2Config(**SMALL), AdapterSettings(lora_dropout=0.0), False),
+    "full": (LlamaConfig(**SMALL, tie_word_embeddings=True), AdapterSettings(tuning="full"), False),
+    "recomputed": (LlamaConfig(**SMALL), AdapterSettings(), True),
+}
+
+
+def saved_bytes(config, settings: AdapterSettings, recompute: bool) -> int:
+    """What autograd of a real model holds when the backward pass begins, its weights aside."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    if settings.tuning == "lora":
+        model = add_adapter(model, settings, seed=0)
+        use_fast_dropout(model)
+    if recompute:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.train()
+    own = {one.untyped_storage().data_ptr() for one in [*model.parameters(), *model.buffers()]}
+    found: dict[int, torch.UntypedStorage] = {}  # held here, so that no other tensor gets the same place
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own and tensor.dtype != torch.int64:
+            found[storage.data_ptr()] = storage
+        return tensor
+
+    examples = [Example(list(range(n)), [IGNORED, *range(1, n)], "") for n in LENGTHS]
+    with attention.for_batches(model, True):
+        target_loss(model, end_to_end(examples))  # asks the model about its head
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            target_loss(model, end_to_end(examples))
+    return sum(storage.nbytes() for storage in found.values())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_keeps_what_a_real_step_keeps(kind: str) -> None:
+    config, settings, recompute = KINDS[kind]
+    rows = Rows(LENGTHS, sum(LENGTHS) - len(LENGTHS))
+    outline = Outline(config, torch.float32, tuning=settings)
+    found = rehearse(outline, rows, Manner("next token", checkpointing=recompute))
+    expected = saved_bytes(config, settings, recompute)
+    # Beside what autograd was given to save, a step holds its inputs, positions and a few scalars.
+    assert found.kept == pytest.approx(expected, rel=0.03, abs=24_000)
+    assert found.peak > found.kept
+
+
+def test_a_deep_model_is_told_from_two_short_ones(monkeypatch) -> None:
+    outline = Outline(
+        LlamaConfig(**{**SMALL, "num_hidden_layers": 9}), torch.float32, tuning=AdapterSettings()
+    )
+    short = rehearse(outline, Rows(LENGTHS, 60), Manner("next token"))
+    monkeypatch.setattr(rehearsal, "_LONG", 100)
+    assert rehearse(outline, Rows(LENGTHS, 60), Manner("next token")) == short
+
+
+def test_recomputation_keeps_little_and_padding_costs() -> None:
+    outline = Outline(LlamaConfig(**SMALL), torch.float32, tuning=AdapterSettings())
+    rows = Rows((40, 10), 40)
+    plain = rehearse(outline, rows, Manner("next token"))
+    assert rehearse(outline, rows, Manner("next token", checkpointing=True)).kept < plain.kept / 5
+    assert rehearse(outline, Rows((40, 10), 40, padded=True), Manner("next token")).kept > 1.5 * plain.kept
+
+
+def test_eight_bits_keep_more_than_four() -> None:
+    kept = {}
+    for bits in (None, "4bit", "8bit"):
+        outline = Outline(LlamaConfig(**SMALL), torch.float32, tuning=AdapterSettings(), quantization=bits)
+        kept[bits] = rehearse(outline, Rows(LENGTHS, 60), Manner("next token")).kept
+    assert kept["4bit"] == kept[None] < kept["8bit"]
+
+
+@pytest.mark.parametrize("act", ["score", "policy", "value", "look back", "answer"])
+def test_every_act_is_rehearsed(act) -> None:
+    kind = "reward" if act == "score" else "language"
+    outline = Outline(LlamaConfig(**SMALL), torch.float32, kind=kind, tuning=AdapterSettings())
+    prefixes = ((0, 0), (0, 10)) if act == "score" else ()
+    found = rehearse(outline, Rows((30, 12), 20, prefixes=prefixes), Manner(act))
+    assert found.peak > 0 and (found.kept > 0) == (act in ("score", "policy", "value"))
