@@ -17,7 +17,7 @@ from medicalgpt_cli.commands.bridge import command_function
 from medicalgpt_cli.commands.catalogue import COMMANDS, GROUPS, Command
 from medicalgpt_cli.errors import EnvironmentFailure, MedgptError, Stopped, UsageError
 from medicalgpt_cli.settings.groups import DeviceSettings, OutputSettings
-from medicalgpt_cli.settings.stages import TrainSettings
+from medicalgpt_cli.settings.stages import PipelineSettings, QuickstartSettings, TrainSettings
 
 # Underscores in flags are accepted: people paste commands from older scripts.
 _CONTEXT = {
@@ -89,13 +89,16 @@ def _run(command: Command, settings: OutputSettings) -> None:
 
     from medicalgpt_cli.engine.observer import Observer
     from medicalgpt_cli.engine.run import processes
+    from medicalgpt_cli.engine.run.allocation import start_without_thread_cache
     from medicalgpt_cli.engine.run.devices import show_only
     from medicalgpt_cli.engine.run.quiet import quieten
     from medicalgpt_cli.terminal.console import TerminalObserver
 
+    trains = isinstance(settings, TrainSettings)
+    if (trains and not settings.dry_run) or isinstance(settings, (PipelineSettings, QuickstartSettings)):
+        start_without_thread_cache()
     quieten()
     first = processes.rank() == 0
-    trains = isinstance(settings, TrainSettings)
     if trains and (launch := processes.launch_of(settings)):
         raise typer.Exit(processes.supervise(sys.argv[1:], launch))
     if isinstance(settings, DeviceSettings):

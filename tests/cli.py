@@ -66,6 +66,7 @@ def environment(more: dict[str, str] | None = None) -> dict[str, str]:
         "PYTHONPATH": str(ROOT),
         "HF_HUB_OFFLINE": "1",
         "OMP_NUM_THREADS": "1",
+        "GLIBC_TUNABLES": "glibc.malloc.tcache_count=0",  # as training sets it by starting itself anew
         "COLUMNS": "100",
         **(more or {}),
     }

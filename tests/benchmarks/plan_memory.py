@@ -106,6 +106,9 @@ def rows(model: str, data: Path, place: Path) -> Iterator[Row]:
     own = ("--reward-model", place / "reward-full-small")
     yield "reward, full, small", "reward", ("--base-model", small, *pairs, "--tuning", "full")
     yield "rl, reward model apart", "rl", (*first, *own, *once)
+    full = (*first, *sft, "--batch-size", 2, "--max-length", 256, "--tuning", "full", "--processes", 2)
+    for way in ("ddp", "zero2", "zero3"):
+        yield f"sft, full, 2 x 256, two in {way}", "sft", (*full, "--parallel", way)
 
 
 if __name__ == "__main__":

@@ -76,17 +76,11 @@ def sharded(states: States, way: str, devices: int) -> States:
     )
 
 
-def exchange_bytes(gradients: int, largest_layer: int, way: str, devices: int) -> int:
+def exchange_bytes(layer: int, way: str, devices: int) -> int:
     """Buffers through which devices talk.
 
-    ddp: buckets that hold the gradients once more (torch's DistributedDataParallel, `gradient_as_bucket_view` off).
-    zero2: two buckets of 5e8 elements at most, in fp32 (DeepSpeed's `reduce_bucket_size`, `overlap_comm`).
-    zero3, fsdp: the layer at work and the next one, gathered (Zhao et al. 2023, "PyTorch FSDP", section 3.3).
+    ddp: none of their own, the gradients lie in them (`gradient_as_bucket_view`). zero2: a bucket as large as a square of
+    the model's width, which is little. zero3, fsdp: the layer at work and the next one, gathered (Zhao et al. 2023,
+    "PyTorch FSDP", section 3.3).
     """
-    if devices == 1:
-        return 0
-    if way == "ddp":
-        return gradients
-    if way == "zero2":
-        return min(2 * gradients, 2 * 4 * 500_000_000)
-    return 2 * largest_layer
+    return 2 * layer if devices > 1 and way in ("zero3", "fsdp") else 0

@@ -20,9 +20,9 @@ from medicalgpt_cli.engine.planning.work import Shape, shape_of
 CUDA_CONTEXT = (
     600 * 2**20
 )  # what a process takes on a GPU before any tensor; read of others, not measured here
-# Of what comes and goes with each batch: glibc's heap and the products' scratch space on a processor, the rounding of
-# torch's caching allocator on a GPU. The one fitted number of the plan (docs/planning.md).
-SLACK = 0.06
+# Of what comes and goes with each batch: the holes in glibc's heap and the products' scratch space on a processor, the
+# rounding of torch's caching allocator on a GPU. The fitted numbers of the plan (docs/planning.md).
+SLACK_ON_CPU, SLACK_ON_GPU = 0.25, 0.06
 
 
 @dataclass(frozen=True)
@@ -88,6 +88,20 @@ class Case:
         weights = sets * self.parameters.trainable_bytes
         return States(self.frozen_bytes, weights, 4 * learnt, memory.moments_bytes(learnt, self.optimizer))
 
+    def held(self, way: str) -> States:
+        """The same as DeepSpeed holds it: what AdamW moves is a copy in fp32, beside weights in the computed format."""
+        found = self.states
+        if not way.startswith("zero"):
+            return found
+        learnt = found.gradients // 4
+        weights = learnt * self.autocast.itemsize if self.autocast else found.weights
+        return dataclasses.replace(found, weights=weights, moments=found.moments + 4 * learnt)
+
+    @cached_property
+    def with_gradients_there(self) -> Case:
+        """The same with gradients that stay from step to step, in the buckets through which processes talk."""
+        return dataclasses.replace(self, accumulates=True)
+
     def with_batch(self, batch_size: int) -> Case:
         """The same with the `batch_size` longest examples in one batch."""
         rows = largest_possible(self.items, batch_size, self.rows.padded)
@@ -135,10 +149,11 @@ def cache_of(outline: Outline, drawn: Rows, new_tokens: int) -> int:
 def needs(case: Case, way: str | None = None, devices: int | None = None) -> dict[str, int]:
     """Bytes by part on each of `devices`; "peak" is their sum, or what loading takes where that is more."""
     way, devices = way or case.parallel, devices or case.devices
-    part = memory.sharded(case.states, way, devices)
-    whole = case.states
+    whole = case.held(way)
+    part = memory.sharded(whole, way, devices)
     layer = (whole.frozen + whole.weights) // max(depth(case.outline.config), 1)
-    batch = max(case.rehearsed.peak - whole.gradients, memory.step_bytes(part.weights, case.on_gpu), 0)
+    step = case.with_gradients_there if way == "ddp" and devices > 1 else case
+    batch = max(step.rehearsed.peak - case.states.gradients, memory.step_bytes(part.weights, case.on_gpu), 0)
     batch = max(batch, case.answering - part.gradients, 0)
     found = {
         "program": case.program,
@@ -146,9 +161,9 @@ def needs(case: Case, way: str | None = None, devices: int | None = None) -> dic
         "learning": part.weights,
         "gradients": part.gradients,
         "moments": part.moments,
-        "exchange": memory.exchange_bytes(whole.gradients, layer, way, devices),
+        "exchange": memory.exchange_bytes(layer, way, devices),
         "batch": batch,
-        "slack": round(SLACK * batch),
+        "slack": round((SLACK_ON_GPU if case.on_gpu else SLACK_ON_CPU) * batch),
     }
     loading = case.program + whole.frozen + whole.weights + (0 if case.on_gpu else case.file)
     return {**found, "peak": max(sum(found.values()), loading), "loading": loading}

@@ -18,7 +18,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from medicalgpt_cli.engine.planning.skeleton import Outline, build, depth
-from medicalgpt_cli.engine.run.allocation import OWN_PAGES
 from medicalgpt_cli.engine.training import attention
 from medicalgpt_cli.engine.training.losses import loss_in_pieces
 from medicalgpt_cli.engine.training.ppo import mathematics
@@ -53,7 +52,6 @@ class Rehearsed:
 
     kept: int  # when the backward pass begins; 0 where there is none
     peak: int  # at most at any one time, gradients included
-    small: int = 0  # of the peak, in tensors that come from the C library's heap (`run/allocation.py`)
 
 
 @dataclass(frozen=True)
@@ -80,9 +78,7 @@ def rehearse(plan: Outline, rows: Rows, manner: Manner) -> Rehearsed:
     def further(a: int, b: int) -> int:
         return b + (b - a) * (whole - _LONG) // (_LONG - _SHORT)
 
-    return Rehearsed(
-        further(short.kept, long.kept), further(short.peak, long.peak), further(short.small, long.small)
-    )
+    return Rehearsed(further(short.kept, long.kept), further(short.peak, long.peak))
 
 
 def _rehearse(plan: Outline, rows: Rows, manner: Manner, layers: int) -> Rehearsed:
@@ -107,7 +103,7 @@ def _rehearse(plan: Outline, rows: Rows, manner: Manner, layers: int) -> Rehears
                     if backward:
                         result.backward()
                     del result
-        return Rehearsed(kept, lifetimes.peak, lifetimes.small_at_peak)
+        return Rehearsed(kept, lifetimes.peak)
     except (RuntimeError, TypeError, ValueError, AttributeError, LookupError, AssertionError) as problem:
         raise NotImplementedError(f"{type(problem).__name__}: {problem}") from problem
 
@@ -244,7 +240,7 @@ class _Lifetimes(TorchDispatchMode):
 
     def __init__(self, model: torch.nn.Module):
         super().__init__()
-        self.alive = self.peak = self.small = self.small_at_peak = 0
+        self.alive = self.peak = 0
         tensors = [*model.parameters(), *model.buffers()]
         self._held = [one.untyped_storage() for one in tensors]  # so that their numbers stay theirs
         self._known: dict[int, int] = {one._cdata: 0 for one in self._held}
@@ -264,12 +260,8 @@ class _Lifetimes(TorchDispatchMode):
             return
         self._known[number] = storage.nbytes()
         self.alive += storage.nbytes()
-        self.small += storage.nbytes() if storage.nbytes() < OWN_PAGES else 0
-        if self.alive > self.peak:
-            self.peak, self.small_at_peak = self.alive, self.small
+        self.peak = max(self.peak, self.alive)
         weakref.finalize(storage, self._gone, number)
 
     def _gone(self, number: int) -> None:
-        size = self._known.pop(number)
-        self.alive -= size
-        self.small -= size if size < OWN_PAGES else 0
+        self.alive -= self._known.pop(number)

@@ -171,7 +171,10 @@ def library_options(settings: TrainSettings) -> dict[str, Any]:
         return options
     if kind == "fsdp":
         return {**options, "fsdp": True, "fsdp_config": {"version": 2, "cpu_ram_efficient_loading": True}}
-    zero: dict[str, Any] = {"stage": 3 if kind == "zero3" else 2}
+    # "auto" is worked out by the library from the model's width; DeepSpeed's own buckets are gigabytes.
+    zero: dict[str, Any] = {"stage": 3 if kind == "zero3" else 2, "reduce_bucket_size": "auto"}
+    if kind == "zero3":
+        zero |= {"stage3_prefetch_bucket_size": "auto", "stage3_param_persistence_threshold": "auto"}
     return {
         **options,
         "deepspeed": {

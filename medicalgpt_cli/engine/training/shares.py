@@ -6,15 +6,21 @@ Under their own names and in fp32, so that a checkpoint fits any number of proce
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from medicalgpt_cli.engine.model.spread import written_to
 from medicalgpt_cli.engine.run import processes
 
+_NAME = "learning-{}.safetensors"
+_FILE = 2**29  # bytes from which on a file is full
 _MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's, as torch and DeepSpeed name them
 
 
@@ -34,11 +40,25 @@ def make_whole(model: Any, optimizer: Any) -> None:
                 module._parameters[name] = found[id(weight)]
 
 
-def learning_state(model: Any, optimizer: Any) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every tensor that learning has changed, whole and in fp32: weights, AdamW's moments, and its count of steps.
+def save_learning(model: Any, optimizer: Any, folder: Path) -> None:
+    """Write all that learning has changed, whole and in fp32: weights, AdamW's moments, and its count of steps.
 
-    All processes have to ask together; a name is `<part>/<name of the weight>`, and `step` is a scalar.
+    All processes have to call together; the first one writes, file by file, and holds one of them at a time. A name
+    is `<part>/<name of the weight>`, and `step` is a scalar.
     """
+    files, held = 0, {}
+    for name, tensor in _learning_state(model, optimizer):
+        if processes.rank() > 0:
+            continue  # each has given its part of the tensor
+        held[name] = tensor.contiguous()
+        if sum(one.nbytes for one in held.values()) > _FILE:
+            save_file(held, folder / _NAME.format(files))
+            files, held = files + 1, {}
+    if held:
+        save_file(held, folder / _NAME.format(files))
+
+
+def _learning_state(model: Any, optimizer: Any) -> Iterator[tuple[str, torch.Tensor]]:
     _link_moments(optimizer)
     steps = [int(state["step"]) for state in _inner(optimizer).state.values() if "step" in state]
     yield "step", torch.tensor(max(steps, default=0))
@@ -49,21 +69,28 @@ def learning_state(model: Any, optimizer: Any) -> Iterator[tuple[str, torch.Tens
                 yield f"{part}/{name}", _get(weight, part, optimizer)
 
 
-def restore_learning(
-    model: Any, optimizer: Any, saved: dict[str, torch.Tensor], *, moments: bool = True
-) -> None:
-    """Put back what `learning_state` gave; all processes together.
+def restore_learning(model: Any, optimizer: Any, folder: Path, *, moments: bool = True) -> None:
+    """Put back what `save_learning` wrote, or the weights alone; all processes together.
 
     Raises:
-        KeyError: a weight of the model is not in `saved`.
+        KeyError: a weight of the model is not there.
     """
-    if moments:
-        _make_moments(optimizer, int(saved["step"]))
-    for name, weight in _learning(model):
-        _set_weight(weight, saved[f"weight/{name}"], optimizer)
-        if moments and f"{_MOMENTS[0]}/{name}" in saved:
-            for part in _MOMENTS:
-                _set(weight, part, saved[f"{part}/{name}"], optimizer)
+    with ExitStack() as open_files:
+        saved = {}
+        for path in sorted(folder.glob(_NAME.format("*"))):
+            file = open_files.enter_context(safe_open(path, "pt"))
+            saved |= dict.fromkeys(file.keys(), file)
+
+        def read(name: str) -> torch.Tensor:
+            return saved[name].get_tensor(name)
+
+        if moments:
+            _make_moments(optimizer, int(read("step")))
+        for name, weight in _learning(model):
+            _set_weight(weight, read(f"weight/{name}"), optimizer)
+            if moments and f"{_MOMENTS[0]}/{name}" in saved:
+                for part in _MOMENTS:
+                    _set(weight, part, read(f"{part}/{name}"), optimizer)
 
 
 def _learning(model: Any) -> list[tuple[str, Any]]:

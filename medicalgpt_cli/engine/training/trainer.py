@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import PrinterCallback, Trainer
 
@@ -20,8 +19,6 @@ from medicalgpt_cli.engine.training.callbacks import EarlyStopping, best_step
 from medicalgpt_cli.engine.training.losses import target_loss
 from medicalgpt_cli.errors import TrainingFailed
 from medicalgpt_cli.settings.stages import TrainSettings
-
-_LEARNING = "learning.safetensors"  # of a run whose model is spread (shares.py)
 
 
 class MedgptTrainer(Trainer):
@@ -177,6 +174,13 @@ class MedgptTrainer(Trainer):
             if hasattr(callback, "on_published"):
                 callback.on_published(self.state.global_step, final)
 
+    def _wrap_model(self, model, training=True, dataloader=None):
+        wrapped = super()._wrap_model(model, training, dataloader)
+        if self.accelerator.ddp_handler is not None:
+            # The gradients lie in the buckets through which processes talk, instead of twice in memory.
+            self.accelerator.ddp_handler.gradient_as_bucket_view = True
+        return wrapped
+
     # -- a model that is spread over the processes -------------------------------------------------------------
 
     def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
@@ -185,7 +189,7 @@ class MedgptTrainer(Trainer):
         prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
         sharding.check_spread(self.settings, self.model, self.model_wrapped, self.optimizer)
         if resume_from_checkpoint is not None:
-            self._load_learning(Path(resume_from_checkpoint), moments=True)
+            shares.restore_learning(self.model, self.optimizer, Path(resume_from_checkpoint))
             self._load_state(Path(resume_from_checkpoint))
             schedule = torch.load(Path(resume_from_checkpoint) / "scheduler.pt", weights_only=True)
             self.lr_scheduler.load_state_dict(schedule)
@@ -205,23 +209,14 @@ class MedgptTrainer(Trainer):
         if not self.spread:
             super()._save_optimizer_and_scheduler(output_dir)
             return
-        found = shares.learning_state(self.model, self.optimizer)
+        shares.save_learning(self.model, self.optimizer, Path(output_dir))
         if processes.rank() == 0:
-            save_file({name: tensor.contiguous() for name, tensor in found}, Path(output_dir) / _LEARNING)
             torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / "scheduler.pt")
-        else:
-            for _ in found:  # every process has a part of each
-                pass
 
     def make_whole(self) -> None:
         """Give the first process the whole of what has learnt; a model that was spread can then only be saved."""
         if self.spread:
             shares.make_whole(self.model, self.optimizer)
-
-    def _load_learning(self, checkpoint: Path, *, moments: bool) -> None:
-        shares.restore_learning(
-            self.model, self.optimizer, load_file(checkpoint / _LEARNING), moments=moments
-        )
 
     def _save_state(self, folder: Path) -> None:
         """What a stage remembers beside weights, moments and random states."""
@@ -244,6 +239,6 @@ class MedgptTrainer(Trainer):
     def load_weights(self, checkpoint: Path) -> None:
         """Put the weights of a checkpoint into the model (used to end with the best one)."""
         if self.spread:
-            self._load_learning(checkpoint, moments=False)
+            shares.restore_learning(self.model, self.optimizer, checkpoint, moments=False)
         else:
             self._load_from_checkpoint(str(checkpoint))
