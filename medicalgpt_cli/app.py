@@ -82,8 +82,9 @@ def _run(command: Command, settings: OutputSettings) -> None:
     quieten()
     first = processes.rank() == 0
     trains = isinstance(settings, TrainSettings)
-    if trains and not settings.dry_run and settings.wanted_processes > 1 and processes.size() == 1:
-        raise typer.Exit(processes.supervise(sys.argv[1:], settings.wanted_processes))
+    wanted = 1 if getattr(settings, "dry_run", False) else getattr(settings, "wanted_processes", 1)
+    if wanted > 1 and processes.size() == 1:
+        raise typer.Exit(processes.supervise(sys.argv[1:], wanted, connected=not trains))
     if isinstance(settings, DeviceSettings):
         show_only(settings.gpu_numbers, single=trains and processes.size() == 1)
     with TerminalObserver(quiet=settings.json) if first else nullcontext(Observer()) as observer:

@@ -13,6 +13,7 @@ from medicalgpt_cli.settings.groups import (
     AdapterSettings,
     CorpusSettings,
     DataSettings,
+    DeviceSettings,
     EndpointSettings,
     ExampleSettings,
     ModelSettings,
@@ -48,11 +49,8 @@ class TrainSettings(
 
     def check(self) -> None:
         super().check()
-        if self.processes and self.gpus and self.processes != len(self.gpu_numbers):
-            raise UsageError(
-                f"--processes {self.processes} and --gpus {self.gpus} contradict each other",
-                "a process takes one GPU: leave one of them out",
-            )
+        if self.processes:
+            _one_gpu_each(self.processes, self)
         if self.quantization and self.tuning == "full":
             raise UsageError(
                 f"--load-in-{self.quantization}: weights of so few bits cannot be trained themselves",
@@ -67,6 +65,14 @@ class TrainSettings(
             raise UsageError(
                 "--early-stopping needs held-out data", "give --eval-data, or --eval-fraction above 0"
             )
+
+
+def _one_gpu_each(processes: int, device: DeviceSettings) -> None:
+    if device.gpus and processes != len(device.gpu_numbers):
+        raise UsageError(
+            f"--processes {processes} and --gpus {device.gpus} contradict each other",
+            "a process takes one GPU: leave one of them out",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -365,6 +371,9 @@ class InferSettings(OutputSettings, EndpointSettings):
     )
     interactive: bool = opt(False, "Ask for single questions, one after the other.")
     batch_size: int = opt(8, "Questions answered together.", min=1)
+    processes: int = opt(
+        1, "Answer in this many processes, each with a model of its own; with --gpus, one for each.", min=1
+    )
     resume: bool = opt(False, "Go on with a predictions file that was interrupted.")
     overwrite: bool = opt(False, "Replace an existing predictions file.")
 
@@ -384,6 +393,28 @@ class InferSettings(OutputSettings, EndpointSettings):
             raise UsageError("--json and --predictions-file - both write to stdout", "leave one of them out")
         if self.resume and self.predictions_file == "-":
             raise UsageError("--resume needs a predictions file", "standard output cannot be resumed")
+        if self.processes > 1:
+            self._check_processes()
+
+    @property
+    def wanted_processes(self) -> int:
+        return self.processes
+
+    def _check_processes(self) -> None:
+        for name, instead in (
+            ("endpoint", "--batch-size says how many requests are open at once"),
+            ("interactive", "one process answers one question"),
+        ):
+            if getattr(self, name):
+                raise UsageError(
+                    f"--processes has no effect with {flag_of(name)}", f"leave it out: {instead}"
+                )
+        if self.data_file == "-" or Path(self.data_file).is_fifo():
+            raise UsageError(
+                f"--processes {self.processes}: questions from a pipe reach one process only",
+                "write them to a file and name it",
+            )
+        _one_gpu_each(self.processes, self)
 
 
 @dataclass(frozen=True, kw_only=True)

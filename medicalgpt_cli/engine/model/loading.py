@@ -178,9 +178,8 @@ def load_model(
         if resolved.base.kind == "config":
             loaded = _to_device(_new_model(resolved, dtype), device)
         else:
-            loaded = load_base(
-                resolved.base, dtype, device, len(model.gpu_numbers), quantization=model.quantization
-            )
+            spread = len(model.gpu_numbers) if processes.size() == 1 else 1  # else each process takes one GPU
+            loaded = load_base(resolved.base, dtype, device, spread, quantization=model.quantization)
         if resolved.adapter is not None:
             recorded = resolved.adapter.base
             if recorded is not None and recorded.path != resolved.base.path:

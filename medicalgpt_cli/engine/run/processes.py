@@ -2,12 +2,15 @@
 
 A process of a run is a whole `medgpt` with the variables that torch's launchers set (RANK, WORLD_SIZE, LOCAL_RANK,
 MASTER_ADDR, MASTER_PORT), so that `torchrun -m medicalgpt_cli sft …` works as well, over several machines, too.
+Processes that train talk through torch.distributed; those that only answer questions through `channels`.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
+import itertools
 import os
 import signal
 import socket
@@ -16,6 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 from medicalgpt_cli.errors import EnvironmentFailure
@@ -24,6 +28,7 @@ LOST = 75  # exit code of a process that has lost another one of its run
 _GRACE = 5.0  # seconds in which the others may end by themselves once one has failed
 _FORWARDED = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")
 _PARENT_DEATH = 1  # PR_SET_PDEATHSIG
+_CHANNELS = "MEDGPT_CHANNELS"  # the open files of a process that lead to others
 
 
 def size() -> int:
@@ -41,6 +46,12 @@ def local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
+@functools.cache
+def channels() -> list[Connection]:
+    """The first process' connections to the others, in their order; another one's only connection, to the first."""
+    return [Connection(int(number)) for number in os.environ.get(_CHANNELS, "").split(",") if number]
+
+
 def lost_partner(error: Exception) -> bool:
     """Whether an error only says that another process of the run is gone."""
     if size() == 1 or not isinstance(error, RuntimeError):
@@ -53,10 +64,13 @@ def lost_partner(error: Exception) -> bool:
     return any("distributed" in Path(file).parts for file in files[-3:]) or "gloo" in word or "nccl" in word
 
 
-def supervise(arguments: Sequence[str], count: int) -> int:
+def supervise(arguments: Sequence[str], count: int, *, connected: bool = False) -> int:
     """Run `medgpt …` in `count` processes and wait for all of them.
 
     Signals are passed on. Where one process fails, the others are ended.
+
+    Args:
+        connected: give the first process a connection to each other one (`channels`).
 
     Returns:
         The exit code of the run.
@@ -66,7 +80,7 @@ def supervise(arguments: Sequence[str], count: int) -> int:
     """
     with tempfile.TemporaryDirectory() as folder:
         logs = [Path(folder) / str(number) for number in range(count)]
-        children = _start(arguments, logs)
+        children = _start(arguments, logs, connected)
         with _passed_on(children):
             failed = _wait(children)
         if failed is None:
@@ -83,15 +97,21 @@ def supervise(arguments: Sequence[str], count: int) -> int:
     )
 
 
-def _start(arguments: Sequence[str], logs: Sequence[Path]) -> list[subprocess.Popen]:
+def _start(arguments: Sequence[str], logs: Sequence[Path], connected: bool) -> list[subprocess.Popen]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     shared = {"WORLD_SIZE": str(len(logs)), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     threads = str(max((os.cpu_count() or 1) // len(logs), 1))
+    pairs = [socket.socketpair() for _ in logs[1:] if connected]
+    ends = (
+        [[mine for mine, _ in pairs], *[[theirs] for _, theirs in pairs]] if connected else [[] for _ in logs]
+    )
     children = []
     for number, log in enumerate(logs):
+        open_files = [end.fileno() for end in ends[number]]
         place = {"RANK": str(number), "LOCAL_RANK": str(number), "LOCAL_WORLD_SIZE": str(len(logs))}
+        place[_CHANNELS] = ",".join(map(str, open_files))
         environment = {"OMP_NUM_THREADS": threads, **os.environ, **shared, **place}
         with log.open("w") as file:
             quiet = {"stdout": subprocess.DEVNULL, "stderr": file} if number else {}
@@ -102,9 +122,12 @@ def _start(arguments: Sequence[str], logs: Sequence[Path]) -> list[subprocess.Po
                     stdin=subprocess.DEVNULL,
                     process_group=0,  # the terminal's Ctrl-C comes to us, and we pass it on once
                     preexec_fn=_end_with_parent,
+                    pass_fds=open_files,
                     **quiet,
                 )
             )
+    for end in itertools.chain.from_iterable(pairs):
+        end.close()  # a process sees the end of another one only where nobody else holds the connection
     return children
 
 
