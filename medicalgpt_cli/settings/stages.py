@@ -22,6 +22,7 @@ from medicalgpt_cli.settings.groups import (
     QuantizationSettings,
     RewardModelSettings,
     RunSettings,
+    SpeedSettings,
 )
 
 
@@ -76,7 +77,7 @@ def _one_gpu_each(processes: int, device: DeviceSettings) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PretrainSettings(CorpusSettings, TrainSettings):
+class PretrainSettings(CorpusSettings, SpeedSettings, TrainSettings):
     """Continued pretraining on plain text."""
 
     panel: ClassVar[str] = "Pretraining"
@@ -162,7 +163,7 @@ class VocabularySettings(OutputSettings, CorpusSettings, ModelSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SftSettings(ExampleSettings, TrainSettings):
+class SftSettings(ExampleSettings, SpeedSettings, TrainSettings):
     """Instruction tuning, single- and multi-turn."""
 
     panel: ClassVar[str] = "Instruction tuning"
@@ -172,7 +173,7 @@ class SftSettings(ExampleSettings, TrainSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class RewardSettings(ExampleSettings, TrainSettings):
+class RewardSettings(ExampleSettings, SpeedSettings, TrainSettings):
     """A reward model from pairs of answers."""
 
     panel: ClassVar[str] = "Reward model"

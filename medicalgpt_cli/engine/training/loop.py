@@ -23,7 +23,7 @@ from medicalgpt_cli.engine.run.folder import Onlooker, RunFolder
 from medicalgpt_cli.engine.run.manifest import read as read_manifest
 from medicalgpt_cli.engine.run.manifest import resumed_settings
 from medicalgpt_cli.engine.run.report import write_report
-from medicalgpt_cli.engine.training import attention, together
+from medicalgpt_cli.engine.training import attention, speed, together
 from medicalgpt_cli.engine.training.callbacks import EarlyStopping, Reporting, StopOnSignal
 from medicalgpt_cli.engine.training.trainer import MedgptTrainer
 from medicalgpt_cli.engine.training.trainer_args import (
@@ -66,6 +66,7 @@ class Stage(ABC):
         self.settings = self.complete(settings)
         self.resolved: ResolvedModel = self.resolve()
         check_quantization(self.resolved, self.settings.quantization, self.settings.tuning)
+        speed.check(self.settings, self.resolved)
         self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(
             self.settings, self.resolved, observer, plain_template=self.chats
         )
@@ -214,6 +215,7 @@ def _train_in(folder: RunFolder, stage: Stage, observer: Observer) -> dict[str, 
     settings, updates = stage.settings, stage.schedule.updates
     set_seed(settings.seed)
     model = stage.load(observer)
+    speed.prepare(model, settings)
     stage.padding_free = stage.keeps_apart(model, observer)
     before = together.from_first(folder.read().get("before"))  # a resumed run measured it when it began
     if before is None:
@@ -227,7 +229,7 @@ def _train_in(folder: RunFolder, stage: Stage, observer: Observer) -> dict[str, 
         began = time.monotonic()
         # Measuring must not have moved the random state; each process drops out on its own.
         set_seed(settings.seed + processes.rank())
-        with attention.for_batches(model, stage.padding_free):
+        with attention.for_batches(model, stage.padding_free), speed.compiled(model, settings):
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         seconds, step = time.monotonic() - began, trainer.state.global_step
     if stop.received is not None and step < updates:
