@@ -85,12 +85,13 @@ def compiled(model: Any, settings: TrainSettings) -> Iterator[None]:
     """
     layers = _layers(model) if isinstance(settings, SpeedSettings) and settings.compile else []
     for layer in layers:
-        layer.compile(dynamic=True)  # batches differ in length
+        # An entry of the instance, in front of the class's method. Batches differ in length: dynamic.
+        layer.forward = torch.compile(layer.forward, dynamic=True)
     try:
         yield
     finally:
         for layer in layers:
-            layer._compiled_call_impl = None
+            del layer.forward
 
 
 def _layers(model: Any) -> list[torch.nn.Module]:
@@ -220,6 +221,11 @@ def _check_compile(settings: TrainSettings) -> None:
     if settings.quantization:
         raise UsageError(
             f"--compile does not go with --load-in-{settings.quantization}", "leave one of them out"
+        )
+    if settings.gradient_checkpointing:
+        raise UsageError(
+            "--compile does not go with --gradient-checkpointing: what is recomputed is not compiled",
+            "leave one of them out",
         )
     _only_ddp(settings, "--compile")
     if choose_device(settings).type == "cpu":
