@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import sys
 import threading
 import time
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from medicalgpt_cli.engine.generation.decoding import Answer
 from medicalgpt_cli.engine.generation.endpoint import EndpointBackend, RemotePrompt
 from medicalgpt_cli.engine.generation.helpers import Helpers, even_batch_size, help_out
 from medicalgpt_cli.engine.generation.local import LocalBackend
-from medicalgpt_cli.engine.generation.predictions import PredictionFile
+from medicalgpt_cli.engine.generation.predictions import PredictionFile, StandardOutput
 from medicalgpt_cli.engine.generation.questions import Question, read_questions
 from medicalgpt_cli.engine.model.loading import load_model, load_tokenizer
 from medicalgpt_cli.engine.model.quantization import check_quantization
@@ -251,32 +250,9 @@ def prediction(question: Question, answer: Answer) -> dict[str, Any]:
     return row if answer.error is None else {**row, "error": answer.error}
 
 
-@dataclass
-class _StandardOutput:
-    """JSON lines on standard output, in the order of the questions, each as soon as all before it are there."""
-
-    rows: dict[int, dict[str, Any]]
-    written: int = 0
-
-    def add(self, number: int, row: dict[str, Any]) -> None:
-        self.rows[number] = row
-        while self.written in self.rows:
-            line = json.dumps(self.rows[self.written], ensure_ascii=False) + "\n"
-            sys.stdout.buffer.write(line.encode("utf-8"))  # whatever the locale
-            self.written += 1
-        sys.stdout.buffer.flush()
-
-    def sync(self) -> None: ...
-
-    def close(self) -> None: ...
-
-    def finish(self) -> str:
-        return "-"
-
-
 def _output(settings: InferSettings, questions: list[Question], model: dict[str, str]) -> Any:
     if settings.predictions_file == "-":
-        return _StandardOutput({})
+        return StandardOutput({})
     return PredictionFile(
         Path(settings.predictions_file),
         _identity(settings, questions, model),

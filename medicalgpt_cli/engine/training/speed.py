@@ -18,6 +18,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from medicalgpt_cli.engine.model.loading import choose_device, choose_dtype
+from medicalgpt_cli.engine.model.quantization import stored_quantization
 from medicalgpt_cli.engine.model.references import ModelReference, ResolvedModel
 from medicalgpt_cli.engine.training import attention
 from medicalgpt_cli.errors import EnvironmentFailure, UsageError
@@ -58,7 +59,7 @@ def check(settings: TrainSettings, resolved: ResolvedModel) -> None:
     if settings.fp8:
         _check_fp8(settings)
     if settings.compile:
-        _check_compile(settings)
+        _check_compile(settings, resolved)
 
 
 def prepare(model: Any, settings: TrainSettings) -> None:
@@ -204,24 +205,23 @@ def use_fp8(model: Any, *, emulate: bool = False) -> int:
         How many layers were changed.
     """
     from torchao.float8 import Float8LinearConfig, convert_to_float8_training
+    from torchao.float8.float8_linear import Float8Linear
 
     heads = (model.get_output_embeddings(), getattr(model, "score", None))
 
     def fits(module: torch.nn.Module, _: str) -> bool:
         return module not in heads and module.in_features % 16 == 0 and module.out_features % 16 == 0
 
-    before = {id(module) for module in model.modules()}
     # Batches have any number of tokens, which are padded to a multiple of 16 for the weights' gradient.
     options = Float8LinearConfig(pad_inner_dim=True, emulate=emulate)
     convert_to_float8_training(model, module_filter_fn=fits, config=options)
-    return sum(id(module) not in before for module in model.modules())
+    return sum(isinstance(module, Float8Linear) for module in model.modules())
 
 
-def _check_compile(settings: TrainSettings) -> None:
-    if settings.quantization:
-        raise UsageError(
-            f"--compile does not go with --load-in-{settings.quantization}", "leave one of them out"
-        )
+def _check_compile(settings: TrainSettings, resolved: ResolvedModel) -> None:
+    if settings.quantization or stored_quantization(resolved.base):
+        bits = f"--load-in-{settings.quantization}" if settings.quantization else "a quantised model"
+        raise UsageError(f"--compile does not go with {bits}", "leave one of them out")
     if settings.gradient_checkpointing:
         raise UsageError(
             "--compile does not go with --gradient-checkpointing: what is recomputed is not compiled",

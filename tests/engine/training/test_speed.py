@@ -22,7 +22,7 @@ from tests.cli import medgpt
 from tests.tiny import tiny_model, write_jsonl
 
 HAS_GPU = torch.cuda.is_available()
-RUN = ("--max-steps", "6", "--learning-rate", "0.005", "--eval-fraction", "0.2", "--eval-questions", "0")
+RUN = ("--max-steps", "6", "--learning-rate", "0.005", "--eval-fraction", "0.2")
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +106,7 @@ def loss_and_gradient(model, padding_free: bool) -> tuple[float, torch.Tensor]:
     with attention.for_batches(model, padding_free):
         loss = target_loss(model, {name: value.to(model.device) for name, value in batch.items()})
         loss.backward()
-    return float(loss), model.get_input_embeddings().weight.grad.clone()
+    return float(loss.detach()), model.get_input_embeddings().weight.grad.clone()
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
