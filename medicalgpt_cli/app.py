@@ -17,7 +17,7 @@ from medicalgpt_cli.commands.bridge import command_function
 from medicalgpt_cli.commands.catalogue import COMMANDS, GROUPS, Command
 from medicalgpt_cli.errors import EnvironmentFailure, MedgptError, Stopped, UsageError
 from medicalgpt_cli.settings.groups import DeviceSettings, OutputSettings
-from medicalgpt_cli.settings.stages import PipelineSettings, QuickstartSettings, TrainSettings
+from medicalgpt_cli.settings.stages import InferSettings, PipelineSettings, QuickstartSettings, TrainSettings
 
 # Underscores in flags are accepted: people paste commands from older scripts.
 _CONTEXT = {
@@ -99,7 +99,7 @@ def _run(command: Command, settings: OutputSettings) -> None:
         start_without_thread_cache()
     quieten()
     first = processes.rank() == 0
-    if trains and (launch := processes.launch_of(settings)):
+    if isinstance(settings, (TrainSettings, InferSettings)) and (launch := processes.launch_of(settings)):
         raise typer.Exit(processes.supervise(sys.argv[1:], launch))
     if isinstance(settings, DeviceSettings):
         show_only(settings.gpu_numbers, single=trains and processes.size() == 1)

@@ -13,8 +13,11 @@ def run(settings: InferSettings, observer: Observer) -> dict[str, Any] | None:
         from medicalgpt_cli.terminal.chat import ask_single_questions
 
         return ask_single_questions(settings, observer)
-    from medicalgpt_cli.engine.generation.infer import run_infer
+    from medicalgpt_cli.engine.generation.infer import help_infer, run_infer
+    from medicalgpt_cli.engine.run import processes
 
+    if processes.rank():
+        return help_infer(settings)
     result = run_infer(settings, observer)
     if result["failed"]:
         observer.on_warning(

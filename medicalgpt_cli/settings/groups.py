@@ -266,6 +266,25 @@ class OptimSettings(Settings):
 
 
 @dataclass(frozen=True, kw_only=True)
+class SpeedSettings(Settings):
+    """Faster kernels, where the hardware and the installed packages have them; never taken unasked."""
+
+    panel: ClassVar[str] = "Speed"
+
+    attention: str = opt(
+        "auto",
+        "What computes attention over training batches: torch's, an example at a time (auto) or with a mask "
+        "(sdpa), the model's own code (eager), or FlashAttention on a GPU.",
+        choices=("auto", "sdpa", "eager", "flash2", "flash3"),
+    )
+    liger: bool = opt(False, "Liger's kernels for norms, positions and gated layers; on a GPU.")
+    compile: bool = opt(
+        False, "Compile the model's layers (torch.compile): a slow first step, faster ones later."
+    )
+    fp8: bool = opt(False, "Multiply in 8-bit floats (torchao); --tuning full on a GPU that has them.")
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunSettings(OutputSettings):
     panel: ClassVar[str] = "Run"
 

@@ -13,6 +13,7 @@ from medicalgpt_cli.settings.groups import (
     AdapterSettings,
     CorpusSettings,
     DataSettings,
+    DeviceSettings,
     EndpointSettings,
     ExampleSettings,
     ModelSettings,
@@ -21,6 +22,7 @@ from medicalgpt_cli.settings.groups import (
     QuantizationSettings,
     RewardModelSettings,
     RunSettings,
+    SpeedSettings,
 )
 
 
@@ -53,11 +55,8 @@ class TrainSettings(
 
     def check(self) -> None:
         super().check()
-        if self.processes and self.gpus and self.processes != len(self.gpu_numbers):
-            raise UsageError(
-                f"--processes {self.processes} and --gpus {self.gpus} contradict each other",
-                "a process takes one GPU: leave one of them out",
-            )
+        if self.processes:
+            _one_gpu_each(self.processes, self)
         if self.accelerate_config:
             for name in ("processes", "gpus", "parallel"):
                 if self.chosen(name):
@@ -80,8 +79,16 @@ class TrainSettings(
             )
 
 
+def _one_gpu_each(processes: int, device: DeviceSettings) -> None:
+    if device.gpus and processes != len(device.gpu_numbers):
+        raise UsageError(
+            f"--processes {processes} and --gpus {device.gpus} contradict each other",
+            "a process takes one GPU: leave one of them out",
+        )
+
+
 @dataclass(frozen=True, kw_only=True)
-class PretrainSettings(CorpusSettings, TrainSettings):
+class PretrainSettings(CorpusSettings, SpeedSettings, TrainSettings):
     """Continued pretraining on plain text."""
 
     panel: ClassVar[str] = "Pretraining"
@@ -167,7 +174,7 @@ class VocabularySettings(OutputSettings, CorpusSettings, ModelSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SftSettings(ExampleSettings, TrainSettings):
+class SftSettings(ExampleSettings, SpeedSettings, TrainSettings):
     """Instruction tuning, single- and multi-turn."""
 
     panel: ClassVar[str] = "Instruction tuning"
@@ -177,7 +184,7 @@ class SftSettings(ExampleSettings, TrainSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class RewardSettings(ExampleSettings, TrainSettings):
+class RewardSettings(ExampleSettings, SpeedSettings, TrainSettings):
     """A reward model from pairs of answers."""
 
     panel: ClassVar[str] = "Reward model"
@@ -376,6 +383,9 @@ class InferSettings(OutputSettings, EndpointSettings):
     )
     interactive: bool = opt(False, "Ask for single questions, one after the other.")
     batch_size: int = opt(8, "Questions answered together.", min=1)
+    processes: int = opt(
+        1, "Answer in this many processes, each with a model of its own; with --gpus, one for each.", min=1
+    )
     resume: bool = opt(False, "Go on with a predictions file that was interrupted.")
     overwrite: bool = opt(False, "Replace an existing predictions file.")
 
@@ -395,6 +405,28 @@ class InferSettings(OutputSettings, EndpointSettings):
             raise UsageError("--json and --predictions-file - both write to stdout", "leave one of them out")
         if self.resume and self.predictions_file == "-":
             raise UsageError("--resume needs a predictions file", "standard output cannot be resumed")
+        if self.processes > 1:
+            self._check_processes()
+
+    @property
+    def wanted_processes(self) -> int:
+        return self.processes
+
+    def _check_processes(self) -> None:
+        for name, instead in (
+            ("endpoint", "--batch-size says how many requests are open at once"),
+            ("interactive", "one process answers one question"),
+        ):
+            if getattr(self, name):
+                raise UsageError(
+                    f"--processes has no effect with {flag_of(name)}", f"leave it out: {instead}"
+                )
+        if self.data_file == "-" or Path(self.data_file).is_fifo():
+            raise UsageError(
+                f"--processes {self.processes}: questions from a pipe reach one process only",
+                "write them to a file and name it",
+            )
+        _one_gpu_each(self.processes, self)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import sys
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,14 +16,16 @@ from medicalgpt_cli.engine.data.rendering import encode_prompt, encode_raw
 from medicalgpt_cli.engine.generation.batching import batches_by_length
 from medicalgpt_cli.engine.generation.decoding import Answer
 from medicalgpt_cli.engine.generation.endpoint import EndpointBackend, RemotePrompt
+from medicalgpt_cli.engine.generation.helpers import Helpers, even_batch_size, help_out
 from medicalgpt_cli.engine.generation.local import LocalBackend
-from medicalgpt_cli.engine.generation.predictions import PredictionFile
+from medicalgpt_cli.engine.generation.predictions import PredictionFile, StandardOutput
 from medicalgpt_cli.engine.generation.questions import Question, read_questions
 from medicalgpt_cli.engine.model.loading import load_model, load_tokenizer
 from medicalgpt_cli.engine.model.quantization import check_quantization
 from medicalgpt_cli.engine.model.references import ModelReference, resolve_models
 from medicalgpt_cli.engine.model.tokenizer import fingerprint
 from medicalgpt_cli.engine.observer import Observer
+from medicalgpt_cli.engine.run import processes
 from medicalgpt_cli.errors import Stopped, UsageError
 from medicalgpt_cli.settings.fields import flag_of, options_of
 from medicalgpt_cli.settings.stages import InferSettings
@@ -38,6 +40,7 @@ def run_infer(settings: InferSettings, observer: Observer) -> dict[str, Any]:
     Raises:
         DataError, UsageError: the questions or settings are wrong, or the predictions file exists.
     """
+    check_connection()
     questions = read_questions(settings.data_file)
     model = (_RemoteModel if settings.endpoint else _LocalModel)(settings, observer)
     prompts = [model.prompt(question) for question in questions]
@@ -74,34 +77,68 @@ def _answer_all(
     batch_size: int,
     observer: Observer,
 ) -> int:
-    """Answer what is not in `output` yet; gives the number of tokens written."""
-    task, done, tokens = "answering", len(output.rows), 0
+    """Answer what is not in `output` yet, with the run's other processes; gives the number of tokens written."""
+    task, done, tokens, one_at_a_time = "answering", len(output.rows), 0, threading.RLock()
     observer.on_task_start(task, len(questions), "questions")
     observer.on_task_advance(task, done)
 
     def keep(number: int, answer: Answer) -> None:
         nonlocal done, tokens
-        done, tokens = done + 1, tokens + answer.completion_tokens
-        output.add(number, prediction(questions[number], answer))
-        observer.on_task_advance(task, done)
+        with one_at_a_time:
+            done, tokens = done + 1, tokens + answer.completion_tokens
+            output.add(number, prediction(questions[number], answer))
+            observer.on_task_advance(task, done)
+
+    left = [number for number in range(len(questions)) if number not in output.rows]
+    asked = [number for number in left if not isinstance(prompts[number], Refused)]
+    size = even_batch_size(len(asked), batch_size, processes.size())
+    batches = batches_by_length([len(prompts[number]) for number in asked], size)
+
+    def take() -> tuple[list[int], list[Any]] | None:
+        with one_at_a_time:
+            numbers = [asked[place] for place in next(batches, [])]
+        return (numbers, [prompts[number] for number in numbers]) if numbers else None
 
     try:
-        left = [number for number in range(len(questions)) if number not in output.rows]
         for number in left:
             if isinstance(prompts[number], Refused):
                 keep(number, Answer("", [], "error", 0, 0, prompts[number].why))
-        left = [number for number in left if not isinstance(prompts[number], Refused)]
-        for batch in batches_by_length([len(prompts[number]) for number in left], batch_size):
-            numbers = [left[place] for place in batch]
-            backend.answer_batch(
-                [prompts[number] for number in numbers],
-                lambda place, answer, numbers=numbers: keep(numbers[place], answer),
-                numbers=numbers,
-            )
-            output.sync()
+        with Helpers(processes.channels(), take, keep, output.sync) as helpers:
+
+            def mine(number: int, answer: Answer) -> None:
+                keep(number, answer)
+                helpers.check()
+
+            while (work := take()) is not None:
+                numbers, texts = work
+                backend.answer_batch(
+                    texts,
+                    lambda place, answer, numbers=numbers: mine(numbers[place], answer),
+                    numbers=numbers,
+                )
+                output.sync()
+            helpers.finish()
     finally:
         observer.on_task_end(task)
     return tokens
+
+
+def help_infer(settings: InferSettings) -> None:
+    """What the other processes of a run do: load the same model and answer what the first one hands out."""
+    check_connection()
+    help_out(_LocalModel(settings, Observer()).load())
+
+
+def check_connection() -> None:
+    """
+    Raises:
+        UsageError: several processes were started by something that does not connect them.
+    """
+    if processes.size() > 1 and not processes.channels():
+        raise UsageError(
+            f"{processes.size()} processes were started around medgpt infer",
+            "give --processes to infer itself",
+        )
 
 
 def _stopped(stop: BaseException, output: Any, total: int) -> Stopped:
@@ -213,32 +250,9 @@ def prediction(question: Question, answer: Answer) -> dict[str, Any]:
     return row if answer.error is None else {**row, "error": answer.error}
 
 
-@dataclass
-class _StandardOutput:
-    """JSON lines on standard output, in the order of the questions, each as soon as all before it are there."""
-
-    rows: dict[int, dict[str, Any]]
-    written: int = 0
-
-    def add(self, number: int, row: dict[str, Any]) -> None:
-        self.rows[number] = row
-        while self.written in self.rows:
-            line = json.dumps(self.rows[self.written], ensure_ascii=False) + "\n"
-            sys.stdout.buffer.write(line.encode("utf-8"))  # whatever the locale
-            self.written += 1
-        sys.stdout.buffer.flush()
-
-    def sync(self) -> None: ...
-
-    def close(self) -> None: ...
-
-    def finish(self) -> str:
-        return "-"
-
-
 def _output(settings: InferSettings, questions: list[Question], model: dict[str, str]) -> Any:
     if settings.predictions_file == "-":
-        return _StandardOutput({})
+        return StandardOutput({})
     return PredictionFile(
         Path(settings.predictions_file),
         _identity(settings, questions, model),
@@ -250,6 +264,7 @@ def _output(settings: InferSettings, questions: list[Question], model: dict[str,
 # What may change between an interrupted run and its resume. The model's own options count by what they lead to.
 _FREE = {"json", "debug", "resume", "overwrite", "batch_size", "predictions_file", "data_file", "interactive"}
 _FREE |= {"base_model", "lora_model", "tokenizer_path", "template"}
+_FREE |= {"processes", "gpus"}  # who computes an answer changes nothing in it
 _FREE |= {"endpoint", "endpoint_model", "endpoint_key_file"}
 
 

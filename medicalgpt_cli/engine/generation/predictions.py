@@ -9,7 +9,9 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import sys
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +127,29 @@ class PredictionFile:
             with contextlib.suppress(OSError):
                 Path(self._lock.lock_file).unlink()
             self._lock.release()
+
+
+@dataclass
+class StandardOutput:
+    """JSON lines on standard output, in the order of the questions, each as soon as all before it are there."""
+
+    rows: dict[int, dict[str, Any]]
+    written: int = 0
+
+    def add(self, number: int, row: dict[str, Any]) -> None:
+        self.rows[number] = row
+        while self.written in self.rows:
+            line = json.dumps(self.rows[self.written], ensure_ascii=False) + "\n"
+            sys.stdout.buffer.write(line.encode("utf-8"))  # whatever the locale
+            self.written += 1
+        sys.stdout.buffer.flush()
+
+    def sync(self) -> None: ...
+
+    def close(self) -> None: ...
+
+    def finish(self) -> str:
+        return "-"
 
 
 def _locked(path: Path) -> FileLock:

@@ -60,12 +60,21 @@ def choose_dtype(device: DeviceSettings, torch_device: torch.device) -> torch.dt
 
     `auto` is bf16 on a GPU that computes it natively (fp16 on an older one) and fp32 on a processor: there
     bf16 is slow without special instructions, and fp32 keeps greedy answers independent of the batch.
+
+    Raises:
+        EnvironmentFailure: bf16 was asked for on a GPU that could only imitate it, slowly.
     """
+    native = torch_device.type != "cuda" or torch.cuda.get_device_capability(torch_device)[0] >= 8
+    if device.dtype == "bf16" and not native:
+        raise EnvironmentFailure(
+            f"--dtype bf16: {torch.cuda.get_device_name(torch_device)} does not compute in it natively",
+            "take --dtype fp16, or leave it out",
+        )
     if device.dtype != "auto":
         return DTYPES[device.dtype]
     if torch_device.type != "cuda":
         return torch.float32
-    return torch.bfloat16 if torch.cuda.get_device_capability(torch_device)[0] >= 8 else torch.float16
+    return torch.bfloat16 if native else torch.float16
 
 
 def load_tokenizer(
@@ -179,9 +188,8 @@ def load_model(
         if resolved.base.kind == "config":
             loaded = _to_device(_new_model(resolved, dtype), device)
         else:
-            loaded = load_base(
-                resolved.base, dtype, device, len(model.gpu_numbers), quantization=model.quantization
-            )
+            spread = len(model.gpu_numbers) if processes.size() == 1 else 1  # else each process takes one GPU
+            loaded = load_base(resolved.base, dtype, device, spread, quantization=model.quantization)
         if resolved.adapter is not None:
             recorded = resolved.adapter.base
             if recorded is not None and recorded.path != resolved.base.path:

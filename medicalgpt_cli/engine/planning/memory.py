@@ -79,8 +79,8 @@ def sharded(states: States, way: str, devices: int) -> States:
 def exchange_bytes(layer: int, way: str, devices: int) -> int:
     """Buffers through which devices talk.
 
-    ddp: none of their own, the gradients lie in them (`gradient_as_bucket_view`). zero2: a bucket as large as a square of
-    the model's width, which is little. zero3, fsdp: the layer at work and the next one, gathered (Zhao et al. 2023,
+    ddp: none of their own, the gradients lie in them (`gradient_as_bucket_view`). zero2: a bucket as large as a square
+    of the model's width, which is little. zero3, fsdp: the layer at work and the next one, gathered (Zhao et al. 2023,
     "PyTorch FSDP", section 3.3).
     """
     return 2 * layer if devices > 1 and way in ("zero3", "fsdp") else 0

@@ -2,12 +2,15 @@
 
 A process of a run is a whole `medgpt` with the variables that torch's launchers set (RANK, WORLD_SIZE, LOCAL_RANK,
 MASTER_ADDR, MASTER_PORT), so that `torchrun -m medicalgpt_cli sft …` works as well, over several machines, too.
+Processes that train talk through torch.distributed; those that only answer questions through `channels`.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
+import itertools
 import os
 import signal
 import socket
@@ -17,16 +20,18 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 from medicalgpt_cli.engine.run import manifest
 from medicalgpt_cli.errors import EnvironmentFailure
-from medicalgpt_cli.settings.stages import TrainSettings
+from medicalgpt_cli.settings.stages import InferSettings, TrainSettings
 
 LOST = 75  # exit code of a process that has lost another one of its run
 _GRACE = 5.0  # seconds in which the others may end by themselves once one has failed
 _FORWARDED = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")
 _PARENT_DEATH = 1  # PR_SET_PDEATHSIG
+_CHANNELS = "MEDGPT_CHANNELS"  # the open files of a process that lead to others
 
 
 def size() -> int:
@@ -39,16 +44,19 @@ def started() -> bool:
     return "RANK" in os.environ
 
 
-def launch_of(settings: TrainSettings) -> Launch | None:
-    """The processes that a training command still has to be started in; None where this one does it by itself.
+def launch_of(settings: TrainSettings | InferSettings) -> Launch | None:
+    """The processes that a command still has to be started in; None where this one does it by itself.
 
-    A run goes on in as many as it had, where nothing else is said.
+    A training run goes on in as many as it had, where nothing else is said.
 
     Raises:
         UsageError: the file of `--accelerate-config` is not one, or none that medgpt takes.
     """
-    if settings.dry_run or started():
+    if started() or getattr(settings, "dry_run", False):
         return None
+    if isinstance(settings, InferSettings):
+        count = settings.wanted_processes
+        return Launch(count, count, connected=True) if count > 1 else None
     count, parallel, file = settings.wanted_processes, settings.parallel, settings.accelerate_config
     if settings.resume and (settings.resume / manifest.NAME).is_file():
         before = manifest.read(settings.resume)
@@ -80,6 +88,12 @@ def local_size() -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
+@functools.cache
+def channels() -> list[Connection]:
+    """The first process' connections to the others, in their order; another one's only connection, to the first."""
+    return [Connection(int(number)) for number in os.environ.get(_CHANNELS, "").split(",") if number]
+
+
 def lost_partner(error: Exception) -> bool:
     """Whether an error only says that another process of the run is gone."""
     if size() == 1 or not isinstance(error, RuntimeError):
@@ -102,6 +116,7 @@ class Launch:
     address: str = "127.0.0.1"  # where the first process of all listens
     port: int | None = None  # a free one where there is no other machine
     environment: Mapping[str, str] = field(default_factory=dict)  # what they get beside this process' own
+    connected: bool = False  # whether the first one has a connection to each other one (`channels`)
 
 
 def free_port() -> int:
@@ -114,6 +129,9 @@ def supervise(arguments: Sequence[str], launch: Launch) -> int:
     """Run `medgpt …` in several processes and wait for all of them.
 
     Signals are passed on. Where one process fails, the others are ended.
+
+    Args:
+        connected: give the first process a connection to each other one (`channels`).
 
     Returns:
         The exit code of the run.
@@ -150,10 +168,13 @@ def _start(arguments: Sequence[str], launch: Launch, logs: Sequence[Path]) -> li
         "MASTER_PORT": str(launch.port or free_port()),
     }
     threads = str(max((os.cpu_count() or 1) // len(logs), 1))
+    pairs = [socket.socketpair() for _ in logs[1:] if launch.connected]
+    ends = [[mine for mine, _ in pairs], *[[theirs] for _, theirs in pairs]] if pairs else [[] for _ in logs]
     children = []
     for number, log in enumerate(logs):
         rank = launch.first + number
-        place = {"RANK": str(rank), "LOCAL_RANK": str(number)}
+        open_files = [end.fileno() for end in ends[number]]
+        place = {"RANK": str(rank), "LOCAL_RANK": str(number), _CHANNELS: ",".join(map(str, open_files))}
         environment = {"OMP_NUM_THREADS": threads, **os.environ, **shared, **place}
         with log.open("w") as file:
             quiet = {"stdout": subprocess.DEVNULL, "stderr": file} if rank else {}
@@ -164,9 +185,12 @@ def _start(arguments: Sequence[str], launch: Launch, logs: Sequence[Path]) -> li
                     stdin=subprocess.DEVNULL,
                     process_group=0,  # the terminal's Ctrl-C comes to us, and we pass it on once
                     preexec_fn=_end_with_parent,
+                    pass_fds=open_files,
                     **quiet,
                 )
             )
+    for end in itertools.chain.from_iterable(pairs):
+        end.close()  # a process sees the end of another one only where nobody else holds the connection
     return children
 
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -111,20 +112,57 @@ AttentionInterface.register(NAME, padding_free_attention)
 def for_batches(model: PreTrainedModel, padding_free: bool) -> Iterator[None]:
     """Inside, `model` takes rows of examples laid end to end; outside, its own attention is back.
 
-    Does nothing for padded batches (`padding_free` False).
+    An implementation that was chosen (`choose`) takes padded batches, too; ours does nothing for them.
     """
-    if not padding_free:
-        yield
-        return
+    chosen, compute = _chosen(model)
     before = model.config._attn_implementation
-    if before == NAME:  # already inside
+    if before == chosen or (chosen == NAME and not padding_free):  # already inside, or nothing to do
         yield
         return
-    model.set_attn_implementation(NAME)
+    model.set_attn_implementation(chosen)
     try:
-        yield
+        with _for_flash(model, compute) if "flash" in chosen else nullcontext():
+            yield
     finally:
         model.set_attn_implementation(before)
+
+
+def choose(model: PreTrainedModel, implementation: str, compute: torch.dtype) -> None:
+    """Let an implementation of the library's compute attention inside `for_batches`.
+
+    Args:
+        compute: what FlashAttention computes in, which takes no fp32.
+    """
+    _inner(model)._medgpt_attention = (implementation, compute)
+
+
+def _chosen(model: PreTrainedModel) -> tuple[str, torch.dtype]:
+    return getattr(_inner(model), "_medgpt_attention", (NAME, torch.float32))
+
+
+def _inner(model: PreTrainedModel) -> Any:
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+@contextmanager
+def _for_flash(model: PreTrainedModel, compute: torch.dtype) -> Iterator[None]:
+    """What the library's FlashAttention wants beside a batch: the longest example's length, and half precision."""
+
+    def with_longest(_: torch.nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> Any:
+        bounds = named.get("cu_seq_lens_q")
+        if bounds is None:
+            return given, named
+        longest = int(bounds.diff().max())  # once here, and not in every layer
+        return given, {**named, "max_length_q": longest, "max_length_k": longest}
+
+    hook = _inner(model).base_model.register_forward_pre_hook(with_longest, with_kwargs=True)
+    weight = model.get_input_embeddings().weight
+    try:
+        # Weights that all learn are held in fp32; the trainer's autocast does not reach what is measured outside.
+        with torch.autocast(weight.device.type, compute, enabled=weight.dtype == torch.float32):
+            yield
+    finally:
+        hook.remove()
 
 
 def is_exact(model: PreTrainedModel, tolerance: float = 1e-3) -> bool:
@@ -140,18 +178,17 @@ def is_exact(model: PreTrainedModel, tolerance: float = 1e-3) -> bool:
 def borrows_prefixes(model: PreTrainedModel, tolerance: float = 1e-3) -> bool:
     """Whether `model` makes the same of two examples with one beginning when that is computed only once.
 
-    False for what `is_exact` refuses, and for models with sliding windows.
+    False for what `is_exact` refuses, for models with sliding windows, and for the library's own attention.
     """
-    return _same(model, tolerance, shared=4)
+    return _chosen(model)[0] == NAME and _same(model, tolerance, shared=4)
 
 
 @torch.no_grad()
 def _same(model: PreTrainedModel, tolerance: float, shared: int) -> bool:
     """Two rows of tokens with their first `shared` ones in common: alone, and end to end without the second copy."""
     device = model.get_input_embeddings().weight.device
-    vocabulary = (
-        model.config.get_text_config().vocab_size
-    )  # a table that processes share does not show its shape
+    # A table that processes share does not show its shape.
+    vocabulary = model.config.get_text_config().vocab_size
     generator = torch.Generator().manual_seed(0)
     rows = [torch.randint(vocabulary, (length,), generator=generator).to(device) for length in (9, 6)]
     rows[1][:shared] = rows[0][:shared]
@@ -178,6 +215,7 @@ def _same(model: PreTrainedModel, tolerance: float, shared: int) -> bool:
         model.train(training)
     expected = torch.cat([alone[0], alone[1][shared:]])
     scale = expected.abs().max().clamp(min=1.0)
-    # Half-precision weights round differently for another order of the same sums.
-    slack = tolerance if expected.dtype == torch.float32 else 50 * tolerance
+    # Half precision rounds differently for another order of the same sums.
+    half = expected.dtype != torch.float32 or "flash" in _chosen(model)[0]
+    slack = 50 * tolerance if half else tolerance
     return bool(((together - expected).abs().max() / scale) < slack)

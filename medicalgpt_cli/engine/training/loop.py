@@ -26,7 +26,7 @@ from medicalgpt_cli.engine.run.folder import Onlooker, RunFolder
 from medicalgpt_cli.engine.run.manifest import read as read_manifest
 from medicalgpt_cli.engine.run.manifest import resumed_settings
 from medicalgpt_cli.engine.run.report import write_report
-from medicalgpt_cli.engine.training import attention, sharding, together
+from medicalgpt_cli.engine.training import attention, sharding, speed, together
 from medicalgpt_cli.engine.training.callbacks import Beginning, EarlyStopping, Reporting, StopOnSignal
 from medicalgpt_cli.engine.training.trainer import MedgptTrainer
 from medicalgpt_cli.engine.training.trainer_args import (
@@ -71,6 +71,7 @@ class Stage(ABC):
         check_quantization(self.resolved, self.settings.quantization, self.settings.tuning)
         if not settings.dry_run:
             sharding.check_sharding(self.settings, self.name, self.resolved, choose_device(self.settings))
+        speed.check(self.settings, self.resolved)
         self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(
             self.settings, self.resolved, observer, plain_template=self.chats
         )
@@ -246,11 +247,11 @@ def _make_folder(stage: Stage) -> RunFolder:
 
 def _train_in(folder: RunFolder, stage: Stage, observer: Observer) -> dict[str, Any]:
     settings, updates = stage.settings, stage.schedule.updates
-    arguments = _arguments(
-        stage, folder
-    )  # before the model: from them the library knows that it is to be spread
+    # Before the model: from them the library knows that it is to be spread.
+    arguments = _arguments(stage, folder)
     set_seed(settings.seed)
     model = stage.load(observer)
+    speed.prepare(model, settings)
     # What is spread over processes can be measured once the trainer has done so.
     spread = sharding.spreads_weights(settings)
     before = None if spread else _measured_before(folder, stage, model, observer)
@@ -270,6 +271,7 @@ def _train_in(folder: RunFolder, stage: Stage, observer: Observer) -> dict[str, 
         trainer = _trainer(stage, model, arguments, folder, stop, [Beginning(begin)], observer)
         first, began = processes.rank() == 0, 0.0
         checkpoint = together.from_first(_checkpoint_to_go_on_from(folder, observer) if first else None)
+        layout.enter_context(speed.compiled(model, settings))
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         layout.close()
         seconds, step = time.monotonic() - began, trainer.state.global_step

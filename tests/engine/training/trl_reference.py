@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from tests.cli import medgpt
 
@@ -32,24 +33,16 @@ def trl_losses(
     return [entry["loss"] for entry in history if "loss" in entry]
 
 
-def trl_history(
-    model: Path, data: Path, folder: Path, run: Path, *, steps: int, accumulation: int = 1
-) -> list[dict]:
-    """The same from TRL: its collator, its loss, its loop; our token ids in our order, our initial adapter."""
-    import datasets
-    import torch
-    from transformers import AutoModelForCausalLM
-    from trl import SFTConfig, SFTTrainer
-
+def rows_of_run(data: Path, run: Path) -> tuple[list[dict], Any, Any, Any]:
+    """Token ids and labels of a run in the order of its updates; its settings, tokenizer and schedule."""
     from medicalgpt_cli.engine.data.formats import Counts, load_conversations
     from medicalgpt_cli.engine.data.rendering import render_conversation
-    from medicalgpt_cli.engine.model.adapters import add_adapter
     from medicalgpt_cli.engine.model.loading import load_tokenizer
     from medicalgpt_cli.engine.model.references import resolve_models
     from medicalgpt_cli.engine.observer import Observer
     from medicalgpt_cli.engine.run.manifest import read, resumed_settings
     from medicalgpt_cli.engine.training.batches import EpochSampler
-    from medicalgpt_cli.engine.training.trainer_args import learning_rate, schedule
+    from medicalgpt_cli.engine.training.trainer_args import schedule
     from medicalgpt_cli.settings.stages import SftSettings
 
     settings = resumed_settings(read(run), SftSettings(resume=run), run)
@@ -71,34 +64,68 @@ def trl_history(
         )
         order.set_epoch(epoch)
         rows += [{"input_ids": examples[i].input_ids, "labels": examples[i].labels} for i in order]
+    return rows, settings, tokenizer, plan
 
-    net = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
-    net = add_adapter(net, settings, seed=settings.seed)
-    args = SFTConfig(
-        output_dir=str(folder),
-        per_device_train_batch_size=settings.batch_size,
-        gradient_accumulation_steps=accumulation,
-        max_steps=steps,
-        learning_rate=learning_rate(settings, settings),
-        lr_scheduler_type="cosine",
-        warmup_steps=plan.warmup,
-        weight_decay=settings.weight_decay,
-        max_grad_norm=settings.max_grad_norm,
-        train_sampling_strategy="sequential",
-        logging_steps=1,
-        bf16=False,
-        gradient_checkpointing=False,
-        use_cpu=True,
-        report_to="none",
-        save_strategy="no",
-        disable_tqdm=True,
-        max_length=None,
-        packing=False,
-        loss_type="nll",
-        dataset_kwargs={"skip_prepare_dataset": True},
-    )
+
+def trl_history(
+    model: Path,
+    data: Path,
+    folder: Path,
+    run: Path,
+    *,
+    steps: int,
+    accumulation: int = 1,
+    loading: dict | None = None,
+    callbacks: tuple = (),
+    **options,
+) -> list[dict]:
+    """The same from TRL: its collator, its loss, its loop; our token ids in our order, our initial adapter.
+
+    Args:
+        loading: what `from_pretrained` is told beside the number format, which is fp32 otherwise.
+        options: of SFTConfig, in the place of what is set here.
+    """
+    import datasets
+    import torch
+    from transformers import AutoModelForCausalLM
+    from trl import SFTConfig, SFTTrainer
+
+    from medicalgpt_cli.engine.model.adapters import add_adapter
+    from medicalgpt_cli.engine.training.trainer_args import learning_rate
+
+    rows, settings, tokenizer, plan = rows_of_run(data, run)
+    net = AutoModelForCausalLM.from_pretrained(model, **{"dtype": torch.float32, **(loading or {})})
+    if settings.tuning == "lora":
+        net = add_adapter(net, settings, seed=settings.seed)
+    fixed = {
+        "output_dir": str(folder),
+        "per_device_train_batch_size": settings.batch_size,
+        "gradient_accumulation_steps": accumulation,
+        "max_steps": steps,
+        "learning_rate": learning_rate(settings, settings),
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": plan.warmup,
+        "weight_decay": settings.weight_decay,
+        "max_grad_norm": settings.max_grad_norm,
+        "train_sampling_strategy": "sequential",
+        "logging_steps": 1,
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "use_cpu": True,
+        "report_to": "none",
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "max_length": None,
+        "packing": False,
+        "loss_type": "nll",
+        "dataset_kwargs": {"skip_prepare_dataset": True},
+    }
     trainer = SFTTrainer(
-        model=net, args=args, train_dataset=datasets.Dataset.from_list(rows), processing_class=tokenizer
+        model=net,
+        args=SFTConfig(**{**fixed, **options}),
+        train_dataset=datasets.Dataset.from_list(rows),
+        processing_class=tokenizer,
+        callbacks=list(callbacks),
     )
     trainer.train()
     return trainer.state.log_history
