@@ -172,13 +172,13 @@ def total_variation(one: torch.Tensor, other: torch.Tensor) -> float:
 
 def trainer_of(stage: RlStage, roles: Roles, tmp_path: Path) -> PPOTrainer:
     from medicalgpt_cli.engine.training.callbacks import StopOnSignal
-    from medicalgpt_cli.engine.training.loop import _trainer
+    from medicalgpt_cli.engine.training.loop import _arguments, _trainer
 
     class Folder:
         checkpoints = tmp_path / "checkpoints"
         metrics = tmp_path / "metrics.jsonl"
 
-    trainer = _trainer(stage, roles, Folder, StopOnSignal(), Observer())
+    trainer = _trainer(stage, roles, _arguments(stage, Folder), Folder, StopOnSignal(), [], Observer())
     trainer.create_optimizer()
     return trainer
 
