@@ -45,7 +45,12 @@ def _line(console: Console, label: str, value: str, style: str = "") -> None:
 
 
 def _show_memory(console: Console, plan: Mapping[str, Any]) -> None:
-    console.print("\nmemory of one device", style="bold")
+    of = (
+        "one device"
+        if plan["devices"] == 1
+        else f"each of {plan['devices']} devices, {_WAYS[plan['parallel']]}"
+    )
+    console.print(f"\nmemory of {of}", style="bold")
     memory = plan["memory"]
     for part, label in _PARTS.items():
         if memory[part]:

@@ -169,6 +169,8 @@ def plan_of(stage: Any) -> dict[str, Any]:
         "stage": stage.name,
         "model": stage.resolved.label,
         "device": "gpu" if case.on_gpu else "cpu",
+        "devices": case.devices,
+        "parallel": case.parallel,
         "dtype": str(case.outline.dtype).removeprefix("torch."),
         "quantization": case.outline.quantization,
         "parameters": case.parameters.total,
