@@ -23,6 +23,9 @@ CUDA_CONTEXT = (
 # Of what comes and goes with each batch: the holes in glibc's heap and the products' scratch space on a processor, the
 # rounding of torch's caching allocator on a GPU. The fitted numbers of the plan (docs/planning.md).
 SLACK_ON_CPU, SLACK_ON_GPU = 0.25, 0.06
+HEAP_KEPT = (
+    400 * 2**20
+)  # freed memory that glibc keeps for the next tensors; up to 1 GiB (`run/allocation.py`)
 
 
 @dataclass(frozen=True)
@@ -163,7 +166,7 @@ def needs(case: Case, way: str | None = None, devices: int | None = None) -> dic
         "moments": part.moments,
         "exchange": memory.exchange_bytes(layer, way, devices),
         "batch": batch,
-        "slack": round((SLACK_ON_GPU if case.on_gpu else SLACK_ON_CPU) * batch),
+        "slack": round(SLACK_ON_GPU * batch) if case.on_gpu else round(SLACK_ON_CPU * batch) + HEAP_KEPT,
     }
     loading = case.program + whole.frozen + whole.weights + (0 if case.on_gpu else case.file)
     return {**found, "peak": max(sum(found.values()), loading), "loading": loading}

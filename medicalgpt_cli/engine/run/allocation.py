@@ -15,9 +15,9 @@ def start_without_thread_cache() -> None:
     """Start this program anew with glibc's cache of each thread off, which glibc reads only as a process starts.
 
     torch asks for aligned memory. glibc (2.36) cuts it out of a larger piece, and the few bytes in front stay behind in
-    that cache, so that what is freed never grows together again. SFT of SmolLM2 on 4 x 512 tokens takes 5.6 GiB
-    without the cache and 7.5 with it, and with recomputation 1.8 and 3.9, in the same time. Does nothing where the C
-    library is another one, or the user has tuned it.
+    that cache, so that what is freed never grows together again. SFT of SmolLM2 on 4 x 512 tokens takes 5.5 to 6.2
+    GiB without the cache and 7.3 with it, and with recomputation 1.8 to 2.4 and 3.9, in the same time. Does nothing
+    where the C library is another one, or the user has tuned it.
     """
     if platform.libc_ver()[0] != "glibc" or _TUNABLES in os.environ:
         return
