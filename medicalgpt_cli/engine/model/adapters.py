@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from transformers import set_seed
 
+from medicalgpt_cli.engine.model.experts import expert_weights, layers_beside_experts
 from medicalgpt_cli.errors import UsageError
 from medicalgpt_cli.settings.fields import did_you_mean
 from medicalgpt_cli.settings.groups import AdapterSettings
@@ -111,7 +112,14 @@ def save_adapter(model: Any, folder: Path, base: str) -> None:
 
 
 def target_layers(model: Any, named: tuple[str, ...]) -> str | list[str]:
+    """The layers of `--target-modules`, as PEFT takes them.
+
+    Raises:
+        UsageError: the model has no such layer.
+    """
     if named == ("all",):
+        if expert_weights(model):
+            return layers_beside_experts(model)
         return "all-linear"  # every linear layer but the output head, found by PEFT
     if "all" in named:
         raise UsageError("--target-modules all goes alone", "name layers, or all")

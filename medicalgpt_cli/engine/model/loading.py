@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from medicalgpt_cli.engine import starter
+from medicalgpt_cli.engine.model.experts import has_experts
 from medicalgpt_cli.engine.model.quantization import (
     check_quantization,
     compute_alike,
@@ -242,6 +243,8 @@ def load_base(
         options |= {"device_map": "balanced", "max_memory": free}
     with _explained(base):
         _refuse_unsafe(base)
+        if quantization:
+            _refuse_experts(base, quantization)
         if kind is AutoModelForCausalLM:
             _refuse_reward_model(base)
         else:
@@ -251,6 +254,30 @@ def load_base(
     if quantised:
         compute_alike(loaded)
     return loaded if gpus > 1 or quantised else _to_device(loaded, device)
+
+
+def _refuse_experts(base: ModelReference, quantization: str) -> None:
+    if has_experts(AutoConfig.from_pretrained(base.path, trust_remote_code=False)):
+        raise UsageError(
+            f"--load-in-{quantization}: {base.name} routes tokens to experts, which bitsandbytes leaves as they are",
+            "leave the option out and take --dtype bf16, or take a model without experts",
+        )
+
+
+def read_config(resolved: ResolvedModel) -> Any:
+    """The configuration of a base: a folder's, a hub model's, a GGUF file's, or that of a new model.
+
+    Raises:
+        UsageError: it is none. EnvironmentFailure: the hub does not give it.
+    """
+    base = resolved.base
+    if base.kind == "config":
+        return config_of_new_model(resolved)
+    with _explained(base):
+        if base.kind == "gguf":
+            path = Path(base.path)
+            return AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+        return AutoConfig.from_pretrained(base.path, trust_remote_code=False)
 
 
 def _new_model(resolved: ResolvedModel, dtype: torch.dtype) -> Any:

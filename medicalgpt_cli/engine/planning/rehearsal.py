@@ -8,6 +8,7 @@ content. What is counted is therefore what the installed versions really keep fo
 from __future__ import annotations
 
 import contextlib
+import logging
 import weakref
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -21,6 +22,8 @@ from medicalgpt_cli.engine.planning.skeleton import Outline, build, depth
 from medicalgpt_cli.engine.training import attention
 from medicalgpt_cli.engine.training.losses import loss_in_pieces
 from medicalgpt_cli.engine.training.ppo import mathematics
+
+logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)  # what fails is said by us
 
 # A pass over all layers takes seconds where there are many; they are alike, so two short models tell the rest.
 # Two is the period in which some models alternate kinds of layers.
@@ -51,7 +54,7 @@ class Rehearsed:
     """Bytes beside the weights."""
 
     kept: int  # when the backward pass begins; 0 where there is none
-    peak: int  # at most at any one time, gradients included
+    peak: int  # at most at any one time, gradients included where they stay
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,7 @@ class Manner:
     checkpointing: bool = False
     autocast: torch.dtype | None = None
     accumulates: bool = False  # gradients of an earlier batch are there when a batch begins
+    spread: bool = False  # each gradient goes to the process that keeps it as soon as it is there
 
 
 def rehearse(plan: Outline, rows: Rows, manner: Manner) -> Rehearsed:
@@ -92,6 +96,8 @@ def _rehearse(plan: Outline, rows: Rows, manner: Manner, layers: int) -> Rehears
             _make_fake(model)
             batch = _batch(rows, answering=manner.act == "answer")
             autocast = torch.autocast("cpu", manner.autocast) if manner.autocast else contextlib.nullcontext()
+            if manner.spread:
+                _give_gradients_away(model)
             lifetimes = _Lifetimes(model)
             end_to_end = not rows.padded and manner.act != "answer"
             with attention.for_batches(model, end_to_end), torch.set_grad_enabled(backward), lifetimes:
@@ -106,6 +112,15 @@ def _rehearse(plan: Outline, rows: Rows, manner: Manner, layers: int) -> Rehears
         return Rehearsed(kept, lifetimes.peak)
     except (RuntimeError, TypeError, ValueError, AttributeError, LookupError, AssertionError) as problem:
         raise NotImplementedError(f"{type(problem).__name__}: {problem}") from problem
+
+
+def _give_gradients_away(model: torch.nn.Module) -> None:
+    def forget(weight: torch.Tensor) -> None:
+        weight.grad = None
+
+    for weight in model.parameters():
+        if weight.requires_grad:
+            weight.register_post_accumulate_grad_hook(forget)
 
 
 class _Bounds(list):
@@ -235,6 +250,16 @@ def _make_fake(model: torch.nn.Module) -> None:
                 module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
 
 
+def _grouped_product(left: torch.Tensor, right: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+    """The shape of each expert's product with its rows, of which there are as many whoever gets them.
+
+    (rows, a) and (experts, a, b) give (rows, b); in the backward pass (a, rows) and (rows, b) give (experts, a, b).
+    torch's own stand-in refuses fp32, which its operation takes.
+    """
+    shape = (left.shape[0], right.shape[-1])
+    return left.new_empty(shape if right.dim() == 3 else (ends.shape[0], *shape))
+
+
 class _Lifetimes(TorchDispatchMode):
     """Bytes of all tensors that are alive, the model's own aside, and the most there were."""
 
@@ -246,7 +271,10 @@ class _Lifetimes(TorchDispatchMode):
         self._known: dict[int, int] = {one._cdata: 0 for one in self._held}
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = function(*args, **(kwargs or {}))
+        if function is torch.ops.aten._grouped_mm.default:
+            result = _grouped_product(*args[:3])
+        else:
+            result = function(*args, **(kwargs or {}))
         if function is torch.ops.aten.logsumexp.default:  # exp(x - max), which the operation makes inside
             self.peak = max(self.peak, self.alive + args[0].untyped_storage().nbytes())
         for one in tree_iter(result):

@@ -9,21 +9,20 @@ import contextlib
 import copy
 import warnings
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from medicalgpt_cli.engine.model.adapters import lora_config
 from medicalgpt_cli.engine.model.dropout import use_fast_dropout
-from medicalgpt_cli.engine.model.loading import config_of_new_model
+from medicalgpt_cli.engine.model.loading import read_config
 from medicalgpt_cli.engine.model.references import ResolvedModel
 from medicalgpt_cli.engine.model.reward_model import HEAD, score_adapter
 from medicalgpt_cli.engine.model.vocabulary import new_token_ids
 from medicalgpt_cli.engine.planning import memory
 from medicalgpt_cli.engine.planning.stand_ins import QuantisedLinear, quantise
-from medicalgpt_cli.errors import EnvironmentFailure, UsageError
+from medicalgpt_cli.errors import UsageError
 from medicalgpt_cli.settings.groups import AdapterSettings
 
 Kind = Literal["language", "reward"]
@@ -62,32 +61,6 @@ class Parameters:
     base_bytes: int
     adapter_bytes: int
     trainable_bytes: int
-
-
-def read_config(resolved: ResolvedModel) -> Any:
-    """The configuration of a base: a folder's, a hub model's, a GGUF file's, or that of a new model.
-
-    Raises:
-        UsageError: it is none. EnvironmentFailure: the hub does not give it.
-    """
-    base = resolved.base
-    if base.kind == "config":
-        return config_of_new_model(resolved)
-    try:
-        if base.kind == "gguf":
-            path = Path(base.path)
-            return AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
-        return AutoConfig.from_pretrained(base.path, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as problem:
-        if base.kind == "hub":
-            raise EnvironmentFailure(
-                f"{base.name} is no local folder, and the hub does not give it ({type(problem).__name__})",
-                "check the name; offline, only models in the cache can be used",
-            ) from None
-        raise UsageError(
-            f"{base.name}: its configuration cannot be read ({type(problem).__name__})",
-            "expected a config.json that the installed transformers knows",
-        ) from None
 
 
 def outline(

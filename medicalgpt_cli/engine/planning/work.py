@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from medicalgpt_cli.engine.model.experts import expert_weights, experts_a_token
+
 _FORWARD, _ATTENTION_BACKWARD = 2, 2.5  # flash attention computes the scores anew: Dao 2023, section 4.1
 
 
@@ -19,7 +21,9 @@ _FORWARD, _ATTENTION_BACKWARD = 2, 2.5  # flash attention computes the scores an
 class Shape:
     """What a model's products are made of."""
 
-    linear: int  # weights of linear layers without head and adapter; each meets every token once
+    linear: (
+        int  # weights without head and adapter that a token meets, of the experts only those it is sent to
+    )
     learnt: int  # how many of these learn
     adapter: int
     head: int  # weights of the output head
@@ -44,6 +48,10 @@ def shape_of(model: Any) -> Shape:
             linear += weight.numel()
             learnt += weight.numel() if weight.requires_grad else 0
     config = inner.config.get_text_config()
+    for weight in expert_weights(inner).values():
+        met = weight[0].numel() * experts_a_token(config)
+        linear += met
+        learnt += met if weight.requires_grad else 0
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return Shape(
         linear,

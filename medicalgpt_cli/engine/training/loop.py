@@ -11,8 +11,10 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, ClassVar
 
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainingArguments, set_seed
 
+from medicalgpt_cli.engine.model.experts import expert_weights
 from medicalgpt_cli.engine.model.loading import choose_device, choose_dtype, load_tokenizer
 from medicalgpt_cli.engine.model.quantization import check_quantization, count_parameters
 from medicalgpt_cli.engine.model.references import ResolvedModel, resolve_models
@@ -21,7 +23,7 @@ from medicalgpt_cli.engine.observer import Observer
 from medicalgpt_cli.engine.planning.batches import Item
 from medicalgpt_cli.engine.planning.start import before_loading
 from medicalgpt_cli.engine.run import checkpoints, metrics, processes
-from medicalgpt_cli.engine.run.allocation import keep_freed_memory
+from medicalgpt_cli.engine.run.allocation import give_back_freed_memory, keep_freed_memory
 from medicalgpt_cli.engine.run.folder import Onlooker, RunFolder
 from medicalgpt_cli.engine.run.manifest import read as read_manifest
 from medicalgpt_cli.engine.run.manifest import resumed_settings
@@ -251,6 +253,8 @@ def _train_in(folder: RunFolder, stage: Stage, observer: Observer) -> dict[str, 
     arguments = _arguments(stage, folder)
     set_seed(settings.seed)
     model = stage.load(observer)
+    if expert_weights(model) and not any(weight.requires_grad for weight in expert_weights(model).values()):
+        observer.on_notice("experts and their router stay as they are: the adapter lies over attention")
     speed.prepare(model, settings)
     # What is spread over processes can be measured once the trainer has done so.
     spread = sharding.spreads_weights(settings)
@@ -266,6 +270,13 @@ def _train_in(folder: RunFolder, stage: Stage, observer: Observer) -> dict[str, 
             # Measuring must not have moved the random state; each process drops out on its own.
             set_seed(settings.seed + processes.rank())
             layout.enter_context(attention.for_batches(model, stage.padding_free))
+            if trainer.args.device.type == "cpu":
+                give_back_freed_memory()  # what loading and measuring have left
+                if trainer.spread:
+                    # AdamW then works on a process' whole share at once, beside what the backward pass has left.
+                    layout.callback(
+                        register_optimizer_step_pre_hook(lambda *_: give_back_freed_memory()).remove
+                    )
             began = time.monotonic()
 
         trainer = _trainer(stage, model, arguments, folder, stop, [Beginning(begin)], observer)

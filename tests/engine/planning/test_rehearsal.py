@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
+from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3MoeConfig
 
 from medicalgpt_cli.engine.data.rendering import Example
 from medicalgpt_cli.engine.model.adapters import add_adapter
@@ -25,12 +25,15 @@ SMALL = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
 }
+EXPERTS = {"moe_intermediate_size": 96, "num_experts": 6, "num_experts_per_tok": 2, "head_dim": 16}
 LENGTHS = (40, 33, 21)
 KINDS = {
     "lora": (LlamaConfig(**SMALL, tie_word_embeddings=True), AdapterSettings(), False),
     "lora without dropout": (Qwen2Config(**SMALL), AdapterSettings(lora_dropout=0.0), False),
     "full": (LlamaConfig(**SMALL, tie_word_embeddings=True), AdapterSettings(tuning="full"), False),
     "recomputed": (LlamaConfig(**SMALL), AdapterSettings(), True),
+    "experts": (Qwen3MoeConfig(**SMALL, **EXPERTS), AdapterSettings(), False),
+    "experts that learn": (Qwen3MoeConfig(**SMALL, **EXPERTS), AdapterSettings(tuning="full"), False),
 }
 
 
@@ -105,3 +108,13 @@ def test_every_act_is_rehearsed(act) -> None:
     prefixes = ((0, 0), (0, 10)) if act == "score" else ()
     found = rehearse(outline, Rows((30, 12), 20, prefixes=prefixes), Manner(act))
     assert found.peak > 0 and (found.kept > 0) == (act in ("score", "policy", "value"))
+
+
+def test_gradients_that_are_given_away_are_not_counted() -> None:
+    config = LlamaConfig(**SMALL)
+    outline = Outline(config, torch.float32, tuning=AdapterSettings(tuning="full"))
+    short = Rows((3,), 2)  # so that gradients are most of it
+    kept = rehearse(outline, short, Manner("next token")).peak
+    given = rehearse(outline, short, Manner("next token", spread=True)).peak
+    weights = 4 * sum(weight.numel() for weight in AutoModelForCausalLM.from_config(config).parameters())
+    assert kept > weights > 2 * given

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
+from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3MoeConfig
 
 from medicalgpt_cli.engine.data.rendering import Example
 from medicalgpt_cli.engine.model.adapters import add_adapter
@@ -53,8 +53,13 @@ def test_training_against_torchs_counter(config, tuning: str) -> None:
     assert counted(model.train(), True) == pytest.approx(expected, rel=0.04)
 
 
-def test_forward_against_torchs_counter() -> None:
-    model = AutoModelForCausalLM.from_config(LlamaConfig(**SMALL), dtype=torch.float32).requires_grad_(False)
+EXPERTS = {"moe_intermediate_size": 96, "num_experts": 6, "num_experts_per_tok": 2, "head_dim": 16}
+
+
+@pytest.mark.parametrize("config", [LlamaConfig(**SMALL), Qwen3MoeConfig(**SMALL, **EXPERTS)])
+def test_forward_against_torchs_counter(config) -> None:
+    config._experts_implementation = "eager"  # a product an expert, which the counter knows
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).requires_grad_(False)
     shape = shape_of(model)
     with FlopCounterMode(display=False) as counter:
         model(input_ids=torch.zeros(ROWS, LENGTH, dtype=torch.long), use_cache=False)

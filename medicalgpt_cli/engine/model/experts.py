@@ -1,0 +1,71 @@
+"""Models that route each token to a few of many experts (mixture of experts).
+
+transformers holds the experts of a layer as one parameter of three dimensions, (experts, rows, columns). Such a
+parameter is no linear layer: bitsandbytes does not quantise it, and PEFT's LoRA over it takes no dropout and writes out
+the changes to all experts for every batch.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.nn.modules.conv import _ConvNd
+
+_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+_CHOSEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k", "moe_k", "top_k_experts")
+
+
+def has_experts(config: Any) -> bool:
+    """Whether a model of this configuration routes tokens to experts."""
+    text = config.get_text_config()
+    return any((getattr(text, name, None) or 0) > 1 for name in _COUNTS)
+
+
+def experts_a_token(config: Any) -> int:
+    """How many experts see each token.
+
+    Raises:
+        NotImplementedError: the configuration names it in an unknown way.
+    """
+    text = config.get_text_config()
+    for name in _CHOSEN:
+        if getattr(text, name, None):
+            return getattr(text, name)
+    raise NotImplementedError("experts a token")
+
+
+def expert_weights(model: Any) -> dict[str, torch.nn.Parameter]:
+    """The parameters that hold experts, by name."""
+    if not has_experts(model.config):
+        return {}
+    return {
+        f"{place}.{name}": weight
+        for place, module in model.named_modules()
+        if not isinstance(module, _ConvNd)
+        for name, weight in module.named_parameters(recurse=False)
+        if weight.dim() == 3
+    }
+
+
+def layers_beside_experts(model: Any) -> list[str]:
+    """Names of the linear layers that every token passes: those of attention, and not the blocks with experts.
+
+    A block with experts has the same name in every layer ("mlp"), also in layers without experts; these are left out,
+    too, because PEFT takes the names of their parts for those of experts. The output head is left out.
+    """
+    blocks = {_block(name) for name in expert_weights(model)}
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    found = {
+        name.rpartition(".")[2]
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and module is not head and _block(name) not in blocks | {None}
+    }
+    return sorted(found)
+
+
+def _block(name: str) -> str | None:
+    """The part of a layer that something lies in: "mlp" of model.layers.3.mlp.experts; None outside of layers."""
+    parts = name.split(".")
+    places = [place for place, part in enumerate(parts) if part.isdigit()]
+    return parts[places[0] + 1] if places and places[0] + 1 < len(parts) else None
