@@ -31,12 +31,18 @@ def moments_bytes(weights: int, optimizer: str) -> int:
     return weights * 8 if not optimizer.endswith("8bit") else weights * 2 + 8 * -(-weights // 256)
 
 
-def step_bytes(trainable_bytes: int, on_gpu: bool) -> int:
-    """What an update needs for a moment: torch's AdamW goes through the tensors together on a GPU (`foreach`).
+def step_bytes(learnt: int, way: str, on_gpu: bool) -> int:
+    """What an update needs for a moment: roots of second moments, in fp32.
 
-    The square roots of the second moments then exist for all of them at once; on a processor for one tensor.
+    On a GPU torch's AdamW has them for all tensors at once (`foreach`), on a processor for one tensor, and there twice.
+    With ZeRO a process' whole share is one tensor.
+
+    Args:
+        learnt: weights that this device moves.
     """
-    return trainable_bytes if on_gpu else 0
+    if on_gpu:
+        return 4 * learnt
+    return 8 * learnt if way.startswith("zero") else 0
 
 
 def cache_bytes(layers: int, key_value_heads: int, head_size: int, tokens: int, element: int) -> int:
@@ -76,11 +82,24 @@ def sharded(states: States, way: str, devices: int) -> States:
     )
 
 
-def exchange_bytes(layer: int, way: str, devices: int) -> int:
-    """Buffers through which devices talk.
+_REUSED = 10**9  # DeepSpeed keeps what is needed again within so many weights (`stage3_max_reuse_distance`)
+
+
+def exchange_bytes(weights: int, layer: int, tables: int, element: int, way: str, devices: int) -> int:
+    """What a device holds of the others' shares, and the buffers through which they talk.
 
     ddp: none of their own, the gradients lie in them (`gradient_as_bucket_view`). zero2: a bucket as large as a square
-    of the model's width, which is little. zero3, fsdp: the layer at work and the next one, gathered (Zhao et al. 2023,
-    "PyTorch FSDP", section 3.3).
+    of the model's width, which is little. fsdp: the layer at work, the next one, and the tables of words (Zhao et al.
+    2023, "PyTorch FSDP", section 3.3). zero3: these, or as much as is soon needed again: half of `_REUSED` on
+    the way forward and half on the way back.
+
+    Args:
+        weights, layer, tables: how many there are of each. element: bytes of one.
     """
-    return 2 * layer if devices > 1 and way in ("zero3", "fsdp") else 0
+    if devices == 1 or way in ("ddp", "zero2"):
+        return 0
+    gathered = 2 * layer + tables
+    if way == "zero3":
+        gathered += _REUSED // 2
+    gathered = min(gathered, weights)
+    return element * (gathered - gathered // devices)

@@ -51,6 +51,7 @@ class Case:
     optimizer: str = "adamw"
     checkpointing: bool = False
     accumulates: bool = False
+    spread: bool = False
     parallel: str = "ddp"
     devices: int = 1
     on_gpu: bool = False
@@ -105,6 +106,11 @@ class Case:
         """The same with gradients that stay from step to step, in the buckets through which processes talk."""
         return dataclasses.replace(self, accumulates=True)
 
+    @cached_property
+    def with_gradients_given_away(self) -> Case:
+        """The same with each gradient going to the process that keeps it."""
+        return dataclasses.replace(self, spread=True)
+
     def with_batch(self, batch_size: int) -> Case:
         """The same with the `batch_size` longest examples in one batch."""
         rows = largest_possible(self.items, batch_size, self.rows.padded)
@@ -113,11 +119,11 @@ class Case:
     @cached_property
     def rehearsed(self) -> Rehearsed:
         """The batch that needs most, of all that the stage does with one."""
-        manner = Manner(_ACT[self.stage], self.checkpointing, self.autocast, self.accumulates)
+        manner = Manner(_ACT[self.stage], self.checkpointing, self.autocast, self.accumulates, self.spread)
         found = rehearse(self.outline, self.rows, manner)
         if self.roles is None:
             return found
-        value = Manner("value", False, self.autocast)
+        value = Manner("value", False, self.autocast, spread=self.spread)
         acts = [found, rehearse(self.outline, self.rows, value)] if self.roles.has_value else [found]
         acts.append(rehearse(self.outline, self.roles.looked_at, Manner("look back")))
         return max(acts, key=lambda one: one.peak)
@@ -154,22 +160,37 @@ def needs(case: Case, way: str | None = None, devices: int | None = None) -> dic
     way, devices = way or case.parallel, devices or case.devices
     whole = case.held(way)
     part = memory.sharded(whole, way, devices)
-    layer = (whole.frozen + whole.weights) // max(depth(case.outline.config), 1)
-    step = case.with_gradients_there if way == "ddp" and devices > 1 else case
-    batch = max(step.rehearsed.peak - case.states.gradients, memory.step_bytes(part.weights, case.on_gpu), 0)
-    batch = max(batch, case.answering - part.gradients, 0)
+    step = memory.step_bytes(part.gradients // 4, way, case.on_gpu)
+    batch = max(_beside_states(case, way, devices), case.answering - part.gradients, step, 0)
     found = {
         "program": case.program,
         "frozen": part.frozen,
         "learning": part.weights,
         "gradients": part.gradients,
         "moments": part.moments,
-        "exchange": memory.exchange_bytes(layer, way, devices),
+        "exchange": _exchange(case, whole, way, devices),
         "batch": batch,
         "slack": round(SLACK_ON_GPU * batch) if case.on_gpu else round(SLACK_ON_CPU * batch) + HEAP_KEPT,
     }
     loading = case.program + whole.frozen + whole.weights + (0 if case.on_gpu else case.file)
     return {**found, "peak": max(sum(found.values()), loading), "loading": loading}
+
+
+def _beside_states(case: Case, way: str, devices: int) -> int:
+    """Bytes of the batch, the gradients that stay after it aside."""
+    if way != "ddp":
+        return case.with_gradients_given_away.rehearsed.peak
+    if devices > 1:
+        case = case.with_gradients_there
+    return case.rehearsed.peak - case.states.gradients
+
+
+def _exchange(case: Case, whole: States, way: str, devices: int) -> int:
+    element = (case.autocast or case.outline.dtype).itemsize
+    weights = (whole.frozen + whole.weights) // element
+    tables = case.parameters.embeddings
+    layer = (weights - tables) // max(depth(case.outline.config), 1)
+    return memory.exchange_bytes(weights, layer, tables, element, way, devices)
 
 
 def largest_batch(case: Case, room: int) -> int | None:

@@ -32,9 +32,24 @@ def test_shares_by_hand() -> None:
     assert sharded(states, "zero2", 4) == States(1000, 400, 100, 200)
     assert sharded(states, "fsdp", 4) == States(250, 100, 100, 200)
     assert sharded(states, "ddp", 4) == states
-    assert exchange_bytes(50, "ddp", 2) == exchange_bytes(50, "zero3", 1) == 0
-    assert exchange_bytes(50, "zero3", 2) == exchange_bytes(50, "fsdp", 2) == 100
-    assert step_bytes(400, on_gpu=False) == 0 and step_bytes(400, on_gpu=True) == 400
+
+
+def test_what_an_update_needs_by_hand() -> None:
+    """Roots of a tensor's second moments: with ZeRO a share is one tensor, and a processor makes two of them."""
+    assert step_bytes(100, "ddp", on_gpu=False) == 0
+    assert step_bytes(100, "zero2", on_gpu=False) == 800
+    assert step_bytes(100, "ddp", on_gpu=True) == step_bytes(100, "zero3", on_gpu=True) == 400
+
+
+def test_what_is_gathered_by_hand() -> None:
+    """4 devices, 16 bits: three quarters of what is there whole are the others'."""
+    billion = 10**9
+    small, large = (400, 50, 40), (8 * billion, billion // 10, billion // 2)
+    assert exchange_bytes(*small, 2, "ddp", 4) == exchange_bytes(*small, 2, "zero3", 1) == 0
+    assert exchange_bytes(*small, 2, "fsdp", 4) == 2 * (140 - 35)
+    assert exchange_bytes(*small, 2, "zero3", 4) == 2 * (400 - 100)  # all of it is needed again soon
+    assert exchange_bytes(*large, 2, "fsdp", 4) == 2 * (700 - 175) * 10**6
+    assert exchange_bytes(*large, 2, "zero3", 4) == 2 * (1200 - 300) * 10**6
 
 
 def test_a_cache_by_hand() -> None:

@@ -1,10 +1,11 @@
-"""Training starts itself anew without glibc's thread cache: the same process, the same command, the same output."""
+"""Memory on a processor: no thread cache (the same process, command and output), and what is kept and given back."""
 
 from __future__ import annotations
 
 import json
 import platform
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -37,3 +38,34 @@ def test_training_starts_without_the_thread_cache(tmp_path: Path) -> None:
     out, said = process.communicate(timeout=120)
     assert process.returncode == 0, said
     assert seen and json.loads(out)["steps"] == 2
+
+
+HOLDS_AND_GIVES_BACK = """
+import os, torch
+from pathlib import Path
+from medicalgpt_cli.engine.run.allocation import give_back_freed_memory, keep_freed_memory
+
+def resident():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") // 2**20
+
+keep_freed_memory()
+empty = resident()
+held = [torch.ones(4 * 2**20) for _ in range(30)]  # 16 MiB each
+full = resident()
+del held
+freed = resident()
+give_back_freed_memory()
+print(empty, full, freed, resident())
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
+def test_freed_memory_is_kept_until_it_is_given_back() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", HOLDS_AND_GIVES_BACK], env=environment(), capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    empty, full, freed, given_back = map(int, done.stdout.split())
+    assert full - empty > 450  # MiB
+    assert freed > full - 50
+    assert given_back < empty + 100
