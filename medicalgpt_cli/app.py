@@ -89,14 +89,14 @@ def _run(command: Command, settings: OutputSettings) -> None:
 
     from medicalgpt_cli.engine.observer import Observer
     from medicalgpt_cli.engine.run import processes
-    from medicalgpt_cli.engine.run.allocation import start_without_thread_cache
+    from medicalgpt_cli.engine.run.allocation import start_for_training
     from medicalgpt_cli.engine.run.devices import show_only
     from medicalgpt_cli.engine.run.quiet import quieten
     from medicalgpt_cli.terminal.console import TerminalObserver
 
     trains = isinstance(settings, TrainSettings)
     if (trains and not settings.dry_run) or isinstance(settings, (PipelineSettings, QuickstartSettings)):
-        start_without_thread_cache()
+        start_for_training()
     quieten()
     first = processes.rank() == 0
     if isinstance(settings, (TrainSettings, InferSettings)) and (launch := processes.launch_of(settings)):

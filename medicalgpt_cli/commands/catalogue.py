@@ -181,6 +181,16 @@ COMMANDS = (
         "Tools",
     ),
     Command(
+        "plan infer",
+        planning.PlanInferSettings,
+        (
+            "medgpt plan infer --base-model smollm2-135m --data-file questions.txt",
+            "medgpt plan infer --lora-model runs/sft --data-file questions.txt --plan-for gpu --device-memory 24GB",
+            "medgpt plan infer --base-model smollm2-135m --data-file questions.txt --batch-size 64 --json",
+        ),
+        "Tools",
+    ),
+    Command(
         "pipeline",
         stages.PipelineSettings,
         (

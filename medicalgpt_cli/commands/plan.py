@@ -5,19 +5,31 @@ from __future__ import annotations
 from typing import Any
 
 from medicalgpt_cli.engine.observer import Observer
-from medicalgpt_cli.settings.planning import PlanPretrainSettings, PlanRewardSettings, PlanRlSettings
+from medicalgpt_cli.settings.planning import (
+    PlanInferSettings,
+    PlanPretrainSettings,
+    PlanRewardSettings,
+    PlanRlSettings,
+)
 
 
 def run(settings: Any, observer: Observer) -> dict[str, Any]:
-    from medicalgpt_cli.engine.planning.plan import plan_of
-
-    stage = _stage(settings)(settings, observer)
-    found = plan_of(stage)
+    found = _plan(settings, observer)
     if not settings.json:
         from medicalgpt_cli.terminal.plan_view import show_plan
 
         show_plan(found)
     return found
+
+
+def _plan(settings: Any, observer: Observer) -> dict[str, Any]:
+    if isinstance(settings, PlanInferSettings):
+        from medicalgpt_cli.engine.planning.answering import plan_of_answers
+
+        return plan_of_answers(settings, observer)
+    from medicalgpt_cli.engine.planning.plan import plan_of
+
+    return plan_of(_stage(settings)(settings, observer))
 
 
 def _stage(settings: Any) -> Any:

@@ -132,7 +132,8 @@ class AdapterSettings(Settings):
     lora_alpha: float = opt(16.0, "Scale of the adapter: its output is multiplied by alpha / rank.", above=0)
     lora_dropout: float = opt(0.05, "Dropout in front of the adapter.", min=0, max=0.99)
     target_modules: tuple[str, ...] = opt(
-        ("all",), "Layers that get an adapter: all (every linear layer but the head), or names."
+        ("all",),
+        "Layers that get an adapter: all (every linear layer but the head; beside experts, attention's), or names.",
     )
     dora: bool = opt(False, "Weight-decomposed LoRA (DoRA).")
     rslora: bool = opt(False, "Rank-stabilised LoRA: scale by alpha / sqrt(rank).")

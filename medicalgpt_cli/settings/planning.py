@@ -10,7 +10,13 @@ from typing import ClassVar
 from medicalgpt_cli.errors import UsageError
 from medicalgpt_cli.settings.fields import opt
 from medicalgpt_cli.settings.groups import Settings
-from medicalgpt_cli.settings.stages import PretrainSettings, RewardSettings, RlSettings, SftSettings
+from medicalgpt_cli.settings.stages import (
+    InferSettings,
+    PretrainSettings,
+    RewardSettings,
+    RlSettings,
+    SftSettings,
+)
 
 _UNITS = {"K": 1, "M": 2, "G": 3, "T": 4}
 
@@ -29,11 +35,6 @@ class PlanSettings(Settings):
     device_memory: str | None = opt(
         None, "What one device has, 24GB or 24GiB; what is free here where not given.", metavar="SIZE"
     )
-    devices: int | None = opt(
-        None,
-        "For how many devices the table of DDP, ZeRO and FSDP is made; 2, 4 and 8 where not given.",
-        min=2,
-    )
     throughput: str | None = opt(
         None,
         "How fast it goes: tokens a second, or the folder of an earlier run. Where not given, products of this "
@@ -42,19 +43,11 @@ class PlanSettings(Settings):
     )
 
     # Of the stage, and no option of its plan: nothing is written, nothing goes on.
-    FIXED: ClassVar[tuple[str, ...]] = ("output_dir", "resume", "dry_run", "force", "report_to")
-    output_dir: Path | None = None
-    resume: Path | None = None
+    FIXED: ClassVar[tuple[str, ...]] = ("dry_run",)
     dry_run: bool = True
-    force: bool = False
-    report_to: tuple[str, ...] = ()
 
     def check(self) -> None:
         super().check()
-        if getattr(self, "accelerate_config", None):
-            raise UsageError(
-                "--accelerate-config is not for a plan", "--parallel zero3 --processes 8 say what it decides"
-            )
         if self.device_memory is not None and self.device_bytes is None:
             raise UsageError(f"--device-memory {self.device_memory}: not a size", "for example 24GB or 80GiB")
         speed = self.tokens_a_second
@@ -78,21 +71,72 @@ class PlanSettings(Settings):
             return None
 
 
+@dataclass(frozen=True, kw_only=True)
+class PlanTrainSettings(PlanSettings):
+    """What is asked about a training stage."""
+
+    devices: int | None = opt(
+        None,
+        "For how many devices the table of DDP, ZeRO and FSDP is made; 2, 4 and 8 where not given.",
+        min=2,
+    )
+
+    FIXED: ClassVar[tuple[str, ...]] = ("dry_run", "output_dir", "resume", "force", "report_to")
+    output_dir: Path | None = None
+    resume: Path | None = None
+    force: bool = False
+    report_to: tuple[str, ...] = ()
+
+    def check(self) -> None:
+        super().check()
+        if getattr(self, "accelerate_config", None):
+            raise UsageError(
+                "--accelerate-config is not for a plan", "--parallel zero3 --processes 8 say what it decides"
+            )
+
+
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
-class PlanPretrainSettings(PlanSettings, PretrainSettings):
+class PlanPretrainSettings(PlanTrainSettings, PretrainSettings):
     """Memory and time of `medgpt pretrain`, from its settings and data, without weights."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
-class PlanSftSettings(PlanSettings, SftSettings):
+class PlanSftSettings(PlanTrainSettings, SftSettings):
     """Memory and time of `medgpt sft`, from its settings and data, without weights."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
-class PlanRewardSettings(PlanSettings, RewardSettings):
+class PlanRewardSettings(PlanTrainSettings, RewardSettings):
     """Memory and time of `medgpt reward`, from its settings and data, without weights."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
-class PlanRlSettings(PlanSettings, RlSettings):
+class PlanRlSettings(PlanTrainSettings, RlSettings):
     """Memory and time of `medgpt rl`, from its settings and data, without weights."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class PlanInferSettings(PlanSettings, InferSettings):
+    """Memory and time of `medgpt infer`, from its settings and questions, without weights."""
+
+    FIXED: ClassVar[tuple[str, ...]] = (
+        "dry_run", "predictions_file", "resume", "overwrite", "interactive", "endpoint", "endpoint_model",
+        "endpoint_key_file",
+    )  # fmt: skip
+    predictions_file: str | None = "predictions.jsonl"
+    resume: bool = False
+    overwrite: bool = False
+    interactive: bool = False
+    endpoint: str | None = None
+    endpoint_model: str | None = None
+    endpoint_key_file: Path | None = None
+
+    def check(self) -> None:
+        if not self.data_file:
+            raise UsageError("--data-file is missing", "name a file of questions")
+        super().check()
+        if self.throughput is not None and self.tokens_a_second is None:
+            raise UsageError(
+                f"--throughput {self.throughput}: not a number",
+                "tokens of answers a second, as infer says them",
+            )

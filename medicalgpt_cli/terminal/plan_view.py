@@ -17,6 +17,7 @@ _PARTS = {
     "gradients": "gradients",
     "moments": "AdamW's moments",
     "exchange": "buffers between devices",
+    "cache": "keys and values of the largest batch",
     "batch": "activations of the largest batch",
     "slack": "allowance for the allocator",
 }
@@ -25,19 +26,27 @@ _WAYS = {"ddp": "DDP", "zero2": "ZeRO-2", "zero3": "ZeRO-3", "fsdp": "FSDP2"}
 
 def show_plan(plan: Mapping[str, Any]) -> None:
     console = results()
-    share = plan["trainable"] / max(plan["parameters"], 1)
+    answers = plan["stage"] == "infer"
+    learn = (
+        ""
+        if answers
+        else f"{plan['trainable']:,} learn ({plan['trainable'] / max(plan['parameters'], 1):.1%}), "
+    )
     bits = f", base in {plan['quantization'].replace('bit', ' bits')}" if plan["quantization"] else ""
     console.print(
         f"{plan['stage']}: {one_line(plan['model'])}, {plan['parameters']:,} parameters, "
-        f"{plan['trainable']:,} learn ({share:.1%}), {plan['dtype']}{bits}, {plan['device']}",
+        f"{learn}{plan['dtype']}{bits}, {plan['device']}",
         style="bold",
         markup=False,
         soft_wrap=True,
     )
     _show_memory(console, plan)
     _show_batch(console, plan)
-    _show_several(console, plan)
-    _show_amount(console, plan)
+    if answers:
+        _show_answers(console, plan)
+    else:
+        _show_several(console, plan)
+        _show_amount(console, plan)
 
 
 def _line(console: Console, label: str, value: str, style: str = "") -> None:
@@ -45,17 +54,17 @@ def _line(console: Console, label: str, value: str, style: str = "") -> None:
 
 
 def _show_memory(console: Console, plan: Mapping[str, Any]) -> None:
-    of = (
-        "one device"
-        if plan["devices"] == 1
-        else f"each of {plan['devices']} devices, {_WAYS[plan['parallel']]}"
-    )
+    of = "one device"
+    if plan["devices"] > 1:
+        way = f"devices, {_WAYS[plan['parallel']]}" if "parallel" in plan else "processes"
+        of = f"each of {plan['devices']} {way}"
     console.print(f"\nmemory of {of}", style="bold")
     memory = plan["memory"]
+    roles = plan.get("roles")
     for part, label in _PARTS.items():
-        if memory[part]:
+        # The cache of rl is a part of its largest batch.
+        if memory.get(part) and not (part == "cache" and "learning" in memory):
             _line(console, label, f"{size(memory[part]):>10}")
-    roles = plan["roles"]
     if roles:
         apart = roles["reward_model_apart"]
         _line(
@@ -75,21 +84,24 @@ def _show_memory(console: Console, plan: Mapping[str, Any]) -> None:
 
 def _show_batch(console: Console, plan: Mapping[str, Any]) -> None:
     batch = plan["batch"]
-    layout = "padded" if batch["padded"] else "end to end"
+    if "new_tokens" in batch:
+        how = f", each with up to {batch['new_tokens']:,} of an answer"
+    else:
+        how = ", padded" if batch["padded"] else ", end to end"
     _line(
         console,
         "largest batch",
-        f"{batch['tokens']:,} tokens in {batch['rows']} rows of up to {batch['longest']:,}, {layout}",
+        f"{batch['tokens']:,} tokens in {batch['rows']} rows of up to {batch['longest']:,}{how}",
     )
     if plan["device_memory"] is None:
         return
     most, flag = plan["largest_batch"], plan["batch_flag"]
     if most is None:
         _line(console, "what fits", f"not even {flag} 1", "red")
-    elif most >= plan["examples"]:
-        _line(console, "what fits", f"all {plan['examples']:,} examples in one batch")
+    elif most >= plan.get("examples", plan.get("questions")):
+        _line(console, "what fits", f"all {most:,} in one batch")
     else:
-        _line(console, "what fits", f"{flag} {most:,}, of the longest examples")
+        _line(console, "what fits", f"{flag} {most:,}, of the longest")
 
 
 def _show_several(console: Console, plan: Mapping[str, Any]) -> None:
@@ -104,18 +116,7 @@ def _show_amount(console: Console, plan: Mapping[str, Any]) -> None:
     _line(console, "updates", f"{plan['updates']:,}, {plan['updates_per_epoch']:,} an epoch")
     _line(console, "tokens", f"{plan['tokens']:,}")
     _line(console, "operations", f"{plan['flops']:.2e}")
-    took = plan["time"]
-    if took["seconds"] is None:
-        _line(console, "time", f"unknown: {took['source']}; --throughput says how fast it goes")
-    elif took["source"] == "measured products":
-        speed = took["flops_a_second"] / 1e9
-        _line(
-            console,
-            "time",
-            f"no faster than {duration(took['seconds'])} ({speed:,.0f} GFLOP/s, measured here)",
-        )
-    else:
-        _line(console, "time", f"about {duration(took['seconds'])} (throughput: {one_line(took['source'])})")
+    _show_time(console, "time", plan)
     disk = plan["disk"]
     free = "" if disk["free"] is None else f" of {size(disk['free'])} free"
     _line(
@@ -124,6 +125,31 @@ def _show_amount(console: Console, plan: Mapping[str, Any]) -> None:
         f"{size(disk['total'])}{free}: checkpoints {size(disk['checkpoint'])} each, the result {size(disk['result'])}",
         "" if disk["free"] is None or disk["total"] < disk["free"] else "red",
     )
+
+
+def _show_answers(console: Console, plan: Mapping[str, Any]) -> None:
+    console.print("\nthe answers", style="bold")
+    left = plan["cannot_be_answered"]
+    without = f", {left:,} of them too long or not for the template" if left else ""
+    _line(console, "questions", f"{plan['questions']:,}, of {plan['tokens']:,} tokens{without}")
+    _line(console, "answers at their longest", f"{plan['answer_tokens']:,} tokens")
+    _line(console, "operations", f"{plan['flops']:.2e}")
+    _show_time(console, "time of these", plan)
+
+
+def _show_time(console: Console, label: str, plan: Mapping[str, Any]) -> None:
+    took = plan["time"]
+    if took["seconds"] is None:
+        _line(console, label, f"unknown: {took['source']}; --throughput says how fast it goes")
+    elif took["source"] == "measured products":
+        speed = took["flops_a_second"] / 1e9
+        _line(
+            console,
+            label,
+            f"no faster than {duration(took['seconds'])} ({speed:,.0f} GFLOP/s, measured here)",
+        )
+    else:
+        _line(console, label, f"about {duration(took['seconds'])} (throughput: {one_line(took['source'])})")
 
 
 def size(count: int) -> str:

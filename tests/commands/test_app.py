@@ -153,7 +153,9 @@ def test_unknown_recipe_keys_are_named_with_the_nearest(tmp_path: Path) -> None:
 def test_every_field_is_declared_with_help() -> None:
     for command in COMMANDS:
         fixed = (
-            {"origins", *PlanSettings.FIXED} if issubclass(command.settings, PlanSettings) else {"origins"}
+            {"origins", *command.settings.FIXED}
+            if issubclass(command.settings, PlanSettings)
+            else {"origins"}
         )
         for field in dataclasses.fields(command.settings):
             assert field.name in fixed or field.metadata["option"].help.endswith((".", ")"))

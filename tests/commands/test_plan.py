@@ -83,6 +83,43 @@ def test_every_stage_has_a_plan(place: Path, name: str) -> None:
     assert (plan["roles"] is not None) == (name == "rl")
 
 
+def test_a_file_of_questions_has_a_plan(place: Path) -> None:
+    (place / "ask.txt").write_text("Why?\nWhat about fever, cough and a headache?\nHow?\n", encoding="utf-8")
+    flags = (
+        "--base-model",
+        place / "model",
+        "--data-file",
+        place / "ask.txt",
+        "--max-new-tokens",
+        20,
+        "--use-cpu",
+    )
+    done = medgpt("plan", "infer", *flags, "--batch-size", 2, "--throughput", 30, "--json")
+    assert done.returncode == 0, done.stderr
+    plan = json.loads(done.stdout)
+    config = LlamaConfig.from_pretrained(place / "model")
+    longest = plan["batch"]["longest"]
+    positions = 2 * (longest + 20)  # 2 rows
+    head = config.hidden_size // config.num_attention_heads
+    assert (
+        plan["memory"]["cache"]
+        == 2 * config.num_hidden_layers * config.num_key_value_heads * head * positions * 4
+    )
+    assert plan["fits"] and plan["largest_batch"] == plan["questions"] == 3
+    assert plan["answer_tokens"] == 60 and plan["time"]["seconds"] == 2
+    asked = medgpt("infer", *flags, "--predictions-file", "-", "--batch-size", 3)
+    rows = [json.loads(line) for line in asked.stdout.splitlines()]
+    assert plan["tokens"] == sum(row["prompt_tokens"] for row in rows)
+    shown = medgpt("plan", "infer", *flags, "--throughput", 30, "--processes", 2).stdout
+    for word in ("each of 2 processes", "keys and values", "at their longest", "about 2 s"):
+        assert word in shown
+    assert "learn" not in shown and "ZeRO" not in shown
+    tight = medgpt("plan", "infer", *flags, "--device-memory", "1MB", "--throughput", 30)
+    assert tight.returncode == 0 and "does not fit" in tight.stdout
+    refused = medgpt("plan", "infer", *flags, "--throughput", place / "model")
+    assert refused.returncode == 2 and "not a number" in refused.stderr
+
+
 def test_what_is_shown(place: Path) -> None:
     asked = ("--plan-for", "gpu", "--device-memory", "24GB", "--devices", 4, "--load-in-4bit")
     done = medgpt("plan", *stage(place, "sft", "--throughput", 1000, *asked))

@@ -42,7 +42,7 @@ def run_infer(settings: InferSettings, observer: Observer) -> dict[str, Any]:
     """
     check_connection()
     questions = read_questions(settings.data_file)
-    model = (_RemoteModel if settings.endpoint else _LocalModel)(settings, observer)
+    model = (_RemoteModel if settings.endpoint else LocalModel)(settings, observer)
     prompts = [model.prompt(question) for question in questions]
     output = _output(settings, questions, model.identity())
     resumed, began = len(output.rows), time.monotonic()
@@ -126,7 +126,7 @@ def _answer_all(
 def help_infer(settings: InferSettings) -> None:
     """What the other processes of a run do: load the same model and answer what the first one hands out."""
     check_connection()
-    help_out(_LocalModel(settings, Observer()).load())
+    help_out(LocalModel(settings, Observer()).load())
 
 
 def check_connection() -> None:
@@ -156,7 +156,7 @@ class Refused:
     why: str
 
 
-class _LocalModel:
+class LocalModel:
     """A model in this process. Its tokenizer comes first, so that what is wrong with a question is said at once."""
 
     def __init__(self, settings: InferSettings, observer: Observer):

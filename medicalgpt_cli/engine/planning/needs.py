@@ -22,9 +22,9 @@ CUDA_CONTEXT = (
 )  # what a process takes on a GPU before any tensor; read of others, not measured here
 # Of what comes and goes with each batch: the holes in glibc's heap and the products' scratch space on a processor, the
 # rounding of torch's caching allocator on a GPU. The fitted numbers of the plan (docs/planning.md).
-SLACK_ON_CPU, SLACK_ON_GPU = 0.25, 0.06
+SLACK_ON_CPU, SLACK_ON_GPU = 0.10, 0.06
 HEAP_KEPT = (
-    400 * 2**20
+    200 * 2**20
 )  # freed memory that glibc keeps for the next tensors; up to 1 GiB (`run/allocation.py`)
 
 
@@ -170,10 +170,15 @@ def needs(case: Case, way: str | None = None, devices: int | None = None) -> dic
         "moments": part.moments,
         "exchange": _exchange(case, whole, way, devices),
         "batch": batch,
-        "slack": round(SLACK_ON_GPU * batch) if case.on_gpu else round(SLACK_ON_CPU * batch) + HEAP_KEPT,
+        "slack": allowance(batch, case.on_gpu),
     }
     loading = case.program + whole.frozen + whole.weights + (0 if case.on_gpu else case.file)
     return {**found, "peak": max(sum(found.values()), loading), "loading": loading}
+
+
+def allowance(batch: int, on_gpu: bool) -> int:
+    """What the allocator takes beside `batch` bytes that come and go."""
+    return round(SLACK_ON_GPU * batch) if on_gpu else round(SLACK_ON_CPU * batch) + HEAP_KEPT
 
 
 def _beside_states(case: Case, way: str, devices: int) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +20,14 @@ from medicalgpt_cli.engine.run import environment, processes
 from medicalgpt_cli.engine.training.sharding import kind_of
 from medicalgpt_cli.errors import UsageError
 from medicalgpt_cli.settings.planning import PlanSettings
-from medicalgpt_cli.settings.stages import RlSettings, TrainSettings
+from medicalgpt_cli.settings.stages import InferSettings, RlSettings, TrainSettings
 
 WAYS = ("ddp", "zero2", "zero3", "fsdp")
 # What a model raises that does something which depends on numbers, or has a configuration of its own kind.
 UNKNOWN = (NotImplementedError, ValueError, AttributeError, LookupError, TypeError)
 
 
-def for_gpu(settings: TrainSettings, here: torch.device) -> bool:
+def for_gpu(settings: TrainSettings | InferSettings, here: torch.device) -> bool:
     on = getattr(settings, "plan_for", "here")
     return here.type == "cuda" if on == "here" else on == "gpu"
 
@@ -37,7 +39,7 @@ def case_of(stage: Any) -> tuple[Case, Amount]:
     settings: TrainSettings = stage.settings
     device = choose_device(settings)
     on_gpu = for_gpu(settings, device)
-    dtype = _dtype(settings, device, on_gpu)
+    dtype = dtype_for(settings, device, on_gpu)
     kind = "reward" if stage.name == "reward" else "language"
     plan = outline(stage.resolved, dtype, kind=kind, tuning=settings, quantization=settings.quantization)
     padded = _padded(stage, plan, on_gpu)
@@ -70,15 +72,15 @@ def case_of(stage: Any) -> tuple[Case, Amount]:
         devices=count,
         on_gpu=on_gpu,
         autocast=autocast,
-        program=CUDA_CONTEXT if on_gpu else environment.memory_used(),
-        file=_file_bytes(stage.resolved),
+        program=program_bytes(on_gpu),
+        file=file_bytes(stage.resolved),
         roles=roles,
         batch_size=batch_size,
     )
     return case, amount
 
 
-def _dtype(settings: TrainSettings, device: torch.device, on_gpu: bool) -> torch.dtype:
+def dtype_for(settings: TrainSettings | InferSettings, device: torch.device, on_gpu: bool) -> torch.dtype:
     if on_gpu and device.type != "cuda":  # a GPU that is not here: one of today's
         return torch.bfloat16 if settings.dtype == "auto" else DTYPES[settings.dtype]
     if not on_gpu and device.type == "cuda":
@@ -117,7 +119,12 @@ def _roles(stage: Any, settings: RlSettings, dtype: torch.dtype, padded: bool, c
     )
 
 
-def _file_bytes(resolved: ResolvedModel) -> int:
+def program_bytes(on_gpu: bool) -> int:
+    """What a process holds of a device before it loads anything."""
+    return CUDA_CONTEXT if on_gpu else environment.memory_used()
+
+
+def file_bytes(resolved: ResolvedModel) -> int:
     folder = resolved.base.folder
     if folder is None or resolved.base.kind == "config":
         return 0
@@ -201,15 +208,25 @@ def plan_of(stage: Any) -> dict[str, Any]:
 
 
 def _checked(stage: Any) -> tuple[Case, Amount]:
-    try:
+    with explained(stage.resolved):
         case, amount = case_of(stage)
         needs(case)
         _ = case.shape
         return case, amount
+
+
+@contextlib.contextmanager
+def explained(resolved: ResolvedModel) -> Iterator[None]:
+    """
+    Raises:
+        UsageError: something in a model cannot be rehearsed.
+    """
+    try:
+        yield
     except UNKNOWN as problem:
         raise UsageError(
-            f"{stage.resolved.label}: its memory is not known from its shapes ({type(problem).__name__})",
-            "models that route tokens to experts, and some rare kinds, cannot be planned; --debug shows more",
+            f"{resolved.label}: its memory is not known from its shapes ({type(problem).__name__})",
+            "some rare kinds of models cannot be planned; --debug shows more",
         ) from problem
 
 
@@ -242,7 +259,7 @@ def disk(case: Case, settings: TrainSettings) -> dict[str, int]:
     }
 
 
-def device_memory(settings: TrainSettings, on_gpu: bool) -> int | None:
+def device_memory(settings: TrainSettings | InferSettings, on_gpu: bool) -> int | None:
     """Bytes that a process can have here; None for a GPU that is not here."""
     device = choose_device(settings)
     if not on_gpu:
