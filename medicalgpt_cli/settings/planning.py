@@ -123,6 +123,12 @@ class PlanInferSettings(PlanSettings, InferSettings):
         "dry_run", "predictions_file", "resume", "overwrite", "interactive", "endpoint", "endpoint_model",
         "endpoint_key_file",
     )  # fmt: skip
+    throughput: str | None = opt(
+        None,
+        "Tokens of answers a second, as infer says them. Where not given, products of this model's width are measured "
+        "here for two seconds, and the time is a lower bound.",
+        metavar="N",
+    )
     predictions_file: str | None = "predictions.jsonl"
     resume: bool = False
     overwrite: bool = False

@@ -98,7 +98,7 @@ def _show_batch(console: Console, plan: Mapping[str, Any]) -> None:
     most, flag = plan["largest_batch"], plan["batch_flag"]
     if most is None:
         _line(console, "what fits", f"not even {flag} 1", "red")
-    elif most >= plan.get("examples", plan.get("questions")):
+    elif most >= plan["examples"]:
         _line(console, "what fits", f"all {most:,} in one batch")
     else:
         _line(console, "what fits", f"{flag} {most:,}, of the longest")

@@ -49,7 +49,8 @@ def main() -> None:
             if done.returncode:
                 raise SystemExit(f"{label}: {done.stderr[-1000:]}")
             predicted = json.loads(done.stdout[done.stdout.index("{") :])["memory"]["peak"] / 2**20
-            measured, _ = cost([*MEDGPT, stage, *flags, "--output-dir", out], place / "log.txt")
+            result = ("--predictions-file", f"{out}.json") if stage == "infer" else ("--output-dir", out)
+            measured, _ = cost([*MEDGPT, stage, *flags, *result], place / "log.txt")
             print(f"{label:36} {predicted:9,.0f} {measured:9,.0f} {predicted / measured:6.2f}", flush=True)
 
 
@@ -70,6 +71,8 @@ def texts(data: Path, place: Path) -> None:
         ],
     )
     write(place / "prompts.jsonl", [{"prompt": " ".join(text.split()[:90]) + "?"} for text in long])
+    asked = [" ".join(text.split()[:170]) for text in long]  # about 256 tokens each
+    write(place / "asked.jsonl", [{"question": text} for text in asked[:64]])
     config = place / "config.json"
     config.write_text(json.dumps(SMALL), encoding="utf-8")
 
@@ -109,6 +112,9 @@ def rows(model: str, data: Path, place: Path) -> Iterator[Row]:
     full = (*first, *sft, "--batch-size", 2, "--max-length", 256, "--tuning", "full", "--processes", 2)
     for way in ("ddp", "zero2", "zero3"):
         yield f"sft, full, 2 x 256, two in {way}", "sft", (*full, "--parallel", way)
+    answers = (*first, "--data-file", place / "asked.jsonl", "--max-new-tokens", 64, "--use-cpu")
+    for size in (8, 32):
+        yield f"infer, {size} x 256 and answers of 64", "infer", (*answers, "--batch-size", size)
 
 
 if __name__ == "__main__":

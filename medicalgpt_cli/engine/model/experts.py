@@ -44,7 +44,7 @@ def expert_weights(model: Any) -> dict[str, torch.nn.Parameter]:
         for place, module in model.named_modules()
         if not isinstance(module, _ConvNd)
         for name, weight in module.named_parameters(recurse=False)
-        if weight.dim() == 3
+        if len(getattr(weight, "ds_shape", weight.shape)) == 3  # ZeRO-3 holds a flat share
     }
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 from medicalgpt_cli.engine.generation.batching import batches_by_length
@@ -15,32 +14,26 @@ from medicalgpt_cli.engine.generation.questions import read_questions
 from medicalgpt_cli.engine.model.loading import choose_device
 from medicalgpt_cli.engine.observer import Observer
 from medicalgpt_cli.engine.planning import plan, work
-from medicalgpt_cli.engine.planning.needs import allowance, cache_of
+from medicalgpt_cli.engine.planning.needs import SLACK_ON_GPU, Planned, cache_of
 from medicalgpt_cli.engine.planning.rehearsal import Manner, Rows, rehearse
-from medicalgpt_cli.engine.planning.skeleton import Outline, Parameters, build, count, depth, outline
+from medicalgpt_cli.engine.planning.skeleton import build, depth, outline
 from medicalgpt_cli.errors import UsageError
 from medicalgpt_cli.settings.planning import PlanInferSettings
 
+# A cache that grows by a token never fits into the hole that it leaves. Fitted on a processor (docs/planning.md).
+_HOLES_ON_CPU = 0.5
+
 
 @dataclass(frozen=True)
-class Answers:
+class Answers(Planned):
     """All that the memory of answering follows from."""
 
-    outline: Outline
     lengths: Sequence[int]  # of the prompts, in tokens
     limit: int  # new tokens of an answer at most
     context: int
     on_gpu: bool
     program: int
     file: int
-
-    @cached_property
-    def skeleton(self) -> Any:
-        return build(self.outline)
-
-    @cached_property
-    def parameters(self) -> Parameters:
-        return count(self.skeleton)
 
     def new_tokens(self, prompt: int) -> int:
         return min(self.limit, self.context - prompt)
@@ -57,7 +50,7 @@ class Answers:
             "frozen": weights,
             "cache": cache,
             "batch": batch,
-            "slack": allowance(batch, self.on_gpu),
+            "slack": round((SLACK_ON_GPU if self.on_gpu else _HOLES_ON_CPU) * (batch + cache)),
         }
         loading = self.program + weights + (0 if self.on_gpu else self.file)
         return {**found, "peak": max(sum(found.values()), loading), "loading": loading}
@@ -120,6 +113,7 @@ def plan_of_answers(settings: PlanInferSettings, observer: Observer) -> dict[str
             "largest_batch": None if have is None else answers.largest_batch(have),
             "batch_flag": "--batch-size",
             "questions": len(prompts),
+            "examples": len(lengths),
             "cannot_be_answered": len(prompts) - len(lengths),
             "tokens": sum(lengths),
             **_amount(settings, answers, batches),

@@ -41,10 +41,24 @@ class Roles:
 
 
 @dataclass(frozen=True)
-class Case:
-    """All that a stage's memory follows from."""
+class Planned:
+    """A model that a plan is about."""
 
     outline: Outline
+
+    @cached_property
+    def skeleton(self) -> Any:
+        return build(self.outline)
+
+    @cached_property
+    def parameters(self) -> Parameters:
+        return count(self.skeleton)
+
+
+@dataclass(frozen=True)
+class Case(Planned):
+    """All that a stage's memory follows from."""
+
     rows: Rows  # the largest batch of a process
     items: Sequence[Item] = field(repr=False)
     stage: str = "sft"
@@ -60,14 +74,6 @@ class Case:
     file: int = 0  # bytes of the weight files, which are mapped while they are read
     roles: Roles | None = None
     batch_size: int = 1
-
-    @cached_property
-    def skeleton(self) -> Any:
-        return build(self.outline)
-
-    @cached_property
-    def parameters(self) -> Parameters:
-        return count(self.skeleton)
 
     @cached_property
     def shape(self) -> Shape:
@@ -170,15 +176,10 @@ def needs(case: Case, way: str | None = None, devices: int | None = None) -> dic
         "moments": part.moments,
         "exchange": _exchange(case, whole, way, devices),
         "batch": batch,
-        "slack": allowance(batch, case.on_gpu),
+        "slack": round(SLACK_ON_GPU * batch) if case.on_gpu else round(SLACK_ON_CPU * batch) + HEAP_KEPT,
     }
     loading = case.program + whole.frozen + whole.weights + (0 if case.on_gpu else case.file)
     return {**found, "peak": max(sum(found.values()), loading), "loading": loading}
-
-
-def allowance(batch: int, on_gpu: bool) -> int:
-    """What the allocator takes beside `batch` bytes that come and go."""
-    return round(SLACK_ON_GPU * batch) if on_gpu else round(SLACK_ON_CPU * batch) + HEAP_KEPT
 
 
 def _beside_states(case: Case, way: str, devices: int) -> int:

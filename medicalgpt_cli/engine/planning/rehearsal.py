@@ -72,7 +72,7 @@ def rehearse(plan: Outline, rows: Rows, manner: Manner) -> Rehearsed:
     """What one batch needs beside the weights.
 
     Raises:
-        NotImplementedError: the model does something that depends on numbers (routing to experts, say).
+        NotImplementedError: the model does something that depends on numbers, or that fake tensors cannot do.
     """
     whole = depth(plan.config)
     if whole <= _LONG:

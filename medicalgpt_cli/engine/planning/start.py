@@ -22,6 +22,7 @@ def before_loading(stage: Any, observer: Observer) -> dict[str, Any] | None:
         need = needs(case)["peak"]
         flops = operations(case, amount, stage.settings)
     except UNKNOWN:  # a plan that cannot be made is no reason not to run
+        observer.on_notice("no plan: what this model needs is not known from its shapes")
         return None
     have = device_memory(stage.settings, case.on_gpu)
     tokens = amount.tokens

@@ -253,7 +253,8 @@ def _train_in(folder: RunFolder, stage: Stage, observer: Observer) -> dict[str, 
     arguments = _arguments(stage, folder)
     set_seed(settings.seed)
     model = stage.load(observer)
-    if expert_weights(model) and not any(weight.requires_grad for weight in expert_weights(model).values()):
+    experts = expert_weights(model).values()
+    if experts and not any(weight.requires_grad for weight in experts):
         observer.on_notice("experts and their router stay as they are: the adapter lies over attention")
     speed.prepare(model, settings)
     # What is spread over processes can be measured once the trainer has done so.
