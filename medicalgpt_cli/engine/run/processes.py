@@ -130,9 +130,6 @@ def supervise(arguments: Sequence[str], launch: Launch) -> int:
 
     Signals are passed on. Where one process fails, the others are ended.
 
-    Args:
-        connected: give the first process a connection to each other one (`channels`).
-
     Returns:
         The exit code of the run.
 

@@ -11,15 +11,14 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
-from medicalgpt_cli.engine.model.loading import choose_device, choose_dtype
+from medicalgpt_cli.engine.model.loading import choose_device, choose_dtype, read_config
 from medicalgpt_cli.engine.model.quantization import stored_quantization
-from medicalgpt_cli.engine.model.references import ModelReference, ResolvedModel
+from medicalgpt_cli.engine.model.references import ResolvedModel
 from medicalgpt_cli.engine.training import attention, sharding
 from medicalgpt_cli.errors import EnvironmentFailure, UsageError
 from medicalgpt_cli.settings.groups import SpeedSettings
@@ -135,7 +134,7 @@ def _check_flash(settings: TrainSettings, resolved: ResolvedModel) -> None:
             f"{flag}: {flash.package} is not installed, or too old",
             f"pip install {flash.package} (it is built for one version of torch), or leave it out",
         )
-    config = _config(resolved.base)
+    config = read_config(resolved)
     kind = AutoModelForCausalLM._model_mapping.get(type(config), None)
     if kind is None or not kind._supports_flash_attn:
         raise UsageError(f"{flag}: models of type {config.model_type} do not go with it", "leave it out")
@@ -154,7 +153,7 @@ def _check_liger(settings: TrainSettings, resolved: ResolvedModel) -> None:
         raise EnvironmentFailure(
             "--liger: liger-kernel is not installed", "pip install 'medicalgpt-cli[fast]', or leave it out"
         )
-    kind = _config(resolved.base).model_type
+    kind = read_config(resolved).model_type
     if kind not in _liger().types:
         raise UsageError(f"--liger has no kernels for models of type {kind}", "leave it out")
 
@@ -240,11 +239,3 @@ def _check_compile(settings: TrainSettings, resolved: ResolvedModel) -> None:
 def _only_ddp(settings: TrainSettings, flag: str) -> None:
     if (kind := sharding.kind_of(settings)) != "ddp":
         raise UsageError(f"{flag} does not go with --parallel {kind}", "leave one of them out")
-
-
-def _config(base: ModelReference) -> Any:
-    """The configuration of a base model, read without its weights."""
-    if base.kind == "gguf":
-        path = Path(base.path)
-        return AutoConfig.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False)
-    return AutoConfig.from_pretrained(base.path, trust_remote_code=False)

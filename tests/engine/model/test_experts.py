@@ -78,6 +78,15 @@ def test_every_stage_trains_an_adapter_over_attention(place: Path) -> None:
         assert {layer.rpartition(".")[2] for layer in layers} == set(ATTENTION)
 
 
+def test_experts_are_found_where_processes_share_the_weights(place: Path) -> None:
+    pytest.importorskip("deepspeed")
+    shared = ("--parallel", "zero3", "--processes", 2, "--train-data", place / "talk.jsonl")
+    done = medgpt("sft", "--base-model", place / "model", *shared, "--use-cpu", "--max-steps", 1,
+                  "--output-dir", place / "shared")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "experts and their router stay as they are" in done.stderr
+
+
 def test_an_adapter_is_merged_and_answers_the_same(place: Path) -> None:
     adapter = place / "tuned"
     done = medgpt(

@@ -1,4 +1,4 @@
-"""Memory on a processor: no thread cache (the same process, command and output), and what is kept and given back."""
+"""Memory on a processor: the cache of threads and huge pages, and what is kept and given back."""
 
 from __future__ import annotations
 
@@ -16,13 +16,14 @@ from tests.tiny import tiny_model, write_jsonl
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
-def test_training_starts_without_the_thread_cache(tmp_path: Path) -> None:
+def test_training_starts_without_the_thread_cache_and_with_huge_pages(tmp_path: Path) -> None:
     tiny_model(tmp_path / "model")
     write_jsonl(
         tmp_path / "talk.jsonl", [{"question": f"What helps {n}?", "answer": "Rest."} for n in range(8)]
     )
     flags = ("--base-model", "model", "--train-data", "talk.jsonl", "--max-steps", "2", "--use-cpu", "--json")
-    variables = {name: value for name, value in environment().items() if name != "GLIBC_TUNABLES"}
+    ours = ("GLIBC_TUNABLES", "THP_MEM_ALLOC_ENABLE")
+    variables = {name: value for name, value in environment().items() if name not in ours}
     process = subprocess.Popen(
         command("sft", *flags),
         env=variables,
@@ -33,7 +34,8 @@ def test_training_starts_without_the_thread_cache(tmp_path: Path) -> None:
     )
     seen = False
     while process.poll() is None and not seen:
-        seen = b"tcache_count=0" in Path(f"/proc/{process.pid}/environ").read_bytes()
+        found = Path(f"/proc/{process.pid}/environ").read_bytes()
+        seen = b"tcache_count=0" in found and b"THP_MEM_ALLOC_ENABLE=1" in found
         time.sleep(0.05)
     out, said = process.communicate(timeout=120)
     assert process.returncode == 0, said

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from medicalgpt_cli.engine.data.rendering import Example
+from medicalgpt_cli.engine.model.loading import read_config
 from medicalgpt_cli.engine.model.references import resolve_models
 from medicalgpt_cli.engine.training import attention, speed
 from medicalgpt_cli.engine.training.batches import end_to_end, padded
@@ -256,5 +257,5 @@ def test_what_a_gpu_lacks_is_refused(place: Path):
 
 
 def test_the_model_type_is_read_without_weights(place: Path):
-    base = resolve_models(SftSettings(base_model=str(place / "no-weights"), train_data=("x",))).base
-    assert speed._config(base).model_type == "llama"
+    resolved = resolve_models(SftSettings(base_model=str(place / "no-weights"), train_data=("x",)))
+    assert read_config(resolved).model_type == "llama"
