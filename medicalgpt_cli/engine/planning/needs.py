@@ -23,6 +23,9 @@ CUDA_CONTEXT = (
 # Of what comes and goes with each batch: the holes in glibc's heap and the products' scratch space on a processor, the
 # rounding of torch's caching allocator on a GPU. The fitted numbers of the plan (docs/planning.md).
 SLACK_ON_CPU, SLACK_ON_GPU = 0.10, 0.06
+SLACK_OF_RL = (
+    0.50  # on a processor: drawing, looking back and learning leave holes that do not fit one another
+)
 HEAP_KEPT = (
     200 * 2**20
 )  # freed memory that glibc keeps for the next tensors; up to 1 GiB (`run/allocation.py`)
@@ -176,10 +179,17 @@ def needs(case: Case, way: str | None = None, devices: int | None = None) -> dic
         "moments": part.moments,
         "exchange": _exchange(case, whole, way, devices),
         "batch": batch,
-        "slack": round(SLACK_ON_GPU * batch) if case.on_gpu else round(SLACK_ON_CPU * batch) + HEAP_KEPT,
+        "slack": _allowance(case, batch),
     }
     loading = case.program + whole.frozen + whole.weights + (0 if case.on_gpu else case.file)
     return {**found, "peak": max(sum(found.values()), loading), "loading": loading}
+
+
+def _allowance(case: Case, batch: int) -> int:
+    """What the allocator takes beside `batch` bytes that come and go."""
+    if case.on_gpu:
+        return round(SLACK_ON_GPU * batch)
+    return round((SLACK_OF_RL if case.roles else SLACK_ON_CPU) * batch) + HEAP_KEPT
 
 
 def _beside_states(case: Case, way: str, devices: int) -> int:
