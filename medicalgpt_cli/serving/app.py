@@ -91,9 +91,9 @@ def open_model(settings: ServeSettings, observer: Observer) -> Served:
     """
     from medicalgpt_cli.engine.generation.endpoint import EndpointBackend
     from medicalgpt_cli.engine.generation.endpoint_scheduler import EndpointScheduler
-    from medicalgpt_cli.engine.generation.local import LocalBackend
+    from medicalgpt_cli.engine.generation.local import LocalBackend, load_to_answer
     from medicalgpt_cli.engine.generation.scheduler import Limits, Scheduler
-    from medicalgpt_cli.engine.model.loading import load_model, load_tokenizer
+    from medicalgpt_cli.engine.model.loading import load_tokenizer
     from medicalgpt_cli.engine.model.references import resolve_models
 
     limits = Limits(
@@ -109,7 +109,7 @@ def open_model(settings: ServeSettings, observer: Observer) -> Served:
         return Served(answers, remote.model, f"at {remote.url}", remote=True)
     resolved = resolve_models(settings)
     tokenizer = load_tokenizer(settings, resolved, observer)
-    model = load_model(settings, resolved, observer=observer)
+    model = load_to_answer(settings, resolved, observer)
     variants: dict[str, Any] = {"tuned": contextlib.nullcontext}
     models = {resolved.label: "tuned"}
     about = settings.quantization or str(model.dtype).removeprefix("torch.")

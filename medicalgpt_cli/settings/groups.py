@@ -82,6 +82,18 @@ class DeviceSettings(Settings):
         """In which way the base's weights are quantised as they are loaded: "8bit", "4bit" or not at all."""
         return None
 
+    @property
+    def wanted_processes(self) -> int:
+        """In how many processes a command works that can work in several."""
+        return 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemorySettings(Settings):
+    panel: ClassVar[str] = "Device"
+
+    force: bool = opt(False, "Go on where what is to be done is expected not to fit into memory.")
+
 
 @dataclass(frozen=True, kw_only=True)
 class QuantizationSettings(DeviceSettings):
@@ -286,7 +298,7 @@ class SpeedSettings(Settings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunSettings(OutputSettings):
+class RunSettings(MemorySettings, OutputSettings):
     panel: ClassVar[str] = "Run"
 
     output_dir: Path | None = opt(
@@ -294,7 +306,6 @@ class RunSettings(OutputSettings):
     )
     resume: Path | None = opt(None, "Go on with this interrupted run folder.", metavar="RUN")
     dry_run: bool = opt(False, "Show data, steps and settings; load no weights and write nothing.")
-    force: bool = opt(False, "Go on where the run is expected not to fit into memory.")
     report_to: tuple[str, ...] = opt(
         (), "Experiment trackers, for example tensorboard or wandb; none where not given."
     )
@@ -338,7 +349,7 @@ class SamplingSettings(Settings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class EndpointSettings(SamplingSettings, QuantizationSettings, ModelSettings):
+class EndpointSettings(SamplingSettings, QuantizationSettings, ModelSettings, MemorySettings):
     """A model of one's own, or one behind a server."""
 
     panel: ClassVar[str] = "Endpoint"
@@ -364,7 +375,7 @@ class EndpointSettings(SamplingSettings, QuantizationSettings, ModelSettings):
             raise UsageError(
                 f"--endpoint {self.endpoint}: not an address", "for example http://127.0.0.1:8000/v1"
             )
-        groups = (ModelSettings, DeviceSettings, QuantizationSettings)
+        groups = (ModelSettings, DeviceSettings, QuantizationSettings, MemorySettings)
         own = {name for group in groups for name in group.__annotations__} & options_of(self).keys()
         for name in sorted(own | {"repetition_penalty", "no_repeat_ngram", "max_context"}):
             if self.chosen(name):

@@ -120,7 +120,7 @@ class PlanInferSettings(PlanSettings, InferSettings):
     """Memory and time of `medgpt infer`, from its settings and questions, without weights."""
 
     FIXED: ClassVar[tuple[str, ...]] = (
-        "dry_run", "predictions_file", "resume", "overwrite", "interactive", "endpoint", "endpoint_model",
+        "dry_run", "predictions_file", "resume", "overwrite", "interactive", "force", "endpoint", "endpoint_model",
         "endpoint_key_file",
     )  # fmt: skip
     throughput: str | None = opt(
@@ -133,6 +133,7 @@ class PlanInferSettings(PlanSettings, InferSettings):
     resume: bool = False
     overwrite: bool = False
     interactive: bool = False
+    force: bool = False
     endpoint: str | None = None
     endpoint_model: str | None = None
     endpoint_key_file: Path | None = None

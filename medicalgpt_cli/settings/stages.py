@@ -16,6 +16,7 @@ from medicalgpt_cli.settings.groups import (
     DeviceSettings,
     EndpointSettings,
     ExampleSettings,
+    MemorySettings,
     ModelSettings,
     OptimSettings,
     OutputSettings,
@@ -316,7 +317,7 @@ def _is_number(text: str) -> bool:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ScoreSettings(OutputSettings, RewardModelSettings, QuantizationSettings):
+class ScoreSettings(OutputSettings, RewardModelSettings, QuantizationSettings, MemorySettings):
     """Score answers with a reward model."""
 
     panel: ClassVar[str] = "Scores"

@@ -29,7 +29,11 @@ def place(tmp_path_factory) -> Path:
         num_attention_heads=64, num_key_value_heads=8,
     )  # fmt: skip
     huge.save_pretrained(folder / "huge")
-    tiny_tokenizer().save_pretrained(folder / "huge")
+    huge.architectures = ["LlamaForSequenceClassification"]
+    huge.save_pretrained(folder / "huge-reward")
+    for name in ("huge", "huge-reward"):
+        tiny_tokenizer().save_pretrained(folder / name)
+    (folder / "ask.txt").write_text("What is fever?\n", encoding="utf-8")
     return folder
 
 
@@ -154,6 +158,26 @@ def test_a_run_that_cannot_fit_stops_before_it_loads(place: Path) -> None:
     assert not (place / "no").exists()
     forced = medgpt(*huge, "--force")
     assert forced.returncode == 2 and "huge" in forced.stderr  # it has no weights to load
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("infer", "--base-model", "huge", "--data-file", "ask.txt", "--predictions-file", "no.json"),
+        ("infer", "--base-model", "huge", "--interactive"),
+        ("chat", "--base-model", "huge"),
+        ("serve-demo", "--base-model", "huge", "--port", "17861"),
+        ("score", "--reward-model", "huge-reward", "--data-file", "pairs.jsonl", "--predictions-file", "no.json"),
+    ],
+)
+def test_a_model_that_cannot_fit_is_not_loaded_to_answer(place: Path, command: tuple[str, ...]) -> None:
+    done = medgpt(*command, "--use-cpu", cwd=place, input="What is fever?\n")
+    assert done.returncode == 3, done.stderr
+    assert "the weights of huge" in done.stderr and "GiB are there" in done.stderr
+    assert "--load-in-4bit" in done.stderr and "--force" in done.stderr and "Traceback" not in done.stderr
+    forced = medgpt(*command, "--use-cpu", "--force", cwd=place, input="What is fever?\n")
+    assert forced.returncode == 2 and "config.json and *.safetensors" in forced.stderr  # there are no weights
+    assert not list(place.glob("no.json*"))
 
 
 @pytest.mark.parametrize(

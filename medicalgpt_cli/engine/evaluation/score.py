@@ -17,6 +17,7 @@ from medicalgpt_cli.engine.model.quantization import check_quantization
 from medicalgpt_cli.engine.model.references import resolve_models
 from medicalgpt_cli.engine.model.reward_model import check_head, load_reward_model
 from medicalgpt_cli.engine.observer import Observer
+from medicalgpt_cli.engine.planning.weights import must_fit
 from medicalgpt_cli.engine.run.files import atomic_write
 from medicalgpt_cli.engine.training import attention
 from medicalgpt_cli.engine.training.reward_data import (
@@ -60,6 +61,7 @@ def score(settings: ScoreSettings, observer: Observer) -> dict[str, Any]:
         raise DataError(
             f"{settings.data_file}: no answer fits --max-length {settings.max_length}", "raise it"
         )
+    must_fit(settings, resolved, force=settings.force, kind="reward")
     device = choose_device(settings)
     model = load_reward_model(resolved, choose_dtype(settings, device), device, settings.quantization)
     apart = attention.is_exact(model)

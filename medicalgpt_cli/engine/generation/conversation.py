@@ -13,8 +13,8 @@ from medicalgpt_cli.engine.data.readers import Row
 from medicalgpt_cli.engine.generation.decoding import Answer
 from medicalgpt_cli.engine.generation.endpoint import EndpointBackend
 from medicalgpt_cli.engine.generation.infer import uses_template
-from medicalgpt_cli.engine.generation.local import LocalBackend
-from medicalgpt_cli.engine.model.loading import load_model, load_tokenizer
+from medicalgpt_cli.engine.generation.local import LocalBackend, load_to_answer
+from medicalgpt_cli.engine.model.loading import load_tokenizer
 from medicalgpt_cli.engine.model.references import resolve_models
 from medicalgpt_cli.engine.observer import Observer
 from medicalgpt_cli.engine.run.files import atomic_write
@@ -46,7 +46,7 @@ class Conversation:
         resolved = resolve_models(settings)
         plain = settings.with_prompt is True if single else True
         tokenizer = load_tokenizer(settings, resolved, observer, plain_template=plain)
-        model = load_model(settings, resolved, observer=observer)
+        model = load_to_answer(settings, resolved, observer)
         opened = cls(LocalBackend(model, tokenizer, settings), resolved.label, settings.system_prompt)
         if single and not uses_template(tokenizer, settings):
             opened.raw = True

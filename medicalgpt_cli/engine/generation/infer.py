@@ -17,10 +17,10 @@ from medicalgpt_cli.engine.generation.batching import batches_by_length
 from medicalgpt_cli.engine.generation.decoding import Answer
 from medicalgpt_cli.engine.generation.endpoint import EndpointBackend, RemotePrompt
 from medicalgpt_cli.engine.generation.helpers import Helpers, even_batch_size, help_out
-from medicalgpt_cli.engine.generation.local import LocalBackend
+from medicalgpt_cli.engine.generation.local import LocalBackend, load_to_answer
 from medicalgpt_cli.engine.generation.predictions import PredictionFile, StandardOutput
 from medicalgpt_cli.engine.generation.questions import Question, read_questions
-from medicalgpt_cli.engine.model.loading import load_model, load_tokenizer
+from medicalgpt_cli.engine.model.loading import load_tokenizer
 from medicalgpt_cli.engine.model.quantization import check_quantization
 from medicalgpt_cli.engine.model.references import ModelReference, resolve_models
 from medicalgpt_cli.engine.model.tokenizer import fingerprint
@@ -187,7 +187,7 @@ class LocalModel:
         }
 
     def load(self) -> LocalBackend:
-        model = load_model(self.settings, self.resolved, observer=self.observer)
+        model = load_to_answer(self.settings, self.resolved, self.observer)
         return LocalBackend(model, self.tokenizer, self.settings)
 
 

@@ -14,8 +14,22 @@ from transformers import PreTrainedTokenizerBase
 from medicalgpt_cli.engine.data.formats import Message
 from medicalgpt_cli.engine.data.rendering import encode_prompt, encode_raw, fit_history, stop_token_ids
 from medicalgpt_cli.engine.generation.decoding import Answer, Batch, Row, Sampler, answer_of, certain
+from medicalgpt_cli.engine.model.loading import load_model
+from medicalgpt_cli.engine.model.references import ResolvedModel
+from medicalgpt_cli.engine.observer import Observer
+from medicalgpt_cli.engine.planning.weights import must_fit
 from medicalgpt_cli.errors import UsageError
-from medicalgpt_cli.settings.groups import SamplingSettings
+from medicalgpt_cli.settings.groups import EndpointSettings, SamplingSettings
+
+
+def load_to_answer(settings: EndpointSettings, resolved: ResolvedModel, observer: Observer) -> Any:
+    """The model of a command that answers, if it fits into memory.
+
+    Raises:
+        EnvironmentFailure: it does not, and there is no --force. What `load_model` raises.
+    """
+    must_fit(settings, resolved, force=settings.force)
+    return load_model(settings, resolved, observer=observer)
 
 
 class LocalBackend:

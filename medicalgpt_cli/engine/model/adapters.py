@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import set_seed
 
 from medicalgpt_cli.engine.model.experts import expert_weights, layers_beside_experts
 from medicalgpt_cli.errors import UsageError
@@ -66,6 +65,7 @@ def add_adapter(model: Any, adapter: AdapterSettings, *, seed: int, new_rows: Se
         A PeftModel whose adapter weights are fp32, whatever the base's format.
     """
     from peft import get_peft_model
+    from transformers import set_seed  # brings PEFT and bitsandbytes, which take a second
 
     set_seed(seed)  # the same seed gives the same initial adapter, whatever was drawn before
     wrapped = get_peft_model(model, lora_config(model, adapter, new_rows))

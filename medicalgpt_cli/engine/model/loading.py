@@ -56,6 +56,13 @@ def choose_device(device: DeviceSettings) -> torch.device:
     return torch.device("cuda", processes.local_rank())
 
 
+def gpus_of_the_model(device: DeviceSettings) -> int:
+    """Over how many GPUs the layers of one model are spread: those of `--gpus`, unless each process takes one."""
+    if processes.size() > 1 or device.wanted_processes > 1:
+        return 1
+    return max(len(device.gpu_numbers), 1)
+
+
 def choose_dtype(device: DeviceSettings, torch_device: torch.device) -> torch.dtype:
     """The number format of weights in memory.
 
@@ -189,7 +196,7 @@ def load_model(
         if resolved.base.kind == "config":
             loaded = _to_device(_new_model(resolved, dtype), device)
         else:
-            spread = len(model.gpu_numbers) if processes.size() == 1 else 1  # else each process takes one GPU
+            spread = gpus_of_the_model(model)
             loaded = load_base(resolved.base, dtype, device, spread, quantization=model.quantization)
         if resolved.adapter is not None:
             recorded = resolved.adapter.base

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
-from transformers import AutoModelForSequenceClassification, set_seed
+from transformers import AutoModelForSequenceClassification
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from medicalgpt_cli.engine.model.adapters import target_layers
@@ -38,6 +38,8 @@ def new_reward_model(settings: RewardSettings, resolved: ResolvedModel, observer
     share one copy of its weights. With full tuning all weights learn, in fp32, an adapter merged into them first.
     A head that was trained before is kept.
     """
+    from transformers import set_seed  # brings PEFT and bitsandbytes, which take a second
+
     full, device = settings.tuning == "full", choose_device(settings)
     dtype = torch.float32 if full else choose_dtype(settings, device)
     model = _with_head(resolved.base, dtype, device, quantization=settings.quantization)

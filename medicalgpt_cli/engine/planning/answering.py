@@ -13,7 +13,7 @@ from medicalgpt_cli.engine.generation.local import context_length
 from medicalgpt_cli.engine.generation.questions import read_questions
 from medicalgpt_cli.engine.model.loading import choose_device
 from medicalgpt_cli.engine.observer import Observer
-from medicalgpt_cli.engine.planning import plan, work
+from medicalgpt_cli.engine.planning import device, plan, work
 from medicalgpt_cli.engine.planning.needs import SLACK_ON_GPU, Planned, cache_of
 from medicalgpt_cli.engine.planning.rehearsal import Manner, Rows, rehearse
 from medicalgpt_cli.engine.planning.skeleton import build, depth, outline
@@ -73,10 +73,10 @@ def plan_of_answers(settings: PlanInferSettings, observer: Observer) -> dict[str
     """
     model = LocalModel(settings, observer)
     prompts = [model.prompt(question) for question in read_questions(settings.data_file)]
-    device = choose_device(settings)
-    on_gpu = plan.for_gpu(settings, device)
+    here = choose_device(settings)
+    on_gpu = device.for_gpu(settings, here)
     shapes = outline(
-        model.resolved, plan.dtype_for(settings, device, on_gpu), quantization=settings.quantization
+        model.resolved, device.dtype_for(settings, here, on_gpu), quantization=settings.quantization
     )
     with plan.explained(model.resolved):
         context = context_length(build(shapes), settings)
@@ -86,13 +86,13 @@ def plan_of_answers(settings: PlanInferSettings, observer: Observer) -> dict[str
                 f"{settings.data_file}: no question fits into the context of {context:,} tokens and the template",
                 "ask shorter ones, or leave out --max-context",
             )
-        program, file = plan.program_bytes(on_gpu), plan.file_bytes(model.resolved)
+        program, file = device.program_bytes(on_gpu), device.file_bytes(model.resolved)
         answers = Answers(shapes, lengths, settings.max_new_tokens, context, on_gpu, program, file)
         size = even_batch_size(len(lengths), settings.batch_size, settings.wanted_processes)
         batches = [[lengths[place] for place in places] for places in batches_by_length(lengths, size)]
         largest = max(batches, key=lambda rows: len(rows) * (max(rows) + answers.new_tokens(max(rows))))
         memory = answers.needs(largest)
-        have = settings.device_bytes or plan.device_memory(settings, on_gpu)
+        have = settings.device_bytes or device.device_memory(settings, on_gpu)
         return {
             "stage": "infer",
             "model": model.resolved.label,
@@ -130,13 +130,13 @@ def _amount(settings: PlanInferSettings, answers: Answers, batches: list[list[in
     found = {"answer_tokens": tokens, "flops": flops}
     if (speed := settings.tokens_a_second) is not None:
         return {**found, "time": {"seconds": tokens / speed, "source": "given"}}
-    device = choose_device(settings)
-    if answers.on_gpu != (device.type == "cuda"):
+    here = choose_device(settings)
+    if answers.on_gpu != (here.type == "cuda"):
         return {**found, "time": {"seconds": None, "source": "no such device here to measure on"}}
     width, rows = (
         answers.outline.config.get_text_config().hidden_size,
         max(map(len, batches)) * max(answers.lengths),
     )
-    speed = work.speed_here(width, rows, answers.outline.dtype, device)
+    speed = work.speed_here(width, rows, answers.outline.dtype, here)
     seconds = flops / speed / settings.wanted_processes
     return {**found, "time": {"seconds": seconds, "source": "measured products", "flops_a_second": speed}}

@@ -17,18 +17,13 @@ from medicalgpt_cli.engine.planning.rehearsal import Manner, Rehearsed, Rows, re
 from medicalgpt_cli.engine.planning.skeleton import Outline, Parameters, build, count, depth
 from medicalgpt_cli.engine.planning.work import Shape, shape_of
 
-CUDA_CONTEXT = (
-    600 * 2**20
-)  # what a process takes on a GPU before any tensor; read of others, not measured here
 # Of what comes and goes with each batch: the holes in glibc's heap and the products' scratch space on a processor, the
 # rounding of torch's caching allocator on a GPU. The fitted numbers of the plan (docs/planning.md).
 SLACK_ON_CPU, SLACK_ON_GPU = 0.10, 0.06
-SLACK_OF_RL = (
-    0.50  # on a processor: drawing, looking back and learning leave holes that do not fit one another
-)
-HEAP_KEPT = (
-    200 * 2**20
-)  # freed memory that glibc keeps for the next tensors; up to 1 GiB (`run/allocation.py`)
+# Of rl on a processor: drawing, looking back and learning leave holes that do not fit one another.
+SLACK_OF_RL = 0.50
+# Freed memory that glibc keeps for the next tensors; up to 1 GiB (`run/allocation.py`).
+HEAP_KEPT = 200 * 2**20
 
 
 @dataclass(frozen=True)

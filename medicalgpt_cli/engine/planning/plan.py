@@ -9,27 +9,22 @@ from typing import Any
 
 import torch
 
-from medicalgpt_cli.engine.model.loading import DTYPES, choose_device, choose_dtype
+from medicalgpt_cli.engine.model.loading import choose_device
 from medicalgpt_cli.engine.model.references import ResolvedModel
 from medicalgpt_cli.engine.planning import work
 from medicalgpt_cli.engine.planning.batches import Amount, largest_possible, over_the_run
-from medicalgpt_cli.engine.planning.needs import CUDA_CONTEXT, Case, Roles, largest_batch, needs
+from medicalgpt_cli.engine.planning.device import device_memory, dtype_for, file_bytes, for_gpu, program_bytes
+from medicalgpt_cli.engine.planning.needs import Case, Roles, largest_batch, needs
 from medicalgpt_cli.engine.planning.rehearsal import Rows
 from medicalgpt_cli.engine.planning.skeleton import outline
+from medicalgpt_cli.engine.planning.weights import UNKNOWN
 from medicalgpt_cli.engine.run import environment, processes
 from medicalgpt_cli.engine.training.sharding import kind_of
 from medicalgpt_cli.errors import UsageError
 from medicalgpt_cli.settings.planning import PlanSettings
-from medicalgpt_cli.settings.stages import InferSettings, RlSettings, TrainSettings
+from medicalgpt_cli.settings.stages import RlSettings, TrainSettings
 
 WAYS = ("ddp", "zero2", "zero3", "fsdp")
-# What a model raises that does something which depends on numbers, or has a configuration of its own kind.
-UNKNOWN = (NotImplementedError, ValueError, AttributeError, LookupError, TypeError)
-
-
-def for_gpu(settings: TrainSettings | InferSettings, here: torch.device) -> bool:
-    on = getattr(settings, "plan_for", "here")
-    return here.type == "cuda" if on == "here" else on == "gpu"
 
 
 def case_of(stage: Any) -> tuple[Case, Amount]:
@@ -80,14 +75,6 @@ def case_of(stage: Any) -> tuple[Case, Amount]:
     return case, amount
 
 
-def dtype_for(settings: TrainSettings | InferSettings, device: torch.device, on_gpu: bool) -> torch.dtype:
-    if on_gpu and device.type != "cuda":  # a GPU that is not here: one of today's
-        return torch.bfloat16 if settings.dtype == "auto" else DTYPES[settings.dtype]
-    if not on_gpu and device.type == "cuda":
-        return torch.float32 if settings.dtype == "auto" else DTYPES[settings.dtype]
-    return choose_dtype(settings, device)
-
-
 def _padded(stage: Any, plan: Any, on_gpu: bool) -> bool:
     """Whether batches will be padded; the stage itself asks the loaded model (`Stage.keeps_apart`)."""
     settings = stage.settings
@@ -117,20 +104,6 @@ def _roles(stage: Any, settings: RlSettings, dtype: torch.dtype, padded: bool, c
         new_tokens=settings.max_new_tokens,
         looked_at=largest_possible(stage.batch_items(), settings.minibatch_size, padded),
     )
-
-
-def program_bytes(on_gpu: bool) -> int:
-    """What a process holds of a device before it loads anything."""
-    return CUDA_CONTEXT if on_gpu else environment.memory_used()
-
-
-def file_bytes(resolved: ResolvedModel) -> int:
-    folder = resolved.base.folder
-    if folder is None or resolved.base.kind == "config":
-        return 0
-    if resolved.base.kind == "gguf":
-        return Path(resolved.base.path).stat().st_size
-    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
 
 
 # -- how much is computed ------------------------------------------------------------------------------------
@@ -257,15 +230,6 @@ def disk(case: Case, settings: TrainSettings) -> dict[str, int]:
         "total": one * (settings.keep_checkpoints + 1) + result,
         "free": environment.disk_free(Path(settings.output_dir or "runs")),
     }
-
-
-def device_memory(settings: TrainSettings | InferSettings, on_gpu: bool) -> int | None:
-    """Bytes that a process can have here; None for a GPU that is not here."""
-    device = choose_device(settings)
-    if not on_gpu:
-        have = environment.memory()["available"] + environment.memory_used()
-        return have // max(settings.wanted_processes, processes.local_size())
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
 
 
 def _time(settings: PlanSettings, case: Case, flops: float, tokens: int) -> dict[str, Any]:

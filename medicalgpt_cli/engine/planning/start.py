@@ -5,9 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from medicalgpt_cli.engine.observer import Observer
+from medicalgpt_cli.engine.planning.device import device_memory
 from medicalgpt_cli.engine.planning.memory import quantised_bytes
 from medicalgpt_cli.engine.planning.needs import Case, largest_batch, needs
-from medicalgpt_cli.engine.planning.plan import UNKNOWN, case_of, device_memory, operations
+from medicalgpt_cli.engine.planning.plan import case_of, operations
+from medicalgpt_cli.engine.planning.weights import UNKNOWN
 from medicalgpt_cli.errors import EnvironmentFailure
 
 

@@ -11,6 +11,7 @@ import os
 import platform
 import shutil
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -81,17 +82,44 @@ def cpu() -> dict[str, Any]:
 
 
 def memory() -> dict[str, int]:
-    """Bytes in all and bytes free, where a container's limit counts as all."""
+    """Bytes in all and bytes free: of the machine, or of the container or the job that bounds this process."""
     import psutil
 
     state = psutil.virtual_memory()
     total, available = state.total, state.available
-    with contextlib.suppress(OSError, ValueError):
-        group = Path("/sys/fs/cgroup")
-        limit = int((group / "memory.max").read_text())
-        used = int((group / "memory.current").read_text())
-        total, available = min(total, limit), min(available, max(limit - used, 0))
+    for limit, held in control_groups():
+        total, available = min(total, limit), min(available, max(limit - held, 0))
     return {"total": total, "available": available}
+
+
+def control_groups(
+    own: Path = Path("/proc/self/cgroup"), mounted: Path = Path("/sys/fs/cgroup")
+) -> Iterator[tuple[int, int]]:
+    """What each control group that this process is in allows and holds, in bytes.
+
+    Cached files are not held: the kernel drops them where memory is short. Both versions of control groups; a
+    container sees its own group as the root, a job of Slurm or systemd lies further down (the kernel's
+    documentation, admin-guide/cgroup-v2 and cgroup-v1/memory).
+    """
+    with contextlib.suppress(OSError):
+        for line in own.read_text(encoding="utf-8").splitlines():
+            _, controllers, path = line.split(":", 2)
+            if not controllers:
+                root, most, now, prefix = mounted, "memory.max", "memory.current", ""
+            elif "memory" in controllers.split(","):
+                root, most, now = mounted / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"
+                prefix = "total_"
+            else:
+                continue
+            group = root / path.lstrip("/")
+            for place in (group, *group.parents):
+                with contextlib.suppress(OSError, ValueError):  # not seen from here, or without a limit
+                    limit, used = int((place / most).read_text()), int((place / now).read_text())
+                    state = dict(line.split() for line in (place / "memory.stat").read_text().splitlines())
+                    cached = sum(int(state.get(f"{prefix}{kind}_file", 0)) for kind in ("active", "inactive"))
+                    yield limit, used - cached
+                if place == root:
+                    break
 
 
 def memory_used(device: str = "cpu") -> int:

@@ -9,8 +9,9 @@ import torch
 from transformers import LlamaConfig
 
 from medicalgpt_cli.engine.planning.batches import Item
+from medicalgpt_cli.engine.planning.device import CUDA_CONTEXT
 from medicalgpt_cli.engine.planning.memory import States, cache_bytes, exchange_bytes, sharded, step_bytes
-from medicalgpt_cli.engine.planning.needs import CUDA_CONTEXT, Case, Roles, largest_batch, needs
+from medicalgpt_cli.engine.planning.needs import Case, Roles, largest_batch, needs
 from medicalgpt_cli.engine.planning.rehearsal import Rows
 from medicalgpt_cli.engine.planning.skeleton import Outline
 from medicalgpt_cli.settings.groups import AdapterSettings

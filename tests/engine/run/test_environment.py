@@ -38,6 +38,37 @@ def test_memory_in_use_grows_with_what_is_held() -> None:
     del held
 
 
+@pytest.mark.parametrize(
+    ("line", "group", "names", "prefix"),
+    [
+        ("0::/job/step", "job", ("memory.max", "memory.current"), ""),  # Slurm or systemd, version 2
+        ("0::/", "", ("memory.max", "memory.current"), ""),  # a container, version 2
+        (
+            "4:cpu,memory:/docker/f00",  # a container sees its own group as the root, under its host's path
+            "memory",
+            ("memory.limit_in_bytes", "memory.usage_in_bytes"),
+            "total_",
+        ),
+    ],
+)
+def test_memory_is_what_a_container_or_a_job_may_take(
+    tmp_path: Path, line: str, group: str, names: tuple[str, str], prefix: str
+) -> None:
+    (tmp_path / "own").write_text(f"3:cpuset:/\n{line}\n1:name=systemd:/\n")
+    folder = tmp_path / "mounted" / group
+    folder.mkdir(parents=True)
+    (tmp_path / "mounted" / "job" / "step").mkdir(parents=True, exist_ok=True)
+    (tmp_path / "mounted" / "job" / "step" / "memory.max").write_text("max\n")  # no limit of its own
+    (folder / names[0]).write_text("8000\n")
+    (folder / names[1]).write_text("5000\n")
+    (folder / "memory.stat").write_text(f"anon 1000\n{prefix}active_file 1500\n{prefix}inactive_file 2500\n")
+    assert list(environment.control_groups(tmp_path / "own", tmp_path / "mounted")) == [(8000, 1000)]
+
+
+def test_memory_without_control_groups_is_the_machines(tmp_path: Path) -> None:
+    assert list(environment.control_groups(tmp_path / "none", tmp_path)) == []
+
+
 def test_engine_run_needs_no_torch_to_be_imported() -> None:
     code = (
         "import sys\n"
