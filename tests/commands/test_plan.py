@@ -167,7 +167,15 @@ def test_a_run_that_cannot_fit_stops_before_it_loads(place: Path) -> None:
         ("infer", "--base-model", "huge", "--interactive"),
         ("chat", "--base-model", "huge"),
         ("serve-demo", "--base-model", "huge", "--port", "17861"),
-        ("score", "--reward-model", "huge-reward", "--data-file", "pairs.jsonl", "--predictions-file", "no.json"),
+        (
+            "score",
+            "--reward-model",
+            "huge-reward",
+            "--data-file",
+            "pairs.jsonl",
+            "--predictions-file",
+            "no.json",
+        ),
     ],
 )
 def test_a_model_that_cannot_fit_is_not_loaded_to_answer(place: Path, command: tuple[str, ...]) -> None:
