@@ -72,11 +72,11 @@ def outline(
     quantization: str | None = None,
 ) -> Outline:
     """The outline of a command's model. Full weights are held in fp32 (`training/tuning.py`)."""
-    from peft import PeftConfig
-
     full = tuning is not None and tuning.tuning == "full"
     adapter = None
     if resolved.adapter is not None and not full:  # a full run merges it into the weights
+        from peft import PeftConfig
+
         adapter = PeftConfig.from_pretrained(resolved.adapter.path)
     rows = new_token_ids(resolved.base.folder) if resolved.base.folder else []
     config = read_config(resolved)
