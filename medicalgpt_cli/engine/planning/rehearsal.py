@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_iter
 
 from medicalgpt_cli.engine.planning.skeleton import Outline, build, depth
 from medicalgpt_cli.engine.training import attention
-from medicalgpt_cli.engine.training.losses import loss_in_pieces
+from medicalgpt_cli.engine.training.losses import in_pieces, loss_in_pieces
 from medicalgpt_cli.engine.training.ppo import mathematics
 
 logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)  # what fails is said by us
@@ -187,34 +187,32 @@ def _score(model: Any, batch: dict[str, Any], rows: Rows) -> torch.Tensor:
     return _at(hidden, len(rows.lengths)).float().sum()
 
 
-def _logits(model: Any, batch: dict[str, Any], rows: Rows) -> torch.Tensor:
-    positions = torch.zeros(rows.targets, dtype=torch.long)
-    inner = _inner(model)
+def _log_probabilities(
+    model: Any, batch: dict[str, Any], rows: Rows, *, entropy: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """`losses.log_probabilities`, which asks the model with numbers what its logits are."""
+    inner, tokens = _inner(model), torch.zeros(rows.targets, dtype=torch.long)
+    if not _changes_logits(inner.config):
+        hidden = _at(_hidden(model, batch), rows.targets)
+        return in_pieces(inner.get_output_embeddings(), hidden, tokens, entropy=entropy)
     if rows.padded:
-        return inner(**batch, use_cache=False).logits.flatten(0, 1)[positions]
-    return inner(**batch, use_cache=False, logits_to_keep=positions).logits[0]
-
-
-def _log_probabilities(logits: torch.Tensor) -> torch.Tensor:
-    tokens = torch.zeros(logits.shape[0], dtype=torch.long)
-    return mathematics.log_probabilities(logits[None], tokens[None], 1.0)[0]
+        logits = inner(**batch, use_cache=False).logits.flatten(0, 1)[tokens]
+    else:
+        logits = inner(**batch, use_cache=False, logits_to_keep=tokens).logits[0]
+    found = mathematics.log_probabilities(logits[None], tokens[None])[0]
+    return found, mathematics.entropy(logits[None])[0] if entropy else None
 
 
 def _policy(model: Any, batch: dict[str, Any], rows: Rows) -> torch.Tensor:
-    logits = _logits(model, batch, rows)
-    loss = _log_probabilities(logits).sum()
-    loss.logits = logits  # `PPOTrainer.minibatch_losses` holds them until the gradient is taken
-    return loss
+    return _log_probabilities(model, batch, rows, entropy=False)[0].sum()
 
 
 def _value(model: Any, batch: dict[str, Any], rows: Rows) -> torch.Tensor:
     return _at(_hidden(model, batch), rows.targets).float().sum()
 
 
-def _look_back(model: Any, batch: dict[str, Any], rows: Rows) -> torch.Tensor:
-    logits = _logits(model, batch, rows)
-    found = _log_probabilities(logits)
-    return found + mathematics.entropy(logits[None], 1.0)[0]
+def _look_back(model: Any, batch: dict[str, Any], rows: Rows) -> Any:
+    return _log_probabilities(model, batch, rows, entropy=True)
 
 
 def _answer(model: Any, batch: dict[str, Any], rows: Rows) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""The loss of next-token prediction, at target positions only and a piece at a time."""
+"""The loss of next-token prediction and log-probabilities, at target positions only and a piece at a time."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from medicalgpt_cli.engine.model.spread import is_spread
 from medicalgpt_cli.engine.training import attention
 from medicalgpt_cli.engine.training.batches import IGNORED
+from medicalgpt_cli.engine.training.ppo import mathematics
 
 # Logits that exist at one time: 128 MiB in fp32. All logits of a batch at once are most of a small model's memory
 # (4 examples of 512 tokens over 49,152 words: 400 MB, four times over with their gradients).
@@ -93,56 +94,106 @@ def _head_comes_last(model: torch.nn.Module) -> bool:
     return inner._medgpt_head_comes_last and "forward" not in vars(inner.get_output_embeddings())
 
 
+def log_probabilities(
+    model: torch.nn.Module,
+    batch: Mapping[str, torch.Tensor],
+    positions: torch.Tensor,
+    tokens: torch.Tensor,
+    temperature: float = 1.0,
+    *,
+    entropy: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """log p of `tokens` at `positions`, and the entropy there if asked for: (kept,) in nats, with gradient.
+
+    Args:
+        batch: input_ids, (rows, length), and what else the model's forward takes.
+        positions: (kept,), counted through all rows; each predicts the token at the same place of `tokens`.
+    """
+    one_row = batch["input_ids"].shape[0] == 1 and _takes_positions(model)
+    inputs = {**batch, "logits_to_keep": positions} if one_row else batch
+
+    def at_positions() -> torch.Tensor:
+        found = model(**inputs, use_cache=False).logits
+        return found[0] if one_row else found.flatten(0, 1)[positions]
+
+    if not _head_comes_last(model):
+        return _of_logits(at_positions(), tokens, temperature, entropy)
+    head = _inner(model).get_output_embeddings()
+    with _without(head):
+        hidden = at_positions()
+    return in_pieces(head, hidden, tokens, temperature, entropy=entropy)
+
+
 def loss_in_pieces(head: torch.nn.Module, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """Sum of -log p(target) for hidden states (kept, width), never holding the logits of all of them."""
-    rows = max(_LOGITS // _vocabulary(head), 1)
-    if type(head) is torch.nn.Linear and head.bias is None and not head.weight.requires_grad:
-        return _FrozenHead.apply(hidden, head.weight, targets, rows)
-    total = hidden.new_zeros((), dtype=torch.float32)
-    for states, wanted in zip(hidden.split(rows), targets.split(rows), strict=True):
-        if torch.is_grad_enabled():
-            total = total + checkpoint(_piece, head, states, wanted, use_reentrant=False)
-        else:
-            total = total + _piece(head, states, wanted)
-    return total
+    return -in_pieces(head, hidden, targets)[0].sum()
 
 
-def _vocabulary(head: torch.nn.Module) -> int:
-    return head.weight.shape[0]
+def in_pieces(
+    head: torch.nn.Module,
+    hidden: torch.Tensor,
+    tokens: torch.Tensor,
+    temperature: float = 1.0,
+    *,
+    entropy: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """`log_probabilities` of hidden states (kept, width), never holding the logits of all of them."""
+    rows, learns = max(_LOGITS // head.weight.shape[0], 1), torch.is_grad_enabled()
+    is_frozen = type(head) is torch.nn.Linear and head.bias is None and not head.weight.requires_grad
+    if learns and is_frozen and not entropy:
+        return _FrozenHead.apply(hidden, head.weight, tokens, temperature, rows), None
+
+    def piece(states: torch.Tensor, wanted: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        return _of_logits(head(states), wanted, temperature, entropy)
+
+    found, uncertain = [], []
+    for states, wanted in zip(hidden.split(rows), tokens.split(rows), strict=True):
+        one, other = (
+            checkpoint(piece, states, wanted, use_reentrant=False) if learns else piece(states, wanted)
+        )
+        found.append(one)
+        uncertain.append(other)
+    return torch.cat(found), torch.cat(uncertain) if entropy else None
 
 
-def _piece(head: torch.nn.Module, states: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
-    return F.cross_entropy(head(states).float(), wanted, reduction="sum")
+def _of_logits(
+    logits: torch.Tensor, tokens: torch.Tensor, temperature: float, entropy: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    found = mathematics.log_probabilities(logits[None], tokens[None], temperature)[0]
+    return found, mathematics.entropy(logits[None], temperature)[0] if entropy else None
 
 
 class _FrozenHead(torch.autograd.Function):
-    """The same where the head does not learn: the gradient of a piece is computed while its logits exist.
+    """The same where the head does not learn: what the gradient needs is computed while a piece's logits exist.
 
-    d(-log p(target)) / d logits = softmax(logits) - one_hot(target).
+    d log p(token) / d logits = (one_hot(token) - softmax(logits / temperature)) / temperature.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, rows: int
+        ctx: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        tokens: torch.Tensor,
+        temperature: float,
+        rows: int,
     ) -> torch.Tensor:
-        wants_gradient = ctx.needs_input_grad[0]
-        gradient = torch.empty_like(hidden) if wants_gradient else None
-        total = hidden.new_zeros((), dtype=torch.float32)
+        found = []
+        gradient = torch.empty_like(hidden)  # of each token's own log p
         for start in range(0, len(hidden), rows):
             piece = slice(start, start + rows)
-            logits = F.linear(hidden[piece], weight).float()
+            logits = F.linear(hidden[piece], weight)
+            logits = logits.to(torch.promote_types(logits.dtype, torch.float32)).div_(temperature)
             normaliser = logits.logsumexp(dim=-1, keepdim=True)
-            wanted = targets[piece].unsqueeze(1)
-            total += (normaliser - logits.gather(1, wanted)).sum()
-            if gradient is not None:
-                error = logits.sub_(normaliser).exp_()
-                error.scatter_add_(1, wanted, error.new_full(wanted.shape, -1.0))
-                gradient[piece] = error.to(weight.dtype) @ weight
-        if gradient is not None:
-            ctx.save_for_backward(gradient)
-        return total
+            wanted = tokens[piece].unsqueeze(1)
+            found.append((logits.gather(1, wanted) - normaliser).squeeze(1))
+            error = logits.sub_(normaliser).exp_().neg_()
+            error.scatter_add_(1, wanted, error.new_ones(wanted.shape))
+            gradient[piece] = error.div_(temperature).to(weight.dtype) @ weight
+        ctx.save_for_backward(gradient)
+        return torch.cat(found) if found else hidden.new_empty(0)
 
     @staticmethod
-    def backward(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+    def backward(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor, None, None, None, None]:
         (gradient,) = ctx.saved_tensors
-        return gradient * upstream, None, None, None
+        return (upstream.unsqueeze(1) * gradient).to(gradient.dtype), None, None, None, None

@@ -70,6 +70,41 @@ def test_equals_the_plain_loss(tmp_path, monkeypatch, kind: str, rows: int) -> N
         assert float(target_loss(model, batch)) == pytest.approx(float(one.detach()), rel=1e-6)
 
 
+@pytest.mark.parametrize("rows", [4, 1000])
+@pytest.mark.parametrize("entropy", [False, True])
+@pytest.mark.parametrize("kind", ["frozen head", "full"])
+def test_log_probabilities_and_entropy_equal_those_of_all_logits(
+    tmp_path, monkeypatch, kind: str, entropy: bool, rows: int
+) -> None:
+    model = llama(tmp_path, kind)
+    inner = model.get_base_model() if kind == "frozen head" else model
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    monkeypatch.setattr(losses, "_LOGITS", rows * vocabulary)
+    torch.manual_seed(5)
+    ids, tokens = torch.randint(0, vocabulary, (3, 11)), torch.randint(0, vocabulary, (9,))
+    positions, weights = torch.randperm(33)[:9], torch.randn(2, 9)
+
+    def weighed(logp: torch.Tensor, uncertain: torch.Tensor | None) -> torch.Tensor:
+        loss = (weights[0] * logp).sum()
+        return loss if uncertain is None else loss + (weights[1] * uncertain).sum()
+
+    spread = torch.log_softmax(model(input_ids=ids).logits.flatten(0, 1)[positions] / 0.7, -1)
+    plain = spread.gather(1, tokens[:, None])[:, 0], -(spread.exp() * spread).sum(-1) if entropy else None
+    expected = gradients(model, weighed(*plain))
+    asked = inner, {"input_ids": ids}, positions, tokens, 0.7
+    found = losses.log_probabilities(*asked, entropy=entropy)
+    assert losses._head_comes_last(inner)
+    with torch.no_grad():
+        unlearnt = losses.log_probabilities(*asked, entropy=entropy)
+    for ours in (found, unlearnt):
+        for one, other in zip(ours, plain, strict=True):
+            assert one is other is None or torch.allclose(one, other, atol=1e-5)
+    ours = gradients(model, weighed(*found))
+    assert ours.keys() == expected.keys()
+    for name in expected:
+        assert torch.allclose(ours[name], expected[name], rtol=1e-4, atol=1e-5), name
+
+
 def test_the_loss_comes_in_pieces_where_examples_lie_end_to_end(tmp_path, monkeypatch) -> None:
     model = llama(tmp_path, "frozen head")
     vocabulary = model.get_input_embeddings().weight.shape[0]
@@ -99,6 +134,10 @@ def test_a_model_that_caps_its_logits_takes_the_plain_way() -> None:
     assert float(target_loss(model, batch).detach()) == pytest.approx(
         float(plain_loss(model, batch).detach())
     )
+    ids = batch["input_ids"]
+    logits = torch.log_softmax(model(input_ids=ids).logits.flatten(0, 1), -1)
+    found, _ = losses.log_probabilities(model, {"input_ids": ids}, torch.arange(33), ids.flatten())
+    assert torch.allclose(found, logits.gather(1, ids.flatten()[:, None])[:, 0], atol=1e-5)
 
 
 def test_the_head_is_itself_again_also_after_an_error(tmp_path) -> None:

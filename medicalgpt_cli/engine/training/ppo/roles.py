@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 
 from medicalgpt_cli.engine.model.references import ModelReference, ResolvedModel
 from medicalgpt_cli.engine.model.reward_model import HEAD
+from medicalgpt_cli.engine.training.losses import log_probabilities
 from medicalgpt_cli.errors import UsageError
 
 POLICY = "default"  # PEFT's name for an adapter that stands alone
@@ -117,14 +118,13 @@ class Roles(torch.nn.Module):
         with self.acting_as(role):
             return self._body(**inputs, use_cache=False).last_hidden_state.flatten(0, 1)
 
-    def logits(self, role: str, batch: dict[str, torch.Tensor], positions: torch.Tensor) -> torch.Tensor:
-        """Next-token logits (positions, vocabulary) at positions counted through all rows."""
+    def log_probabilities(
+        self, role: str, batch: dict[str, torch.Tensor], *where: Any, entropy: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """`losses.log_probabilities` under a role: `where` are positions, tokens and temperature."""
         inputs = {name: value for name, value in batch.items() if name != "ends"}
         with self.acting_as(role) as model:
-            base = model.get_base_model()
-            if inputs["input_ids"].shape[0] == 1:
-                return base(**inputs, use_cache=False, logits_to_keep=positions).logits[0]
-            return base(**inputs, use_cache=False).logits.flatten(0, 1)[positions]
+            return log_probabilities(model.get_base_model(), inputs, *where, entropy=entropy)
 
     def values(self, batch: dict[str, torch.Tensor], positions: torch.Tensor) -> torch.Tensor:
         """The value function at positions counted through all rows: (positions,)."""

@@ -109,13 +109,11 @@ def look_back(
         prompts = [one.ids for one in asked[start : start + batch_size]]
         piece = said[start : start + batch_size]
         batch, positions, tokens = prepared(prompts, piece, lay, device)
-        logits = roles.logits("policy", batch, positions)
-        parts["logp"].append(flat_log_probabilities(logits, tokens, temperature))
-        parts["entropy"].append(mathematics.entropy(logits[None], temperature)[0])
-        del logits
-        parts["ref_logp"].append(
-            flat_log_probabilities(roles.logits("reference", batch, positions), tokens, temperature)
-        )
+        where = positions, tokens, temperature
+        logp, entropy = roles.log_probabilities("policy", batch, *where, entropy=True)
+        parts["logp"].append(logp)
+        parts["entropy"].append(entropy)
+        parts["ref_logp"].append(roles.log_probabilities("reference", batch, *where)[0])
         if roles.value_head is not None:
             parts["values"].append(roles.values(batch, positions))
     mask = mask_of(said, device)
@@ -142,8 +140,3 @@ def prepared(
     positions = torch.tensor(targets(prompts, answers, width), device=device)
     tokens = torch.tensor([token for answer in answers for token in answer], device=device)
     return batch, positions, tokens
-
-
-def flat_log_probabilities(logits: Tensor, tokens: Tensor, temperature: float) -> Tensor:
-    """log p(token), (tokens,), of logits (tokens, vocabulary)."""
-    return mathematics.log_probabilities(logits[None], tokens[None], temperature)[0]

@@ -30,7 +30,6 @@ from medicalgpt_cli.engine.training.ppo.rollout import (
     Asked,
     Rollout,
     draw,
-    flat_log_probabilities,
     look_back,
     prepared,
     spread,
@@ -209,11 +208,14 @@ class PPOTrainer(MedgptTrainer):
         batch, positions, tokens = prepared(prompts, answers, self.lay, rollout.mask.device)
         pick = torch.tensor(list(chosen), device=rollout.mask.device)
         mask = rollout.mask[pick]
-        logits = roles.logits("policy", batch, positions)
-        yield self._policy_part(logits, tokens, mask, rollout, pick, advantages[pick])
+        where = positions, tokens, self.rl.temperature
+        logp, entropy = roles.log_probabilities(
+            "policy", batch, *where, entropy=self.rl.entropy_coefficient > 0
+        )
+        yield self._policy_part(logp, entropy, mask, rollout, pick, advantages[pick])
         if returns is None:
             return
-        del logits
+        del logp, entropy
         values = spread(roles.values(batch, positions), mask)
         loss, measured = mathematics.value_loss(
             values, rollout.values[pick], returns[pick], mask, self.rl.clip_range_value
@@ -226,15 +228,15 @@ class PPOTrainer(MedgptTrainer):
 
     def _policy_part(
         self,
-        logits: torch.Tensor,
-        tokens: torch.Tensor,
+        logp: torch.Tensor,
+        entropy: torch.Tensor | None,
         mask: torch.Tensor,
         rollout: Rollout,
         pick: torch.Tensor,
         advantages: torch.Tensor,
     ) -> tuple[torch.Tensor, dict[str, float]]:
-        """The policy's loss and what it measures, of logits (tokens, vocabulary) that predict `tokens`."""
-        logp = spread(flat_log_probabilities(logits, tokens, self.rl.temperature), mask)
+        """The policy's loss and what it measures, of the answers' tokens: log p and entropy, (tokens,)."""
+        logp = spread(logp, mask)
         loss, measured = mathematics.policy_loss(
             logp, rollout.logp[pick], advantages, mask, self.rl.clip_range
         )
@@ -246,9 +248,8 @@ class PPOTrainer(MedgptTrainer):
         if self.rl.algorithm == "grpo":
             kl = mathematics.kl_k3(logp, rollout.ref_logp[pick], mask)
             loss = loss + self.price.coefficient * mathematics.masked_mean(kl, mask)
-        if self.rl.entropy_coefficient:
-            uncertainty = spread(mathematics.entropy(logits[None], self.rl.temperature)[0], mask)
-            loss = loss - self.rl.entropy_coefficient * mathematics.masked_mean(uncertainty, mask)
+        if entropy is not None:
+            loss = loss - self.rl.entropy_coefficient * mathematics.masked_mean(spread(entropy, mask), mask)
         return loss, figures
 
     # -- what is watched ---------------------------------------------------------------------------------------
