@@ -1,10 +1,11 @@
 """What `medgpt plan` says a stage needs beside what the stage needed: peak memory, a process a row.
 
-    python tests/benchmarks/plan_memory.py MODEL --data DIR [--only WORD]
+    python tests/benchmarks/plan_memory.py MODEL --data DIR [--only WORD …]
 
 Each row runs `medgpt plan STAGE … --json` and then the stage itself with the same flags, for three updates of batches
 that are full. The peak is that of resident memory (`ru_maxrss`). The second model has random weights: 12 layers of
-another width and another architecture (Qwen2).
+another width and another architecture (Qwen2). `--only` takes rows with any of the words; some rows go on from others:
+`--only new reward rl`.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ def main() -> None:
     )
     parser.add_argument("model")
     parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--only", default="")
+    parser.add_argument("--only", nargs="+", default=[""])
     given = parser.parse_args()
     print(f"{'':36} predicted  measured  ratio  MiB", flush=True)
     with tempfile.TemporaryDirectory() as name:
@@ -42,7 +43,7 @@ def main() -> None:
         texts(given.data.resolve(), place)
         for label, stage, flags in rows(given.model, given.data.resolve(), place):
             out = place / label.replace(" ", "-").replace(",", "")
-            if given.only not in label:
+            if not any(word in label for word in given.only):
                 continue
             asked = [*MEDGPT, "plan", stage, *flags, "--throughput", 1, "--json"]
             done = subprocess.run(list(map(str, asked)), capture_output=True, text=True)

@@ -20,8 +20,6 @@ from medicalgpt_cli.engine.planning.work import Shape, shape_of
 # Of what comes and goes with each batch: the holes in glibc's heap and the products' scratch space on a processor, the
 # rounding of torch's caching allocator on a GPU. The fitted numbers of the plan (docs/planning.md).
 SLACK_ON_CPU, SLACK_ON_GPU = 0.10, 0.06
-# Of rl on a processor: drawing, looking back and learning leave holes that do not fit one another.
-SLACK_OF_RL = 0.50
 # Freed memory that glibc keeps for the next tensors; up to 1 GiB (`run/allocation.py`).
 HEAP_KEPT = 200 * 2**20
 
@@ -184,7 +182,7 @@ def _allowance(case: Case, batch: int) -> int:
     """What the allocator takes beside `batch` bytes that come and go."""
     if case.on_gpu:
         return round(SLACK_ON_GPU * batch)
-    return round((SLACK_OF_RL if case.roles else SLACK_ON_CPU) * batch) + HEAP_KEPT
+    return round(SLACK_ON_CPU * batch) + HEAP_KEPT
 
 
 def _beside_states(case: Case, way: str, devices: int) -> int:

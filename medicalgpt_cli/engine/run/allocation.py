@@ -30,17 +30,20 @@ def start_for_training() -> None:
     os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
-def keep_freed_memory() -> None:
+def keep_freed_memory(largest: int = 32 * 2**20) -> None:
     """Keep up to 1 GiB of freed memory for the next tensors instead of giving it back at once.
 
     Each step frees and wants the same tensors again. By default glibc gives those above 128 KiB back to the
     system, which then has to map and clear the pages anew: with a limit of 1 MiB instead of 32 a step takes half as
     long again. Does nothing where the C library is another one.
+
+    Args:
+        largest: bytes of a tensor whose memory is kept; glibc takes no more than 32 MiB.
     """
     if platform.libc_ver()[0] != "glibc":
         return
     library = ctypes.CDLL(None)
-    library.mallopt(_MMAP_THRESHOLD, 32 * 2**20)  # the largest that glibc takes
+    library.mallopt(_MMAP_THRESHOLD, largest)
     library.mallopt(_TRIM_THRESHOLD, 2**30)
     library.mallopt(_TOP_PAD, 64 * 2**20)
 

@@ -53,6 +53,7 @@ class Stage(ABC):
     chats: ClassVar[bool] = True  # needs a chat template, if need be the plain one
     items: ClassVar[str] = "answers"  # what attention keeps apart in a row
     otherwise: ClassVar[str] = "batches are padded"  # what is done where it cannot
+    kept_tensor: ClassVar[int] = 32 * 2**20  # bytes of the largest tensor whose memory is kept on a processor
     settings: Any
     data: Any  # what `load_data` gave
     padding_free: bool  # whether batches lie end to end; known once the model is there
@@ -179,7 +180,7 @@ def run(stage: Stage, observer: Observer) -> dict[str, Any]:
     """
     device = choose_device(stage.settings)
     if device.type == "cpu":
-        keep_freed_memory()
+        keep_freed_memory(stage.kept_tensor)
     planned = before_loading(stage, observer)
     sharding.prepare_environment(stage.settings, device)
     together.join(device, sharding.uses_deepspeed(stage.settings))
