@@ -108,7 +108,8 @@ def _show_several(console: Console, plan: Mapping[str, Any]) -> None:
     console.print("\nmemory of each of several devices, each with such a batch", style="bold")
     console.print(f"  {'devices':<12}" + "".join(f"{name:>12}" for name in _WAYS.values()), markup=False)
     for number, peaks in plan["several"].items():
-        console.print(f"  {number:<12}" + "".join(f"{size(peaks[way]):>12}" for way in _WAYS), markup=False)
+        said = ("refused" if peaks[way] is None else size(peaks[way]) for way in _WAYS)
+        console.print(f"  {number:<12}" + "".join(f"{one:>12}" for one in said), markup=False)
 
 
 def _show_amount(console: Console, plan: Mapping[str, Any]) -> None:

@@ -124,6 +124,20 @@ def test_a_file_of_questions_has_a_plan(place: Path) -> None:
     assert refused.returncode == 2 and "not a number" in refused.stderr
 
 
+def test_what_the_stage_would_refuse_is_not_planned(place: Path) -> None:
+    assert all(
+        (peaks["zero3"], peaks["fsdp"]) == (None, None) and peaks["zero2"] > 0
+        for peaks in planned(place, "rl")["several"].values()
+    )
+    assert planned(place, "sft")["several"]["2"]["zero3"] > 0
+    shown = medgpt("plan", *stage(place, "rl", "--throughput", 1000))
+    assert shown.stdout.count("refused") == 6, shown.stdout
+    for command in (("plan",), ()):
+        more = ("--parallel", "zero3", "--processes", 2, *(() if command else ("--dry-run",)))
+        done = medgpt(*command, *stage(place, "rl", *more))
+        assert done.returncode == 2 and "--parallel zero3 is not for rl" in done.stderr
+
+
 def test_what_is_shown(place: Path) -> None:
     asked = ("--plan-for", "gpu", "--device-memory", "24GB", "--devices", 4, "--load-in-4bit")
     done = medgpt("plan", *stage(place, "sft", "--throughput", 1000, *asked))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from medicalgpt_cli.engine.planning.rehearsal import Rows
 from medicalgpt_cli.engine.planning.skeleton import outline
 from medicalgpt_cli.engine.planning.weights import UNKNOWN
 from medicalgpt_cli.engine.run import environment, processes
-from medicalgpt_cli.engine.training.sharding import kind_of
+from medicalgpt_cli.engine.training.sharding import check_combination, kind_of
 from medicalgpt_cli.errors import UsageError
 from medicalgpt_cli.settings.planning import PlanSettings
 from medicalgpt_cli.settings.stages import RlSettings, TrainSettings
@@ -164,7 +165,10 @@ def plan_of(stage: Any) -> dict[str, Any]:
             "padded": case.rows.padded,
         },
         "several": {
-            str(number): {way: needs(case, way, number)["peak"] for way in WAYS} for number in counts
+            str(number): {
+                way: needs(case, way, number)["peak"] if _can_spread(stage, way) else None for way in WAYS
+            }
+            for number in counts
         },
         "device_memory": have,
         "fits": None if have is None else fits["peak"] <= have,
@@ -178,6 +182,15 @@ def plan_of(stage: Any) -> dict[str, Any]:
         "disk": disk(case, settings),
         "data": stage.data.report,
     }
+
+
+def _can_spread(stage: Any, way: str) -> bool:
+    """Whether the stage would run in this way, on GPUs at least."""
+    try:
+        check_combination(replace(stage.settings, parallel=way), stage.name, stage.resolved)
+    except UsageError:
+        return False
+    return True
 
 
 def _checked(stage: Any) -> tuple[Case, Amount]:

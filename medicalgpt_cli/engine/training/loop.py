@@ -72,8 +72,9 @@ class Stage(ABC):
         self.settings = self.complete(settings)
         self.resolved: ResolvedModel = self.resolve()
         check_quantization(self.resolved, self.settings.quantization, self.settings.tuning)
+        sharding.check_combination(self.settings, self.name, self.resolved)
         if not settings.dry_run:
-            sharding.check_sharding(self.settings, self.name, self.resolved, choose_device(self.settings))
+            sharding.check_sharding(self.settings, choose_device(self.settings))
         speed.check(self.settings, self.resolved)
         self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(
             self.settings, self.resolved, observer, plain_template=self.chats

@@ -62,19 +62,39 @@ def uses_deepspeed(settings: TrainSettings) -> bool:
 # -- before anything is loaded ---------------------------------------------------------------------------------
 
 
-def check_sharding(
-    settings: TrainSettings, stage: str, resolved: ResolvedModel, device: torch.device
-) -> None:
-    """Say what cannot be spread over processes before any weight is read.
+def check_combination(settings: TrainSettings, stage: str, resolved: ResolvedModel) -> None:
+    """Say what cannot be spread over processes, on whatever device.
 
     Raises:
         UsageError: a combination that the libraries compute wrongly, silently leave out, or that is unproved.
-        EnvironmentFailure: DeepSpeed is not installed.
     """
     kind = kind_of(settings)
     if kind == "ddp":
         return
-    flag = f"--parallel {kind}" if settings.accelerate_config is None else "--accelerate-config"
+    flag = _flag_of(settings)
+    if settings.optimizer != "adamw":
+        raise UsageError(
+            f"--optimizer {settings.optimizer} with {flag}: sharded moments are AdamW's in 32 bits",
+            "leave --optimizer out: each process holds a part of the moments only",
+        )
+    if kind != "zero2":
+        _check_spread_weights(settings, stage, resolved, flag)
+
+
+def _flag_of(settings: TrainSettings) -> str:
+    return f"--parallel {kind_of(settings)}" if settings.accelerate_config is None else "--accelerate-config"
+
+
+def check_sharding(settings: TrainSettings, device: torch.device) -> None:
+    """Say what cannot be spread over the processes that are here, before any weight is read.
+
+    Raises:
+        UsageError: there are no processes, or the libraries would silently leave the sharding out.
+        EnvironmentFailure: DeepSpeed is not installed.
+    """
+    kind, flag = kind_of(settings), _flag_of(settings)
+    if kind == "ddp":
+        return
     if not processes.started():
         raise UsageError(
             f"{flag}: this run was started without its processes",
@@ -87,15 +107,8 @@ def check_sharding(
         )
     if uses_deepspeed(settings) and importlib.util.find_spec("deepspeed") is None:
         raise EnvironmentFailure(f"{flag}: DeepSpeed is not installed", _INSTALL)
-    if settings.optimizer != "adamw":
-        raise UsageError(
-            f"--optimizer {settings.optimizer} with {flag}: sharded moments are AdamW's in 32 bits",
-            "leave --optimizer out: each process holds a part of the moments only",
-        )
     if settings.accelerate_config is not None:
         _check_environment(settings, device)
-    if kind != "zero2":
-        _check_spread_weights(settings, stage, resolved, flag)
 
 
 def _check_spread_weights(settings: TrainSettings, stage: str, resolved: ResolvedModel, flag: str) -> None:
