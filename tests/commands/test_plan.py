@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from transformers import LlamaConfig
 
+from medicalgpt_cli.errors import EnvironmentFailure
 from tests.cli import medgpt
 from tests.conftest import DATA
 from tests.tiny import tiny_model, tiny_tokenizer, write_jsonl
@@ -196,10 +197,30 @@ def test_a_model_that_cannot_fit_is_not_loaded_to_answer(place: Path, command: t
     done = medgpt(*command, "--use-cpu", cwd=place, input="What is fever?\n")
     assert done.returncode == 3, done.stderr
     assert "the weights of huge" in done.stderr and "GiB are there" in done.stderr
-    assert "--load-in-4bit" in done.stderr and "--force" in done.stderr and "Traceback" not in done.stderr
+    assert "a smaller model" in done.stderr and "--force" in done.stderr and "Traceback" not in done.stderr
     forced = medgpt(*command, "--use-cpu", "--force", cwd=place, input="What is fever?\n")
     assert forced.returncode == 2 and "config.json and *.safetensors" in forced.stderr  # there are no weights
     assert not list(place.glob("no.json*"))
+
+
+@pytest.mark.parametrize(
+    ("gib", "hint"), [(20.0, "--dtype bf16;"), (9.0, "--load-in-8bit;"), (6.0, "--load-in-4bit;")]
+)
+def test_what_would_fit_is_named(place: Path, monkeypatch: pytest.MonkeyPatch, gib: float, hint: str) -> None:
+    """A model of 7 thousand million weights in 27, 14, 7 and 4 GiB."""
+    from medicalgpt_cli.engine.model.references import resolve_models
+    from medicalgpt_cli.engine.planning import weights
+    from medicalgpt_cli.settings.groups import ModelSettings
+
+    config = LlamaConfig(vocab_size=1500, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32)
+    config.save_pretrained(place / "large")
+    tiny_tokenizer().save_pretrained(place / "large")
+    settings = ModelSettings(base_model=str(place / "large"), use_cpu=True)
+    monkeypatch.setattr(weights, "device_memory", lambda *_: round(gib * 2**30))
+    monkeypatch.setattr(weights, "program_bytes", lambda *_: 0)
+    with pytest.raises(EnvironmentFailure) as refused:
+        weights.must_fit(settings, resolve_models(settings), force=False)
+    assert "the weights of large need 2" in refused.value.message and hint in refused.value.hint
 
 
 @pytest.mark.parametrize(

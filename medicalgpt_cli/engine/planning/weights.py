@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import torch
+
+from medicalgpt_cli.engine.model.experts import has_experts
 from medicalgpt_cli.engine.model.loading import choose_device, choose_dtype
 from medicalgpt_cli.engine.model.references import ResolvedModel
 from medicalgpt_cli.engine.planning.device import device_memory, program_bytes
-from medicalgpt_cli.engine.planning.skeleton import Kind, build, count, outline
+from medicalgpt_cli.engine.planning.skeleton import Kind, Outline, build, count, outline
 from medicalgpt_cli.errors import EnvironmentFailure, MedgptError
 from medicalgpt_cli.settings.groups import DeviceSettings
 
@@ -30,14 +35,32 @@ def must_fit(
     have = device_memory(settings, on_gpu)
     try:
         shapes = outline(resolved, dtype, kind=kind, quantization=settings.quantization)
-        weights = count(build(shapes))
+        need = program_bytes(on_gpu) + _bytes(shapes)
     except (*UNKNOWN, MedgptError):
         return
-    need = program_bytes(on_gpu) + weights.base_bytes + weights.adapter_bytes
     if have is None or need <= have:
         return
-    smaller = "--load-in-4bit, or a smaller model" if shapes.quantization is None else "take a smaller model"
+    room = have - program_bytes(on_gpu)
+    can_quantise = resolved.base.kind != "gguf" and not has_experts(shapes.config)
     raise EnvironmentFailure(
         f"the weights of {resolved.label} need {need / 2**30:.1f} GiB of memory, and {have / 2**30:.1f} GiB are there",
-        f"{smaller}; --force goes on",
+        f"{_smaller(shapes, room, can_quantise)}; --force goes on",
     )
+
+
+def _bytes(shapes: Outline) -> int:
+    weights = count(build(shapes))
+    return weights.base_bytes + weights.adapter_bytes
+
+
+def _smaller(shapes: Outline, room: int, can_quantise: bool) -> str:
+    """The first option with which the weights fit into `room` bytes."""
+    if shapes.quantization is None:
+        options = {"--dtype bf16": replace(shapes, dtype=torch.bfloat16)}
+        if can_quantise:
+            options["--load-in-8bit"] = replace(shapes, quantization="8bit")
+            options["--load-in-4bit"] = replace(shapes, quantization="4bit")
+        for option, smaller in options.items():
+            if _bytes(smaller) <= room:
+                return option
+    return "take a smaller model"
