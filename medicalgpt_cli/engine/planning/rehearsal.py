@@ -20,8 +20,7 @@ from torch.utils._pytree import tree_iter
 
 from medicalgpt_cli.engine.planning.skeleton import Outline, build, depth
 from medicalgpt_cli.engine.training import attention
-from medicalgpt_cli.engine.training.losses import in_pieces, loss_in_pieces
-from medicalgpt_cli.engine.training.ppo import mathematics
+from medicalgpt_cli.engine.training.losses import in_pieces, of_logits
 
 logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)  # what fails is said by us
 
@@ -165,17 +164,6 @@ def _at(hidden: torch.Tensor, positions: int) -> torch.Tensor:
     return hidden.flatten(0, 1)[torch.zeros(positions, dtype=torch.long)]
 
 
-def _next_token(model: Any, batch: dict[str, Any], rows: Rows) -> torch.Tensor:
-    """`losses.target_loss` behind the choice of positions, which needs numbers."""
-    inner, hidden = _inner(model), _hidden(model, batch)
-    targets = torch.zeros(rows.targets, dtype=torch.long)
-    head = inner.get_output_embeddings()
-    if _changes_logits(inner.config):
-        logits = head(_at(hidden, rows.targets))
-        return torch.nn.functional.cross_entropy(logits.float(), targets, reduction="sum")
-    return loss_in_pieces(head, _at(_at(hidden, rows.targets)[None], rows.targets), targets)
-
-
 def _changes_logits(config: Any) -> bool:
     """Whether the logits are more than the head's output, so that they are all there at once."""
     names = ("final_logit_softcapping", "logits_scaling", "logit_scale", "lm_head_multiplier")
@@ -192,18 +180,15 @@ def _log_probabilities(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """`losses.log_probabilities`, which asks the model with numbers what its logits are."""
     inner, tokens = _inner(model), torch.zeros(rows.targets, dtype=torch.long)
-    if not _changes_logits(inner.config):
-        hidden = _at(_hidden(model, batch), rows.targets)
-        return in_pieces(inner.get_output_embeddings(), hidden, tokens, entropy=entropy)
-    if rows.padded:
-        logits = inner(**batch, use_cache=False).logits.flatten(0, 1)[tokens]
-    else:
-        logits = inner(**batch, use_cache=False, logits_to_keep=tokens).logits[0]
-    found = mathematics.log_probabilities(logits[None], tokens[None])[0]
-    return found, mathematics.entropy(logits[None])[0] if entropy else None
+    if _changes_logits(inner.config):
+        columns = tokens[: -(-rows.targets // batch["input_ids"].shape[0])]
+        logits = inner(**batch, use_cache=False, logits_to_keep=columns).logits
+        return of_logits(_at(logits, rows.targets), tokens, entropy=entropy)
+    hidden = _at(_at(_hidden(model, batch), rows.targets)[None], rows.targets)
+    return in_pieces(inner.get_output_embeddings(), hidden, tokens, entropy=entropy)
 
 
-def _policy(model: Any, batch: dict[str, Any], rows: Rows) -> torch.Tensor:
+def _next_token(model: Any, batch: dict[str, Any], rows: Rows) -> torch.Tensor:
     return _log_probabilities(model, batch, rows, entropy=False)[0].sum()
 
 
@@ -223,7 +208,7 @@ def _answer(model: Any, batch: dict[str, Any], rows: Rows) -> torch.Tensor:
 _ACTS: dict[str, Any] = {
     "next token": _next_token,
     "score": _score,
-    "policy": _policy,
+    "policy": _next_token,  # its loss is of the same log-probabilities
     "value": _value,
     "look back": _look_back,
     "answer": _answer,

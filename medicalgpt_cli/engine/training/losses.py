@@ -31,22 +31,38 @@ def target_loss(model: torch.nn.Module, batch: Mapping[str, torch.Tensor]) -> to
         batch: input_ids and shift_labels, (rows, length), and what else the model's forward takes.
     """
     inputs = {name: value for name, value in batch.items() if name not in ("labels", "shift_labels")}
-    labels = batch["shift_labels"]
-    is_target = labels != IGNORED
-    columns = is_target.any(dim=0).nonzero().squeeze(1)  # (kept,) the same columns for each row
-    keep = is_target[:, columns]  # (rows, kept)
-    targets = labels[:, columns][keep]
-    if _takes_positions(model):
-        inputs["logits_to_keep"] = columns
-        if _head_comes_last(model):
-            head = _inner(model).get_output_embeddings()
-            with _without(head):
-                hidden = model(**inputs, use_cache=False).logits
-            return loss_in_pieces(head, hidden[keep], targets)
-        logits = model(**inputs, use_cache=False).logits
-    else:
-        logits = model(**inputs, use_cache=False).logits[:, columns]
-    return F.cross_entropy(logits[keep].float(), targets, reduction="sum")
+    labels = batch["shift_labels"].flatten()
+    positions = (labels != IGNORED).nonzero().squeeze(1)
+    return -log_probabilities(model, inputs, positions, labels[positions])[0].sum()
+
+
+def log_probabilities(
+    model: torch.nn.Module,
+    batch: Mapping[str, torch.Tensor],
+    positions: torch.Tensor,
+    tokens: torch.Tensor,
+    temperature: float = 1.0,
+    *,
+    entropy: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """log p of `tokens` at `positions`, and the entropy there if asked for: (kept,) in nats, with gradient.
+
+    Args:
+        batch: input_ids, (rows, length), and what else the model's forward takes.
+        positions: (kept,), counted through all rows; each predicts the token at the same place of `tokens`.
+    """
+    length = batch["input_ids"].shape[1]
+    rows, columns = positions // length, positions % length
+    inputs = dict(batch)
+    if _takes_positions(model):  # the same columns for each row
+        inputs["logits_to_keep"], columns = torch.unique(columns, return_inverse=True)
+    if not _head_comes_last(model):
+        logits = model(**inputs, use_cache=False).logits[rows, columns]
+        return of_logits(logits, tokens, temperature, entropy=entropy)
+    head = _inner(model).get_output_embeddings()
+    with _without(head):
+        hidden = model(**inputs, use_cache=False).logits[rows, columns]
+    return in_pieces(head, hidden, tokens, temperature, entropy=entropy)
 
 
 def _inner(model: torch.nn.Module) -> Any:
@@ -94,41 +110,6 @@ def _head_comes_last(model: torch.nn.Module) -> bool:
     return inner._medgpt_head_comes_last and "forward" not in vars(inner.get_output_embeddings())
 
 
-def log_probabilities(
-    model: torch.nn.Module,
-    batch: Mapping[str, torch.Tensor],
-    positions: torch.Tensor,
-    tokens: torch.Tensor,
-    temperature: float = 1.0,
-    *,
-    entropy: bool = False,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """log p of `tokens` at `positions`, and the entropy there if asked for: (kept,) in nats, with gradient.
-
-    Args:
-        batch: input_ids, (rows, length), and what else the model's forward takes.
-        positions: (kept,), counted through all rows; each predicts the token at the same place of `tokens`.
-    """
-    one_row = batch["input_ids"].shape[0] == 1 and _takes_positions(model)
-    inputs = {**batch, "logits_to_keep": positions} if one_row else batch
-
-    def at_positions() -> torch.Tensor:
-        found = model(**inputs, use_cache=False).logits
-        return found[0] if one_row else found.flatten(0, 1)[positions]
-
-    if not _head_comes_last(model):
-        return _of_logits(at_positions(), tokens, temperature, entropy)
-    head = _inner(model).get_output_embeddings()
-    with _without(head):
-        hidden = at_positions()
-    return in_pieces(head, hidden, tokens, temperature, entropy=entropy)
-
-
-def loss_in_pieces(head: torch.nn.Module, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Sum of -log p(target) for hidden states (kept, width), never holding the logits of all of them."""
-    return -in_pieces(head, hidden, targets)[0].sum()
-
-
 def in_pieces(
     head: torch.nn.Module,
     hidden: torch.Tensor,
@@ -144,7 +125,7 @@ def in_pieces(
         return _FrozenHead.apply(hidden, head.weight, tokens, temperature, rows), None
 
     def piece(states: torch.Tensor, wanted: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        return _of_logits(head(states), wanted, temperature, entropy)
+        return of_logits(head(states), wanted, temperature, entropy=entropy)
 
     found, uncertain = [], []
     for states, wanted in zip(hidden.split(rows), tokens.split(rows), strict=True):
@@ -156,9 +137,10 @@ def in_pieces(
     return torch.cat(found), torch.cat(uncertain) if entropy else None
 
 
-def _of_logits(
-    logits: torch.Tensor, tokens: torch.Tensor, temperature: float, entropy: bool
+def of_logits(
+    logits: torch.Tensor, tokens: torch.Tensor, temperature: float = 1.0, *, entropy: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """`log_probabilities` of logits (kept, vocabulary)."""
     found = mathematics.log_probabilities(logits[None], tokens[None], temperature)[0]
     return found, mathematics.entropy(logits[None], temperature)[0] if entropy else None
 
