@@ -340,6 +340,8 @@ class ScoreSettings(OutputSettings, RewardModelSettings, QuantizationSettings, M
                 )
         if self.json and self.predictions_file == "-":
             raise UsageError("--json and --predictions-file - both write to stdout", "leave one of them out")
+        if len(self.gpu_numbers) > 1:
+            raise UsageError(f"--gpus {self.gpus}: answers are scored on one GPU", "name one of them")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from medicalgpt_cli.engine.model.loading import DTYPES, choose_device, choose_dtype, gpus_of_the_model
+from medicalgpt_cli.engine.model.loading import DTYPES, choose_device, choose_dtype
 from medicalgpt_cli.engine.model.references import ResolvedModel
 from medicalgpt_cli.engine.run import environment, processes
 from medicalgpt_cli.settings.groups import DeviceSettings
@@ -30,16 +30,15 @@ def dtype_for(settings: DeviceSettings, device: torch.device, on_gpu: bool) -> t
     return choose_dtype(settings, device)
 
 
-def device_memory(settings: DeviceSettings, on_gpu: bool) -> int | None:
-    """Bytes that a process can have here; None for a GPU that is not here."""
+def device_memory(settings: DeviceSettings, on_gpu: bool, gpus: int = 1) -> int | None:
+    """Bytes that a process can have here, on several GPUs all together; None for a GPU that is not here."""
     device = choose_device(settings)
     if not on_gpu:
         have = environment.memory()["available"] + environment.memory_used()
         return have // max(settings.wanted_processes, processes.local_size())
     if device.type != "cuda":
         return None
-    numbers = [device.index] if (spread := gpus_of_the_model(settings)) == 1 else range(spread)
-    return sum(torch.cuda.mem_get_info(number)[0] for number in numbers)
+    return sum(torch.cuda.mem_get_info(device.index + number)[0] for number in range(gpus))
 
 
 def program_bytes(on_gpu: bool) -> int:

@@ -17,8 +17,7 @@ from medicalgpt_cli.engine.planning.batches import Amount, largest_possible, ove
 from medicalgpt_cli.engine.planning.device import device_memory, dtype_for, file_bytes, for_gpu, program_bytes
 from medicalgpt_cli.engine.planning.needs import Case, Roles, largest_batch, needs
 from medicalgpt_cli.engine.planning.rehearsal import Rows
-from medicalgpt_cli.engine.planning.skeleton import outline
-from medicalgpt_cli.engine.planning.weights import UNKNOWN
+from medicalgpt_cli.engine.planning.skeleton import UNKNOWN, outline
 from medicalgpt_cli.engine.run import environment, processes
 from medicalgpt_cli.engine.training.sharding import check_combination, kind_of
 from medicalgpt_cli.errors import UsageError
@@ -166,7 +165,8 @@ def plan_of(stage: Any) -> dict[str, Any]:
         },
         "several": {
             str(number): {
-                way: needs(case, way, number)["peak"] if _can_spread(stage, way) else None for way in WAYS
+                way: needs(case, way, number)["peak"] if _can_spread(stage, way, case.on_gpu) else None
+                for way in WAYS
             }
             for number in counts
         },
@@ -184,10 +184,10 @@ def plan_of(stage: Any) -> dict[str, Any]:
     }
 
 
-def _can_spread(stage: Any, way: str) -> bool:
-    """Whether the stage would run in this way, on GPUs at least."""
+def _can_spread(stage: Any, way: str, on_gpu: bool) -> bool:
+    """Whether the stage would run in this way."""
     try:
-        check_combination(replace(stage.settings, parallel=way), stage.name, stage.resolved)
+        check_combination(replace(stage.settings, parallel=way), stage.name, stage.resolved, on_gpu)
     except UsageError:
         return False
     return True

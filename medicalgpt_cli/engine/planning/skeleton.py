@@ -27,6 +27,9 @@ from medicalgpt_cli.settings.groups import AdapterSettings
 
 Kind = Literal["language", "reward"]
 
+# What a model raises that does something which depends on numbers, or has a configuration of its own kind.
+UNKNOWN = (NotImplementedError, ValueError, AttributeError, LookupError, TypeError)
+
 
 @dataclass(frozen=True)
 class Outline:

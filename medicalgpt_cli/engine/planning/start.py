@@ -9,7 +9,7 @@ from medicalgpt_cli.engine.planning.device import device_memory
 from medicalgpt_cli.engine.planning.memory import quantised_bytes
 from medicalgpt_cli.engine.planning.needs import Case, largest_batch, needs
 from medicalgpt_cli.engine.planning.plan import case_of, operations
-from medicalgpt_cli.engine.planning.weights import UNKNOWN
+from medicalgpt_cli.engine.planning.skeleton import UNKNOWN
 from medicalgpt_cli.errors import EnvironmentFailure
 
 

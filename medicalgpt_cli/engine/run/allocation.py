@@ -8,6 +8,7 @@ import platform
 import sys
 
 _TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD = -1, -2, -3  # names of mallopt(3)
+LARGEST = 32 * 2**20  # that glibc takes
 _TUNABLES, _HUGE_PAGES = "GLIBC_TUNABLES", "THP_MEM_ALLOC_ENABLE"
 
 
@@ -30,7 +31,7 @@ def start_for_training() -> None:
     os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
-def keep_freed_memory(largest: int = 32 * 2**20) -> None:
+def keep_freed_memory(largest: int) -> None:
     """Keep up to 1 GiB of freed memory for the next tensors instead of giving it back at once.
 
     Each step frees and wants the same tensors again. By default glibc gives those above 128 KiB back to the
@@ -38,7 +39,7 @@ def keep_freed_memory(largest: int = 32 * 2**20) -> None:
     long again. Does nothing where the C library is another one.
 
     Args:
-        largest: bytes of a tensor whose memory is kept; glibc takes no more than 32 MiB.
+        largest: bytes of a tensor whose memory is kept, `LARGEST` at most.
     """
     if platform.libc_ver()[0] != "glibc":
         return

@@ -21,9 +21,10 @@ from medicalgpt_cli.engine.model.references import ResolvedModel, resolve_models
 from medicalgpt_cli.engine.model.tokenizer import fingerprint
 from medicalgpt_cli.engine.observer import Observer
 from medicalgpt_cli.engine.planning.batches import Item
+from medicalgpt_cli.engine.planning.device import for_gpu
 from medicalgpt_cli.engine.planning.start import before_loading
 from medicalgpt_cli.engine.run import checkpoints, metrics, processes
-from medicalgpt_cli.engine.run.allocation import give_back_freed_memory, keep_freed_memory
+from medicalgpt_cli.engine.run.allocation import LARGEST, give_back_freed_memory, keep_freed_memory
 from medicalgpt_cli.engine.run.folder import Onlooker, RunFolder
 from medicalgpt_cli.engine.run.manifest import read as read_manifest
 from medicalgpt_cli.engine.run.manifest import resumed_settings
@@ -53,7 +54,7 @@ class Stage(ABC):
     chats: ClassVar[bool] = True  # needs a chat template, if need be the plain one
     items: ClassVar[str] = "answers"  # what attention keeps apart in a row
     otherwise: ClassVar[str] = "batches are padded"  # what is done where it cannot
-    kept_tensor: ClassVar[int] = 32 * 2**20  # bytes of the largest tensor whose memory is kept on a processor
+    kept_tensor: ClassVar[int] = LARGEST  # bytes of the largest tensor whose memory is kept on a processor
     settings: Any
     data: Any  # what `load_data` gave
     padding_free: bool  # whether batches lie end to end; known once the model is there
@@ -72,9 +73,10 @@ class Stage(ABC):
         self.settings = self.complete(settings)
         self.resolved: ResolvedModel = self.resolve()
         check_quantization(self.resolved, self.settings.quantization, self.settings.tuning)
-        sharding.check_combination(self.settings, self.name, self.resolved)
+        device = choose_device(self.settings)
+        sharding.check_combination(self.settings, self.name, self.resolved, for_gpu(self.settings, device))
         if not settings.dry_run:
-            sharding.check_sharding(self.settings, choose_device(self.settings))
+            sharding.check_sharding(self.settings, device)
         speed.check(self.settings, self.resolved)
         self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(
             self.settings, self.resolved, observer, plain_template=self.chats

@@ -62,8 +62,11 @@ def uses_deepspeed(settings: TrainSettings) -> bool:
 # -- before anything is loaded ---------------------------------------------------------------------------------
 
 
-def check_combination(settings: TrainSettings, stage: str, resolved: ResolvedModel) -> None:
-    """Say what cannot be spread over processes, on whatever device.
+def check_combination(settings: TrainSettings, stage: str, resolved: ResolvedModel, on_gpu: bool) -> None:
+    """Say what cannot be spread over processes, before any weight is read.
+
+    Args:
+        on_gpu: whether they run, or are planned, on GPUs.
 
     Raises:
         UsageError: a combination that the libraries compute wrongly, silently leave out, or that is unproved.
@@ -72,6 +75,11 @@ def check_combination(settings: TrainSettings, stage: str, resolved: ResolvedMod
     if kind == "ddp":
         return
     flag = _flag_of(settings)
+    if kind == "fsdp" and not on_gpu:
+        raise UsageError(
+            f"{flag}: on a processor accelerate would silently copy the weights instead of sharding them",
+            "take --parallel zero3, or GPUs",
+        )
     if settings.optimizer != "adamw":
         raise UsageError(
             f"--optimizer {settings.optimizer} with {flag}: sharded moments are AdamW's in 32 bits",
@@ -86,10 +94,10 @@ def _flag_of(settings: TrainSettings) -> str:
 
 
 def check_sharding(settings: TrainSettings, device: torch.device) -> None:
-    """Say what cannot be spread over the processes that are here, before any weight is read.
+    """See that there is what spreading over processes takes, before any weight is read.
 
     Raises:
-        UsageError: there are no processes, or the libraries would silently leave the sharding out.
+        UsageError: there are no processes, or the file of `--accelerate-config` overrules a flag.
         EnvironmentFailure: DeepSpeed is not installed.
     """
     kind, flag = kind_of(settings), _flag_of(settings)
@@ -99,11 +107,6 @@ def check_sharding(settings: TrainSettings, device: torch.device) -> None:
         raise UsageError(
             f"{flag}: this run was started without its processes",
             "give it to the command itself: inside a pipeline it has no effect",
-        )
-    if kind == "fsdp" and device.type == "cpu":
-        raise UsageError(
-            f"{flag}: on a processor accelerate would silently copy the weights instead of sharding them",
-            "take --parallel zero3, or GPUs",
         )
     if uses_deepspeed(settings) and importlib.util.find_spec("deepspeed") is None:
         raise EnvironmentFailure(f"{flag}: DeepSpeed is not installed", _INSTALL)

@@ -35,5 +35,5 @@ if __name__ == "__main__":
         del sys.argv[1]
     else:
         shard_on_processors()
-    sharding.check_sharding = lambda *_: None
+    sharding.check_combination = lambda *_: None
     main()
