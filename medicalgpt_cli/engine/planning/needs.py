@@ -62,6 +62,7 @@ class Case(Planned):
     checkpointing: bool = False
     accumulates: bool = False
     spread: bool = False
+    in_shares: bool = False
     parallel: str = "ddp"
     devices: int = 1
     on_gpu: bool = False
@@ -113,6 +114,11 @@ class Case(Planned):
         """The same with each gradient going to the process that keeps it."""
         return dataclasses.replace(self, spread=True)
 
+    @cached_property
+    def with_weights_in_shares(self) -> Case:
+        """The same where no process holds a whole model, so that its head is not called piece by piece."""
+        return dataclasses.replace(self.with_gradients_given_away, in_shares=True)
+
     def with_batch(self, batch_size: int) -> Case:
         """The same with the `batch_size` longest examples in one batch."""
         rows = largest_possible(self.items, batch_size, self.rows.padded)
@@ -121,7 +127,10 @@ class Case(Planned):
     @cached_property
     def rehearsed(self) -> Rehearsed:
         """The batch that needs most, of all that the stage does with one."""
-        manner = Manner(_ACT[self.stage], self.checkpointing, self.autocast, self.accumulates, self.spread)
+        act = _ACT[self.stage]
+        if self.in_shares and act == "next token":
+            act = "next token at once"
+        manner = Manner(act, self.checkpointing, self.autocast, self.accumulates, self.spread)
         found = rehearse(self.outline, self.rows, manner)
         if self.roles is None:
             return found
@@ -187,7 +196,9 @@ def _allowance(case: Case, batch: int) -> int:
 
 def _beside_states(case: Case, way: str, devices: int) -> int:
     """Bytes of the batch, the gradients that stay after it aside."""
-    if way != "ddp":
+    if way in ("zero3", "fsdp"):
+        return case.with_weights_in_shares.rehearsed.peak
+    if way == "zero2":
         return case.with_gradients_given_away.rehearsed.peak
     if devices > 1:
         case = case.with_gradients_there

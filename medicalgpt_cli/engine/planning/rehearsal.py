@@ -28,7 +28,7 @@ logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)  #
 # Two is the period in which some models alternate kinds of layers.
 _SHORT, _LONG = 2, 4
 
-Act = Literal["next token", "score", "policy", "value", "look back", "answer"]
+Act = Literal["next token", "next token at once", "score", "policy", "value", "look back", "answer"]
 
 
 @dataclass(frozen=True)
@@ -88,8 +88,8 @@ def _rehearse(plan: Outline, rows: Rows, manner: Manner, layers: int) -> Rehears
     model = build(plan, layers)
     if manner.checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    backward = manner.act in ("next token", "score", "policy", "value")
-    model.train(manner.act in ("next token", "score"))  # rl switches dropout off
+    backward = manner.act not in ("look back", "answer")
+    model.train(manner.act in ("next token", "next token at once", "score"))  # rl switches dropout off
     try:
         with FakeTensorMode(allow_non_fake_inputs=True):
             _make_fake(model)
@@ -176,11 +176,11 @@ def _score(model: Any, batch: dict[str, Any], rows: Rows) -> torch.Tensor:
 
 
 def _log_probabilities(
-    model: Any, batch: dict[str, Any], rows: Rows, *, entropy: bool
+    model: Any, batch: dict[str, Any], rows: Rows, *, entropy: bool = False, at_once: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """`losses.log_probabilities`, which asks the model with numbers what its logits are."""
     inner, tokens = _inner(model), torch.zeros(rows.targets, dtype=torch.long)
-    if _changes_logits(inner.config):
+    if at_once or _changes_logits(inner.config):
         columns = tokens[: -(-rows.targets // batch["input_ids"].shape[0])]
         logits = inner(**batch, use_cache=False, logits_to_keep=columns).logits
         return of_logits(_at(logits, rows.targets), tokens, entropy=entropy)
@@ -189,7 +189,12 @@ def _log_probabilities(
 
 
 def _next_token(model: Any, batch: dict[str, Any], rows: Rows) -> torch.Tensor:
-    return _log_probabilities(model, batch, rows, entropy=False)[0].sum()
+    return _log_probabilities(model, batch, rows)[0].sum()
+
+
+def _next_token_at_once(model: Any, batch: dict[str, Any], rows: Rows) -> torch.Tensor:
+    """Where processes share the weights, the head is a part of the model's forward pass (`losses.py`)."""
+    return _log_probabilities(model, batch, rows, at_once=True)[0].sum()
 
 
 def _value(model: Any, batch: dict[str, Any], rows: Rows) -> torch.Tensor:
@@ -207,6 +212,7 @@ def _answer(model: Any, batch: dict[str, Any], rows: Rows) -> torch.Tensor:
 
 _ACTS: dict[str, Any] = {
     "next token": _next_token,
+    "next token at once": _next_token_at_once,
     "score": _score,
     "policy": _next_token,  # its loss is of the same log-probabilities
     "value": _value,
