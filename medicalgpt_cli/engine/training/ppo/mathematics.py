@@ -9,8 +9,8 @@ multiplied by NaN is NaN. Log-probabilities and KL are in nats.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -55,35 +55,45 @@ def whiten(advantages: Tensor, mask: Tensor, shift_mean: bool = True) -> Tensor:
 # ---- log-probabilities, entropy, KL
 
 
-def _rows(logits: Tensor, temperature: float) -> Iterator[Tensor]:
-    """Each row's (length, vocabulary) logits over the temperature, in float32 (float64 stays float64)."""
-    dtype = torch.promote_types(logits.dtype, torch.float32)
-    # unbind, not logits[i]: the gradient of each index would be as large as all the logits.
-    for row in logits.unbind(0):
-        yield row.to(dtype) if temperature == 1.0 else row.to(dtype) / temperature
+def _over_temperature(logits: Tensor, temperature: float) -> Tensor:
+    """In float32; float64 stays float64."""
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return logits if temperature == 1.0 else logits / temperature
 
 
 def log_probabilities(logits: Tensor, tokens: Tensor, temperature: float = 1.0) -> Tensor:
     """log p(token) at each position, (batch, length), float32.
 
-    Row by row and without a softmax: of float32 logits at temperature 1 nothing the size of the vocabulary is
-    kept for the backward pass but the logits themselves.
+    Of float32 logits at temperature 1 nothing the size of the vocabulary is kept for the backward pass but the logits
+    themselves, and nothing of that size is made in it but their gradient.
 
     Args:
         logits: (batch, length, vocabulary); batch is at least 1. NaN logits at padding have a NaN gradient.
         tokens: (batch, length), each within the vocabulary, padding too.
     """
-    return torch.stack(
-        [
-            row.gather(-1, ids.unsqueeze(-1)).squeeze(-1) - row.logsumexp(-1)
-            for row, ids in zip(_rows(logits, temperature), tokens, strict=True)
-        ]
-    )
+    return _LogProbability.apply(_over_temperature(logits, temperature), tokens.unsqueeze(-1)).squeeze(-1)
+
+
+class _LogProbability(torch.autograd.Function):
+    """d log p(token) / d logits = one_hot(token) - softmax(logits)."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, tokens: Tensor) -> Tensor:
+        normaliser = torch.stack([row.logsumexp(-1, keepdim=True) for row in logits])  # row by row: it copies
+        ctx.save_for_backward(logits, tokens, normaliser)
+        return logits.gather(-1, tokens) - normaliser
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None]:
+        logits, tokens, normaliser = ctx.saved_tensors
+        gradient = (logits - normaliser).exp_().mul_(-upstream)
+        return gradient.scatter_add_(-1, tokens, upstream), None
 
 
 def entropy(logits: Tensor, temperature: float = 1.0) -> Tensor:
     """Entropy of the next token's distribution in nats, (batch, length); logits of -inf add nothing."""
-    rows = (row.log_softmax(-1) for row in _rows(logits, temperature))
+    # unbind, not logits[i]: the gradient of each index would be as large as all the logits.
+    rows = (_over_temperature(row, temperature).log_softmax(-1) for row in logits.unbind(0))
     return torch.stack([-(row.exp() * row.masked_fill(row == -torch.inf, 0.0)).sum(-1) for row in rows])
 
 
