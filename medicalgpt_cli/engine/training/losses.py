@@ -148,7 +148,7 @@ def of_logits(
 class _FrozenHead(torch.autograd.Function):
     """The same where the head does not learn: what the gradient needs is computed while a piece's logits exist.
 
-    d log p(token) / d logits = (one_hot(token) - softmax(logits / temperature)) / temperature.
+    d(-log p(token)) / d logits = (softmax(logits / temperature) - one_hot(token)) / temperature.
     """
 
     @staticmethod
@@ -161,21 +161,25 @@ class _FrozenHead(torch.autograd.Function):
         rows: int,
     ) -> torch.Tensor:
         found = []
-        gradient = torch.empty_like(hidden)  # of each token's own log p
+        gradient = torch.empty_like(hidden)  # of each token's own -log p, times the temperature
         for start in range(0, len(hidden), rows):
             piece = slice(start, start + rows)
             logits = F.linear(hidden[piece], weight)
-            logits = logits.to(torch.promote_types(logits.dtype, torch.float32)).div_(temperature)
+            logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+            if temperature != 1.0:
+                logits.div_(temperature)
             normaliser = logits.logsumexp(dim=-1, keepdim=True)
             wanted = tokens[piece].unsqueeze(1)
             found.append((logits.gather(1, wanted) - normaliser).squeeze(1))
-            error = logits.sub_(normaliser).exp_().neg_()
-            error.scatter_add_(1, wanted, error.new_ones(wanted.shape))
-            gradient[piece] = error.div_(temperature).to(weight.dtype) @ weight
+            error = logits.sub_(normaliser).exp_()
+            error.scatter_add_(1, wanted, error.new_full(wanted.shape, -1.0))
+            gradient[piece] = error.to(weight.dtype) @ weight
         ctx.save_for_backward(gradient)
+        ctx.temperature = temperature
         return torch.cat(found) if found else hidden.new_empty(0)
 
     @staticmethod
     def backward(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor, None, None, None, None]:
         (gradient,) = ctx.saved_tensors
-        return (upstream.unsqueeze(1) * gradient).to(gradient.dtype), None, None, None, None
+        scale = (-upstream / ctx.temperature).unsqueeze(1)
+        return (scale * gradient).to(gradient.dtype), None, None, None, None

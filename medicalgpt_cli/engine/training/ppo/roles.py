@@ -119,12 +119,21 @@ class Roles(torch.nn.Module):
             return self._body(**inputs, use_cache=False).last_hidden_state.flatten(0, 1)
 
     def log_probabilities(
-        self, role: str, batch: dict[str, torch.Tensor], *where: Any, entropy: bool = False
+        self,
+        role: str,
+        batch: dict[str, torch.Tensor],
+        positions: torch.Tensor,
+        tokens: torch.Tensor,
+        temperature: float,
+        *,
+        entropy: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """`losses.log_probabilities` under a role: `where` are positions, tokens and temperature."""
+        """`losses.log_probabilities` under a role."""
         inputs = {name: value for name, value in batch.items() if name != "ends"}
         with self.acting_as(role) as model:
-            return log_probabilities(model.get_base_model(), inputs, *where, entropy=entropy)
+            return log_probabilities(
+                model.get_base_model(), inputs, positions, tokens, temperature, entropy=entropy
+            )
 
     def values(self, batch: dict[str, torch.Tensor], positions: torch.Tensor) -> torch.Tensor:
         """The value function at positions counted through all rows: (positions,)."""
