@@ -92,7 +92,7 @@ class DeviceSettings(Settings):
 class MemorySettings(Settings):
     panel: ClassVar[str] = "Device"
 
-    force: bool = opt(False, "Go on where what is to be done is expected not to fit into memory.")
+    force: bool = opt(False, "Go on although it is expected not to fit into memory.")
 
 
 @dataclass(frozen=True, kw_only=True)
