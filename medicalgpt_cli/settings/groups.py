@@ -256,7 +256,10 @@ class OptimSettings(Settings):
     schedule: str = opt(
         "cosine", "Course of the learning rate after warm-up.", choices=("cosine", "linear", "constant")
     )
-    warmup_ratio: float = opt(0.03, "Share of the updates in which the learning rate rises.", min=0, max=1)
+    warmup_ratio: float = opt(
+        0.03, "Share of the updates in which the learning rate rises to its peak.", min=0, max=1
+    )
+    warmup_steps: int | None = opt(None, "Updates in which it rises, instead of a share of them.", min=0)
     optimizer: str = opt(
         "adamw",
         "AdamW with its moments in 32 bits, in 8 bits, or paged out to the host where a GPU's memory is full.",
@@ -276,6 +279,11 @@ class OptimSettings(Settings):
         None, "Stop after this many measurements without a better held-out loss.", min=1
     )
     seed: int = opt(42, "Seed of everything random.", min=0)
+
+    def check(self) -> None:
+        super().check()
+        if self.warmup_steps is not None and self.chosen("warmup_ratio"):
+            raise UsageError("--warmup-steps and --warmup-ratio contradict each other", "give one of them")
 
 
 @dataclass(frozen=True, kw_only=True)

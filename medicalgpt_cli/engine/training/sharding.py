@@ -44,10 +44,16 @@ def kind_of(settings: TrainSettings) -> str:
 
 def _stage_in_environment() -> int:
     """ZeRO's stage in accelerate's environment; stage 1 shards the moments only and is handled like 2."""
-    file = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
-    if file != "none":
-        return int(json.loads(Path(file).read_text(encoding="utf-8"))["zero_optimization"]["stage"])
+    config = _deepspeed_config()
+    if config is not None:
+        return int(config["zero_optimization"]["stage"])
     return int(os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2"))
+
+
+def _deepspeed_config() -> dict[str, Any] | None:
+    """DeepSpeed's own configuration file, where accelerate's names one."""
+    file = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
+    return None if file == "none" else json.loads(Path(file).read_text(encoding="utf-8"))
 
 
 def spreads_weights(settings: TrainSettings) -> bool:
@@ -163,6 +169,12 @@ def _check_environment(settings: TrainSettings, device: torch.device) -> None:
             raise UsageError(
                 f"{settings.accelerate_config}: {name.lower()} is {value}, and {flag} comes to {allowed[-1]}",
                 f"take it out of the file, or give {flag}",
+            )
+    for name, flags in (("scheduler", "--schedule and --warmup-ratio"), ("optimizer", "--optimizer")):
+        if name in (_deepspeed_config() or {}):
+            raise UsageError(
+                f"{settings.accelerate_config}: its DeepSpeed file has `{name}`, which would overrule {flags}",
+                f"take `{name}` out of that file",
             )
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import PrinterCallback, Trainer
 
@@ -17,6 +18,7 @@ from medicalgpt_cli.engine.training import sharding, shares, together
 from medicalgpt_cli.engine.training.batches import IGNORED
 from medicalgpt_cli.engine.training.callbacks import EarlyStopping, best_step
 from medicalgpt_cli.engine.training.losses import target_loss
+from medicalgpt_cli.engine.training.trainer_args import warmed_up
 from medicalgpt_cli.errors import TrainingFailed
 from medicalgpt_cli.settings.stages import TrainSettings
 
@@ -66,6 +68,17 @@ class MedgptTrainer(Trainer):
         # Our batches carry shifted labels; their count normalises the loss, and the loss says so.
         self.model_accepts_loss_kwargs = True
         self.loss_is_scaled_for_ga = True
+
+    def create_scheduler(
+        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
+    ) -> LambdaLR:
+        """The library's schedule with our warm-up (`warmed_up`)."""
+        if self.lr_scheduler is None:
+            theirs = super().create_scheduler(num_training_steps, optimizer)
+            warmup = self.args.get_warmup_steps(num_training_steps)
+            factors = [warmed_up(factor, warmup) for factor in theirs.lr_lambdas]
+            self.lr_scheduler = LambdaLR(theirs.optimizer, factors)
+        return self.lr_scheduler
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
         return self.sampler

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -97,18 +98,40 @@ def same_global_batch(settings: TrainSettings, before: int) -> TrainSettings:
 
 
 def schedule(optim: OptimSettings, examples: int, count: int = 1) -> Schedule:
-    """How many updates a run over `examples` examples makes in `count` processes, as the trainer counts them."""
+    """How many updates a run over `examples` examples makes in `count` processes, as the trainer counts them.
+
+    Raises:
+        UsageError: the warm-up is longer than the run, whose learning rate would never reach its peak.
+    """
     batches = math.ceil(examples / (optim.batch_size * count))
     per_epoch = max(math.ceil(batches / optim.gradient_accumulation), 1)
     updates = optim.max_steps or max(math.ceil(optim.epochs * per_epoch), 1)
     tenth = max(math.ceil(updates / 10), 1)
+    warmup = math.ceil(updates * optim.warmup_ratio) if optim.warmup_steps is None else optim.warmup_steps
+    if warmup > updates:
+        raise UsageError(
+            f"--warmup-steps {warmup} is longer than the run of {updates} updates",
+            "give fewer, or train for longer",
+        )
     return Schedule(
         updates_per_epoch=per_epoch,
         updates=updates,
-        warmup=math.ceil(updates * optim.warmup_ratio),
+        warmup=warmup,
         eval_every=optim.eval_steps or max(tenth, 20),
         save_every=optim.save_steps or max(tenth, 10),
     )
+
+
+def warmed_up(factor: Callable[[int], float], warmup: int) -> Callable[[int], float]:
+    """A schedule of the library, with a warm-up that learns from its first update on.
+
+    The library's begins at zero, so that the first update changes nothing (in rl, a whole rollout is drawn for it).
+    Here update k of `warmup` has k / warmup of the peak; the updates after it have what the library gives them.
+
+    Args:
+        factor: the share of the peak that update number n has, counted from 0.
+    """
+    return lambda step: (step + 1) / warmup if step < warmup else factor(step)
 
 
 def training_arguments(

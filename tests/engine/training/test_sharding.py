@@ -15,7 +15,7 @@ import torch
 
 from medicalgpt_cli.engine.run.accelerate_file import read_launch
 from medicalgpt_cli.engine.run.processes import free_port
-from medicalgpt_cli.engine.training.sharding import check_spread
+from medicalgpt_cli.engine.training.sharding import _check_environment, check_spread
 from medicalgpt_cli.errors import EnvironmentFailure, UsageError
 from medicalgpt_cli.settings.stages import SftSettings
 from tests.cli import ROOT, environment, medgpt, start
@@ -383,3 +383,17 @@ def test_a_file_that_contradicts_a_flag_is_refused(place: Path, old: str, new: s
     )
     assert done.returncode == 2, done.stderr
     assert flag in done.stderr and done.stderr.count("error:") == 1
+
+
+@pytest.mark.parametrize(("key", "flag"), [("scheduler", "--schedule"), ("optimizer", "--optimizer")])
+def test_a_file_of_deepspeed_that_overrules_a_flag_is_refused(
+    tmp_path: Path, key: str, flag: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What accelerate's launch leaves in the environment; with it the library would take its own schedule."""
+    file = tmp_path / "deepspeed.json"
+    file.write_text(json.dumps({"zero_optimization": {"stage": 2}, key: {"type": "WarmupLR"}}))
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_CONFIG_FILE", str(file))
+    settings = SftSettings(train_data=("x",), accelerate_config=tmp_path / "accelerate.yaml", dtype="fp32")
+    with pytest.raises(UsageError, match=flag):
+        _check_environment(settings, torch.device("cpu"))

@@ -3,10 +3,31 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
+from transformers import TrainerCallback
+
 from tests.cli import medgpt
+
+
+def rates(peak: float, warmup: int, updates: int) -> list[float]:
+    """The learning rate of each update: a line up to the peak, then a cosine over the updates that are left."""
+    rising = [peak * update / warmup for update in range(1, warmup + 1)]
+    left = updates - warmup
+    return rising + [peak * (1 + math.cos(math.pi * n / left)) / 2 for n in range(left)]
+
+
+class Rates(TrainerCallback):
+    """Gives each update of a library's trainer its learning rate: the library's own schedule begins at zero."""
+
+    def __init__(self, rates: list[float]):
+        self.rates = rates
+
+    def on_pre_optimizer_step(self, args, state, control, optimizer=None, **_):
+        for group in optimizer.param_groups:
+            group["lr"] = self.rates[state.global_step]
 
 
 def our_losses(
@@ -103,8 +124,6 @@ def trl_history(
         "gradient_accumulation_steps": accumulation,
         "max_steps": steps,
         "learning_rate": learning_rate(settings, settings),
-        "lr_scheduler_type": "cosine",
-        "warmup_steps": plan.warmup,
         "weight_decay": settings.weight_decay,
         "max_grad_norm": settings.max_grad_norm,
         "train_sampling_strategy": "sequential",
@@ -125,7 +144,7 @@ def trl_history(
         args=SFTConfig(**{**fixed, **options}),
         train_dataset=datasets.Dataset.from_list(rows),
         processing_class=tokenizer,
-        callbacks=list(callbacks),
+        callbacks=[*callbacks, Rates(rates(learning_rate(settings, settings), plan.warmup, plan.updates))],
     )
     trainer.train()
     return trainer.state.log_history

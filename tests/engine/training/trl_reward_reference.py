@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from tests.engine.training.trl_reference import Rates, rates
+
 
 def trl_reward_losses(model: Path, folder: Path, run: Path, *, steps: int, pad_token: str) -> list[float]:
     """The loss of each update: its collator, its loss, its loop, and the library's way of finding an answer's end.
@@ -67,8 +69,6 @@ def trl_reward_losses(model: Path, folder: Path, run: Path, *, steps: int, pad_t
         gradient_accumulation_steps=settings.gradient_accumulation,
         max_steps=steps,
         learning_rate=learning_rate(settings, settings),
-        lr_scheduler_type="cosine",
-        warmup_steps=plan.warmup,
         weight_decay=settings.weight_decay,
         max_grad_norm=settings.max_grad_norm,
         center_rewards_coefficient=settings.centring or None,
@@ -84,7 +84,11 @@ def trl_reward_losses(model: Path, folder: Path, run: Path, *, steps: int, pad_t
         pad_token=pad_token,
     )
     trainer = RewardTrainer(
-        model=net, args=args, train_dataset=datasets.Dataset.from_list(rows), processing_class=tokenizer
+        model=net,
+        args=args,
+        train_dataset=datasets.Dataset.from_list(rows),
+        processing_class=tokenizer,
+        callbacks=[Rates(rates(learning_rate(settings, settings), plan.warmup, plan.updates))],
     )
     trainer.train()
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
