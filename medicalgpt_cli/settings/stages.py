@@ -256,12 +256,16 @@ class RlSettings(RewardModelSettings, TrainSettings):
     entropy_coefficient: float = opt(0.0, "Reward for uncertainty about the next token.", min=0)
     gamma: float = opt(1.0, "Discount of later rewards.", above=0, max=1)
     gae_lambda: float = opt(0.95, "Balance of bias and variance in the advantages.", min=0, max=1)
-    score_clip: float | None = opt(10.0, "Scores are held within plus and minus this.", above=0)
+    score_clip: float | None = opt(
+        10.0, "Scores are held within plus and minus this, once they are normalised.", above=0
+    )
     normalise_scores: bool = opt(
-        True, "Divide scores by their running spread.", negative="--no-normalise-scores"
+        True,
+        "Take the running mean off the scores and divide by their running standard deviation.",
+        negative="--no-normalise-scores",
     )
     missing_end_penalty: float = opt(
-        1.0, "Taken off the score of an answer that does not end by itself.", min=0
+        1.0, "Taken off the normalised score of an answer that does not end by itself.", min=0
     )
     eval_prompts: int = opt(64, "Measure on at most this many held-out prompts.", min=1)
     sample_answers: int = opt(10, "Held-out prompts whose answers the report shows before and after.", min=0)

@@ -116,7 +116,7 @@ def _scores(architectures: Sequence[str] | None) -> bool:
 
 
 def write_record(folder: Path, record: dict[str, Any]) -> None:
-    """reward.json: that the head was trained, on which prompts (as hashes), and how scores are spread."""
+    """reward.json: that the head was trained, and on which prompts (as hashes)."""
     (folder / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 

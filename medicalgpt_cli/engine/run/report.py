@@ -129,6 +129,7 @@ def _curves(manifest: Mapping[str, Any], records: Sequence[Mapping[str, Any]]) -
             chart("Value loss", noisy("", records, "value_loss")),
             chart("Explained variance", noisy("", records, "explained_variance"), "of the returns"),
             chart("Clipped", noisy("", records, "clip_fraction"), "share of tokens"),
+            chart("Clipped scores", noisy("", records, "score_clip_fraction"), "share of answers"),
             chart("Speed", noisy("", records, "answers_per_second"), "answers a second"),
         ]
         return f'<section><h2>Curves</h2><div class="curves">{"".join(drawn)}</div></section>'

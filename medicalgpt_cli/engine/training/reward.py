@@ -156,7 +156,6 @@ class RewardStage(Stage):
             "format": 1,
             "head_trained": True,
             "trained_on": self.data.prompts,
-            **{name: after["metrics"].get(name) for name in ("score_mean", "score_spread")},
         }
         folder.new_model.mkdir(exist_ok=True)
         write_record(folder.new_model, record)

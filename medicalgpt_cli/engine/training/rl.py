@@ -28,6 +28,7 @@ from medicalgpt_cli.engine.training import attention
 from medicalgpt_cli.engine.training.batches import EpochSampler, ExampleDataset
 from medicalgpt_cli.engine.training.callbacks import StopOnSignal
 from medicalgpt_cli.engine.training.loop import Stage
+from medicalgpt_cli.engine.training.ppo.mathematics import SINGLE_PRECISION
 from medicalgpt_cli.engine.training.ppo.roles import Roles, shares_base
 from medicalgpt_cli.engine.training.ppo.rollout import draw, look_back
 from medicalgpt_cli.engine.training.ppo.trainer import PPOTrainer
@@ -112,6 +113,7 @@ class RlStage(Stage):
     # -- model and rewards -------------------------------------------------------------------------------------
 
     def load(self, observer: Observer) -> Roles:
+        self.observer = observer
         policy = load_trainable(self.settings, self.resolved, observer)
         shared = self.reward_resolved is not None and shares_base(self.resolved, self.reward_resolved)
         torch.manual_seed(self.settings.seed)
@@ -202,6 +204,7 @@ class RlStage(Stage):
             "reward": self.rewards,
             "backend": self._backend(model),
             "lay": self._lay,
+            "observer": self.observer,
         }
 
     def check_rewards(self, roles: Roles) -> None:
@@ -217,7 +220,7 @@ class RlStage(Stage):
         scores = [
             self.rewards.parts["reward model"][1](prompts[:1], [text], [[0]])[0] for text in texts
         ] + self.rewards.parts["reward model"][1](prompts, ["Yes."] * len(prompts), [[0]] * len(prompts))
-        if max(scores) - min(scores) < 1e-6:
+        if max(scores) - min(scores) <= SINGLE_PRECISION * max(map(abs, scores)):
             raise UsageError(
                 f"the reward model gives every answer the same score ({scores[0]:.4g})",
                 "was its training finished? `medgpt score` shows its scores",

@@ -87,7 +87,7 @@ def restore_learning(model: Any, optimizer: Any, folder: Path, *, moments: bool 
         if moments:
             _make_moments(optimizer, int(read("step")))
         for name, weight in _learning(model):
-            _set_weight(weight, read(f"weight/{name}"), optimizer)
+            set_weight(weight, read(f"weight/{name}"), optimizer)
             if moments and f"{_MOMENTS[0]}/{name}" in saved:
                 for part in _MOMENTS:
                     _set(weight, part, read(f"{part}/{name}"), optimizer)
@@ -148,7 +148,8 @@ def _get(weight: Any, part: str | None, optimizer: Any) -> torch.Tensor:
 
 
 @torch.no_grad()
-def _set_weight(weight: Any, value: torch.Tensor, optimizer: Any) -> None:
+def set_weight(weight: Any, value: torch.Tensor, optimizer: Any) -> None:
+    """Give a weight that processes share new numbers; all have to call together with the same ones."""
     if isinstance(weight, DTensor):
         _copy_share(weight, value)
         return

@@ -98,8 +98,9 @@ def test_reward_json_tells_prompts_by_their_hashes_only(whole, place: Path) -> N
     assert sorted(record["trained_on"]) == sorted(
         {prompt_hash([{"role": "user", "content": one}]) for one in prompts}
     )
-    assert record["score_mean"] == result["after"]["score_mean"]
-    assert record["score_spread"] == result["after"]["score_spread"] > 0
+    # The level of scores is a figure of the run: rl measures it on the policy's own answers.
+    assert record.keys() == {"format", "head_trained", "trained_on"}
+    assert result["after"]["score_spread"] > 0
     for word in [*WORDS, "symptoms"]:
         assert word not in text
         assert word not in (run / "metrics.jsonl").read_text()

@@ -17,7 +17,8 @@ from torch import Tensor
 
 # exp overflows float32 at 88, and an infinite ratio makes the zero gradient of a clipped token NaN.
 MAX_LOG_RATIO = 60.0
-VARIANCE_FLOOR = 1e-8  # where a standard deviation is divided by
+VARIANCE_FLOOR = 1e-8  # where a standard deviation of advantages is divided by
+SINGLE_PRECISION = 1e-6  # of a score's size: differences below are rounding
 
 
 def _kept(x: Tensor, mask: Tensor) -> Tensor:
@@ -119,6 +120,11 @@ def kl_k3(logp: Tensor, ref_logp: Tensor, mask: Tensor | None = None) -> Tensor:
 def score_clip(scores: Tensor, limit: float | None) -> Tensor:
     """Scores (batch,) held within ±limit; None leaves them."""
     return scores if limit is None else scores.clamp(-limit, limit)
+
+
+def score_clip_fraction(scores: Tensor, limit: float | None) -> float:
+    """Share of the scores (batch,) that `score_clip` changes: all these are learnt from as if they were equal."""
+    return 0.0 if limit is None else float((scores.abs() > limit).float().mean())
 
 
 def missing_end_penalty(scores: Tensor, ended: Tensor, penalty: float) -> Tensor:
@@ -329,6 +335,16 @@ class RunningMoments:
         self.mean += shift * new / total
         self.count = total
 
+    @property
+    def spread(self) -> float | None:
+        """Standard deviation of the scores; None where they have not varied.
+
+        What counts as varying is a share of their level, not a number: a reward of 1e-6 ± 1e-7 is as good as one of
+        10 ± 1, and what a model in single precision makes of equal answers differs in the seventh digit.
+        """
+        spread = math.sqrt(self.var)
+        return spread if spread > SINGLE_PRECISION * abs(self.mean) else None
+
     def state_dict(self) -> dict[str, float]:
         return {"count": self.count, "mean": self.mean, "var": self.var}
 
@@ -336,10 +352,22 @@ class RunningMoments:
         self.count, self.mean, self.var = state["count"], state["mean"], state["var"]
 
 
-def normalise(scores: Tensor, moments: RunningMoments, shift: bool) -> Tensor:
-    """Scores (batch,) over the running standard deviation, less the running mean with `shift`.
+def normalise(scores: Tensor, moments: RunningMoments) -> Tensor:
+    """Scores (batch,) less their running mean, over their running standard deviation, in float64.
 
-    Where the scores so far have not varied (variance up to 1e-8) nothing is scaled: it would be blown up.
+    Neither a constant added to all scores nor a positive factor changes the result. Where the scores so far have not
+    varied nothing is scaled: it would be rounding that is blown up.
     """
-    scale = math.sqrt(moments.var) if moments.var > VARIANCE_FLOOR else 1.0
-    return (scores - moments.mean if shift else scores) / scale
+    return (scores.double() - moments.mean) / (moments.spread or 1.0)
+
+
+def change_of_units(before: RunningMoments, now: RunningMoments) -> tuple[float, float]:
+    """(scale, shift) that turn a value normalised by moments of before into the same value normalised by those of now.
+
+    van Hasselt et al. 2016, "Learning values across many orders of magnitude" (Pop-Art), equation 3: with both in the
+    value function's last layer it goes on predicting what it has predicted, in the new units. (1, 0) where either
+    have not varied.
+    """
+    if before.spread is None or now.spread is None:
+        return 1.0, 0.0
+    return before.spread / now.spread, (before.mean - now.mean) / now.spread

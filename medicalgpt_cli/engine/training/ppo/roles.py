@@ -3,6 +3,7 @@
 policy      the adapter that learns: a new one, or the sft adapter going on
 reference   the model as rl found it: no adapter, or a frozen copy of the sft adapter
 value       for PPO: an adapter of its own with a scalar head; it starts from the reward model where that fits
+            (its head once it is known in which units scores are learnt from: `PPOTrainer._start_values`)
 reward      the reward model's adapter and head, frozen; a reward model over other weights stays apart
 """
 
@@ -49,17 +50,18 @@ class Roles(torch.nn.Module):
         self.reward_head: torch.nn.Linear | None = None
         self.value_head: torch.nn.Linear | None = None
         if has_value:
-            self.value_head = torch.nn.Linear(width, 1, bias=False, device=device)
+            self.value_head = torch.nn.Linear(width, 1, device=device)
             torch.nn.init.zeros_(self.value_head.weight)
+            torch.nn.init.zeros_(self.value_head.bias)
         if reward is not None:
             theirs, head = _reward_weights(reward)
             reward_config = _as_language_adapter(Path(reward.path))
             _add(policy, "reward", reward_config, theirs)
-            self.reward_head = torch.nn.Linear(width, 1, bias=False, device=device)
-            self.reward_head.weight.data.copy_(head)
+            self.reward_head = torch.nn.Linear(width, 1, bias="bias" in head, device=device)
+            for name, values in head.items():
+                getattr(self.reward_head, name).data.copy_(values)
             if self.value_head is not None:
                 _add(policy, "value", reward_config, theirs)
-                self.value_head.weight.data.copy_(head)
         elif self.value_head is not None:
             _add(policy, "value", config, own if has_reference else None)
         self.learning = {
@@ -67,7 +69,7 @@ class Roles(torch.nn.Module):
             "value": [weight for name, weight in policy.named_parameters() if ".value." in name],
         }
         if self.value_head is not None:
-            self.learning["value"].append(self.value_head.weight)
+            self.learning["value"] += [self.value_head.weight, self.value_head.bias]
         for weight in self.learning["policy"] + self.learning["value"]:
             weight.data = weight.data.float()
         _no_dropout(policy)
@@ -137,13 +139,22 @@ class Roles(torch.nn.Module):
 
     def values(self, batch: dict[str, torch.Tensor], positions: torch.Tensor) -> torch.Tensor:
         """The value function at positions counted through all rows: (positions,)."""
-        return self.value_head(self.hidden("value", batch)[positions].float()).squeeze(-1)
+        hidden = self.hidden("value", batch)[positions]
+        return self.value_head(hidden.to(self.value_head.weight.dtype)).squeeze(-1)
+
+    def head_from_reward_model(self, scale: float, shift: float) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Weight and bias of a value head that predicts scale · score + shift; None without a shared reward model."""
+        head = self.reward_head
+        if head is None or self.value_head is None:
+            return None
+        bias = torch.zeros_like(self.value_head.bias) if head.bias is None else head.bias.detach()
+        return head.weight.detach() * scale, bias * scale + shift
 
     @torch.no_grad()
     def scores(self, batch: dict[str, torch.Tensor]) -> list[float]:
         """The shared reward model's score at each row's end."""
-        last = self.hidden("reward", batch)[batch["ends"]].float()
-        return self.reward_head(last).squeeze(-1).tolist()
+        last = self.hidden("reward", batch)[batch["ends"]]
+        return self.reward_head(last.to(self.reward_head.weight.dtype)).squeeze(-1).tolist()
 
 
 def shares_base(resolved: ResolvedModel, reward: ResolvedModel) -> bool:
@@ -186,10 +197,11 @@ def _as_language_adapter(folder: Path) -> Any:
     return config
 
 
-def _reward_weights(reward: ModelReference) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+def _reward_weights(reward: ModelReference) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """The weights of a reward model's adapter, and of its head ("weight", and "bias" where there is one)."""
     weights = load_file(Path(reward.path) / "adapter_model.safetensors")
     heads = [name for name in weights if f".{HEAD}." in name]
-    head = weights[next(name for name in heads if name.endswith("weight"))]
+    head = {name.rpartition(".")[2]: weights[name] for name in heads}
     return {name: value for name, value in weights.items() if name not in heads}, head
 
 

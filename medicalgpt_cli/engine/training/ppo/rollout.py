@@ -128,6 +128,24 @@ def look_back(
     )
 
 
+@torch.no_grad()
+def values_of(
+    roles: Roles,
+    asked: Sequence[Asked],
+    answers: Sequence[Sequence[int]],
+    lay: Callable[[Sequence[Sequence[int]]], dict[str, Tensor]],
+    *,
+    batch_size: int,
+) -> Tensor:
+    """The value function at each token of answers that were drawn: (answers, longest), 0 at padding."""
+    found = []
+    for start in range(0, len(asked), batch_size):
+        prompts = [one.ids for one in asked[start : start + batch_size]]
+        batch, positions, _ = prepared(prompts, answers[start : start + batch_size], lay, roles.device)
+        found.append(roles.values(batch, positions))
+    return spread(torch.cat(found), mask_of(answers, roles.device))
+
+
 def prepared(
     prompts: Sequence[Sequence[int]],
     answers: Sequence[Sequence[int]],

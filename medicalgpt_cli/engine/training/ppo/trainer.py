@@ -1,17 +1,18 @@
 """PPO, RLOO and GRPO on the shared training loop: a step draws answers, scores them and makes all updates on them.
 
 PPO follows Huang et al. 2024, "The N+ Implementation Details of RLHF with PPO", with these departures: the value
-function is an adapter over the policy's base, scores are divided by their running spread, and an answer without an
-end loses a penalty instead of getting a fixed score. RLOO (Ahmadian et al. 2024) has the price of KL in the reward and
+function is an adapter over the policy's base, scores are normalised by their running mean and standard deviation, the
+value function's last layer moves with these (Pop-Art), and an answer without an end loses a penalty instead of getting
+a fixed score. RLOO (Ahmadian et al. 2024) has the price of KL in the reward and
 compares with the prompt's other answers; GRPO (Shao et al. 2024) has it in the loss, as k3. Both have PPO's clipped
 loss as a mean over tokens, and no value function.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,10 @@ from safetensors.torch import load_file, save_file
 
 from medicalgpt_cli.engine.evaluation.statistics import distinct_n, pearson
 from medicalgpt_cli.engine.generation.local import LocalBackend
+from medicalgpt_cli.engine.observer import Observer
 from medicalgpt_cli.engine.rewards.sources import WeightedReward
 from medicalgpt_cli.engine.run import processes
-from medicalgpt_cli.engine.training import together
+from medicalgpt_cli.engine.training import shares, together
 from medicalgpt_cli.engine.training.ppo import mathematics
 from medicalgpt_cli.engine.training.ppo.mathematics import AdaptiveKL, FixedKL, RunningMoments
 from medicalgpt_cli.engine.training.ppo.roles import Roles
@@ -33,6 +35,7 @@ from medicalgpt_cli.engine.training.ppo.rollout import (
     look_back,
     prepared,
     spread,
+    values_of,
 )
 from medicalgpt_cli.engine.training.trainer import MedgptTrainer
 from medicalgpt_cli.errors import TrainingFailed
@@ -40,6 +43,7 @@ from medicalgpt_cli.settings.stages import RlSettings
 
 _WEIGHTS, _STATE = "learning.safetensors", "ppo.json"
 _ALIKE = 3  # batches in a row in which every prompt gets the same answer
+_MANY_CLIPPED = 0.1  # share of a step's scores
 
 
 class PPOTrainer(MedgptTrainer):
@@ -51,15 +55,18 @@ class PPOTrainer(MedgptTrainer):
         reward: WeightedReward,
         backend: LocalBackend,
         lay: Callable[[Sequence[Sequence[int]]], dict[str, torch.Tensor]],
+        observer: Observer,
         **options: Any,
     ):
         settings: RlSettings = options["settings"]
         self.rl, self.reward, self.backend, self.lay = settings, reward, backend, lay
+        self.observer, self.warned = observer, set[str]()
         if settings.kl_target is None:
             self.price: FixedKL = FixedKL(settings.kl_coefficient)
         else:
             self.price = AdaptiveKL(settings.kl_coefficient, settings.kl_target, settings.kl_horizon)
         self.moments = RunningMoments()
+        self.has_started_values = False
         self.alike = 0
         self.measures: list[dict[str, float]] = []  # of the steps since the last log step
         super().__init__(**options)
@@ -83,16 +90,17 @@ class PPOTrainer(MedgptTrainer):
         roles: Roles = self.accelerator.unwrap_model(model)
         roles.eval()
         rollout = self.roll_out(roles, inputs["asked"])
+        # On the processor: not every accelerator has float64.
         scores = torch.tensor(
             self.reward([one.prompt for one in rollout.asked], rollout.texts, rollout.answers),
-            device=rollout.mask.device,
+            dtype=torch.float64,
         )
         self._check(scores, rollout)
-        shaped = self._shaped(scores, rollout.ended)
+        shaped, clipped = self._shaped(roles, scores, rollout)
         advantages, returns = self._advantages(shaped, rollout)
         totals = self._learn(roles, rollout, advantages, returns)
         self.seen += len(rollout.asked)
-        figures = self._figures(scores, shaped, rollout)
+        figures = {**self._figures(scores, shaped, rollout), "score_clip_fraction": clipped}
         if returns is not None:
             variance = mathematics.explained_variance(rollout.values, returns, rollout.mask)
             figures["explained_variance"] = 0.0 if variance is None else variance
@@ -121,13 +129,77 @@ class PPOTrainer(MedgptTrainer):
         """Every process knows all prompts of a step; the answers are drawn in shares (`roll_out`)."""
         return self.data_collator(examples)
 
-    def _shaped(self, scores: torch.Tensor, ended: torch.Tensor) -> torch.Tensor:
-        """The scores that are learnt from: (answers,)."""
+    def _shaped(self, roles: Roles, scores: torch.Tensor, rollout: Rollout) -> tuple[torch.Tensor, float]:
+        """The scores that are learnt from, (answers,), and the share of them that was clipped.
+
+        Several rewards are normalised as their sum: their weights then say what each of them counts, and a rule that
+        every answer meets adds nothing. The penalty for an answer without an end is in units of the normalised score.
+        """
+        before = dataclasses.replace(self.moments)
         if self.rl.normalise_scores:
             self.moments.update(scores)
-            scores = mathematics.normalise(scores, self.moments, shift=False)
-        scores = mathematics.score_clip(scores, self.rl.score_clip)
-        return mathematics.missing_end_penalty(scores, ended, self.rl.missing_end_penalty)
+            scores = mathematics.normalise(scores, self.moments)
+        if roles.value_head is not None:
+            self._move_values(roles, rollout, before)
+        clipped = mathematics.score_clip_fraction(scores, self.rl.score_clip)
+        self._warn_of_clipped(clipped)
+        held = mathematics.score_clip(scores, self.rl.score_clip).to(rollout.logp)
+        return mathematics.missing_end_penalty(held, rollout.ended, self.rl.missing_end_penalty), clipped
+
+    def _move_values(self, roles: Roles, rollout: Rollout, before: RunningMoments) -> None:
+        """Keep the value function in the units of the scores that are learnt from; `rollout.values` with it."""
+        if not self.has_started_values:
+            self.has_started_values = not self.rl.normalise_scores or self.moments.spread is not None
+            if self.has_started_values:
+                self._start_values(roles, rollout)
+            return
+        scale, shift = mathematics.change_of_units(before, self.moments)
+        if (scale, shift) != (1.0, 0.0):
+            head = roles.value_head
+            self._set_value_head(roles, head.weight.detach() * scale, head.bias.detach() * scale + shift)
+            rollout.values = (rollout.values * scale + shift) * rollout.mask
+
+    def _start_values(self, roles: Roles, rollout: Rollout) -> None:
+        """Let the value function predict what the reward model's score is worth in the units that are learnt from.
+
+        It begins at 0, the mean of normalised scores, and waits there until these have a spread: a head in the reward
+        model's own units would be off by the level of its scores.
+        """
+        scale, shift = self.rl.reward_weight, 0.0
+        if self.rl.normalise_scores:
+            scores = self.reward.last.get("reward model", [0.0])
+            scale /= self.moments.spread
+            shift = -scale * sum(scores) / len(scores)
+        head = roles.head_from_reward_model(scale, shift)
+        if head is None:
+            return
+        self._set_value_head(roles, *head)
+        rollout.values = values_of(
+            roles, rollout.asked, rollout.answers, self.lay, batch_size=self.rl.minibatch_size
+        )
+
+    def _set_value_head(self, roles: Roles, weight: torch.Tensor, bias: torch.Tensor) -> None:
+        for parameter, value in ((roles.value_head.weight, weight), (roles.value_head.bias, bias)):
+            if self.spread:
+                shares.set_weight(parameter, value, self.optimizer)
+            else:
+                parameter.data.copy_(value)
+
+    def _warn_of_clipped(self, clipped: float) -> None:
+        if clipped < _MANY_CLIPPED:
+            return
+        how = "" if self.rl.normalise_scores else ", which are not normalised"
+        self._warn_once(
+            "clipped",
+            f"{clipped:.0%} of the scores{how}, lie beyond --score-clip {self.rl.score_clip:g}: what is clipped to "
+            "one number cannot be told apart",
+        )
+
+    def _warn_once(self, what: str, text: str) -> None:
+        """A warning that would come with every step comes with the first."""
+        if what not in self.warned and processes.rank() == 0:
+            self.observer.on_warning(f"step {self.state.global_step + 1}: {text}")
+        self.warned.add(what)
 
     def _advantages(self, shaped: torch.Tensor, rollout: Rollout) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Advantages and, where there is a value function, returns: both (answers, longest), 0 at padding."""
@@ -319,7 +391,12 @@ class PPOTrainer(MedgptTrainer):
         self._save_state(folder)
 
     def _save_state(self, folder: Path) -> None:
-        state = {"price": self.price.state_dict(), "moments": asdict(self.moments), "alike": self.alike}
+        state = {
+            "price": self.price.state_dict(),
+            "moments": self.moments.state_dict(),
+            "has_started_values": self.has_started_values,
+            "alike": self.alike,
+        }
         (folder / _STATE).write_text(json.dumps(state), encoding="utf-8")
 
     def _learning(self) -> dict[str, torch.Tensor]:
@@ -344,4 +421,5 @@ class PPOTrainer(MedgptTrainer):
         state = json.loads((folder / _STATE).read_text(encoding="utf-8"))
         self.price.load_state_dict(state["price"])
         self.moments.load_state_dict(state["moments"])
+        self.has_started_values = state["has_started_values"]
         self.alike = state["alike"]

@@ -635,8 +635,7 @@ def test_running_moments_by_hand():
     assert (moments.count, moments.mean, moments.var) == (2, 2.0, 1.0)
     moments.update(tensor([8.0]))  # 1, 3, 8: mean 4, variance (9 + 1 + 16) / 3
     close([moments.count, moments.mean, moments.var], [3, 4.0, 26 / 3])
-    close(m.normalise(tensor([4.0, 10.0]), moments, shift=True), [0.0, 6 / math.sqrt(26 / 3)])
-    close(m.normalise(tensor([4.0, 10.0]), moments, shift=False), tensor([4.0, 10.0]) / math.sqrt(26 / 3))
+    close(m.normalise(tensor([4.0, 10.0]), moments), [0.0, 6 / math.sqrt(26 / 3)])
     with pytest.raises(ValueError, match="finite"):
         moments.update(tensor([NAN]))
     assert moments.count == 3
@@ -666,7 +665,35 @@ def test_running_moments_resume_exactly():
 
 def test_scores_that_never_varied_are_not_scaled():
     moments = m.RunningMoments()
-    close(m.normalise(tensor([2.0]), moments, shift=True), [2.0])
+    close(m.normalise(tensor([2.0]), moments), [2.0])
     for _ in range(3):
-        moments.update(tensor([0.1, 0.1 + 1e-6]))
-    close(m.normalise(tensor([0.1, 1.1]), moments, shift=True), [0.0, 1.0], 1e-5)
+        moments.update(tensor([0.1, 0.1 + 1e-8]))  # what single precision makes of equal numbers
+    assert moments.spread is None
+    close(m.normalise(tensor([0.1, 1.1]), moments), [0.0, 1.0], 1e-5)
+
+
+@given(
+    st.lists(NUMBERS, min_size=2, max_size=8).filter(lambda found: max(found) - min(found) > 0.1),
+    st.sampled_from([1e-9, 0.3, 1e6]),
+    st.sampled_from([-50.0, 0.0, 20.0]),
+)
+def test_neither_a_constant_nor_a_factor_of_the_scores_matters(scores, factor, constant):
+    plain, moved = m.RunningMoments(), m.RunningMoments()
+    other = [factor * (score + constant) for score in scores]
+    plain.update(tensor(scores))
+    moved.update(tensor(other))
+    close(m.normalise(tensor(other), moved), m.normalise(tensor(scores), plain), 1e-9)
+
+
+def test_a_value_keeps_its_meaning_when_the_moments_move():
+    before, now = m.RunningMoments(4, 20.0, 4.0), m.RunningMoments(8, 23.0, 9.0)
+    scale, shift = m.change_of_units(before, now)
+    # A score of 26 was (26 - 20) / 2 = 3 and is (26 - 23) / 3 = 1.
+    close([scale * 3 + shift], [1.0])
+    assert m.change_of_units(m.RunningMoments(1, 5.0, 0.0), now) == (1.0, 0.0)
+
+
+def test_share_of_clipped_scores():
+    scores = tensor([-9.0, 5.0, -5.0, 5.1])
+    assert m.score_clip_fraction(scores, 5.0) == 0.5
+    assert m.score_clip_fraction(scores, None) == 0.0
