@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import functools
+import importlib
 import multiprocessing
 import os
 import subprocess
@@ -15,6 +16,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 _PRELOADED = [
     "tests.forked_imports",
@@ -29,9 +31,17 @@ _PRELOADED = [
 
 
 def run(
-    arguments: Sequence[str], env: dict[str, str], cwd: Path | None, said: str | None, timeout: float
+    arguments: Sequence[str],
+    env: dict[str, str],
+    cwd: Path | None,
+    said: str | None,
+    timeout: float,
+    signal_in: tuple[str, int] | None = None,
 ) -> subprocess.CompletedProcess[str]:
     """Like `subprocess.run` of `medgpt …` with captured text.
+
+    Args:
+        signal_in: "module:Class.method" and a signal, which the process gets as that is first called.
 
     Raises:
         TimeoutExpired: it took longer; it has been killed.
@@ -40,7 +50,8 @@ def run(
         streams = [Path(folder) / name for name in ("in", "out", "err")]
         streams[0].write_text(said or "", encoding="utf-8")
         process = _context().Process(
-            target=_main, args=(list(arguments), env, str(cwd or Path.cwd()), [str(one) for one in streams])
+            target=_main,
+            args=(list(arguments), env, str(cwd or Path.cwd()), [str(one) for one in streams], signal_in),
         )
         process.start()
         process.join(timeout)
@@ -69,7 +80,13 @@ def _context() -> multiprocessing.context.ForkServerContext:
     return context
 
 
-def _main(arguments: list[str], env: dict[str, str], cwd: str, streams: list[str]) -> None:
+def _main(
+    arguments: list[str],
+    env: dict[str, str],
+    cwd: str,
+    streams: list[str],
+    signal_in: tuple[str, int] | None,
+) -> None:
     import random
 
     import numpy
@@ -89,9 +106,28 @@ def _main(arguments: list[str], env: dict[str, str], cwd: str, streams: list[str
     sys.argv = ["medgpt", *arguments]
     from medicalgpt_cli.app import main
 
+    if signal_in:
+        _signal_in(*signal_in)
     try:
         main()
     finally:
         atexit._run_exitfuncs()
         sys.stdout.flush()
         sys.stderr.flush()
+
+
+def _signal_in(where: str, number: int) -> None:
+    """Have the process send itself a signal at the first call of "module:Class.method"."""
+    module, _, name = where.partition(":")
+    *owners, name = name.split(".")
+    owner = importlib.import_module(module)
+    for one in owners:
+        owner = getattr(owner, one)
+    original = getattr(owner, name)
+
+    def signalled(*arguments: Any, **named: Any) -> Any:
+        setattr(owner, name, original)
+        os.kill(os.getpid(), number)
+        return original(*arguments, **named)
+
+    setattr(owner, name, signalled)

@@ -22,7 +22,16 @@ from medicalgpt_cli.engine.model.quantization import (
     stored_quantization,
 )
 from medicalgpt_cli.engine.model.references import ModelReference, ResolvedModel
+from medicalgpt_cli.engine.model.spread import is_spread
 from medicalgpt_cli.engine.model.tokenizer import apply_template, check_fingerprint
+from medicalgpt_cli.engine.model.weight_files import (
+    check_all_used,
+    check_gguf_blocks,
+    check_numbers,
+    check_numbers_in,
+    explain_shapes,
+    weight_files_of,
+)
 from medicalgpt_cli.engine.observer import Observer
 from medicalgpt_cli.engine.run import processes
 from medicalgpt_cli.errors import EnvironmentFailure, UnsafeRefused, UsageError
@@ -197,7 +206,9 @@ def load_model(
             loaded = _to_device(_new_model(resolved, dtype), device)
         else:
             spread = gpus_of_the_model(model)
-            loaded = load_base(resolved.base, dtype, device, spread, quantization=model.quantization)
+            loaded = load_base(
+                resolved.base, dtype, device, spread, quantization=model.quantization, observer=observer
+            )
         if resolved.adapter is not None:
             recorded = resolved.adapter.base
             if recorded is not None and recorded.path != resolved.base.path:
@@ -223,6 +234,7 @@ def load_base(
     may_lack: Collection[str] = (),
     quantization: str | None = None,
     kept: tuple[str, ...] = (),
+    observer: Observer | None = None,
 ) -> Any:
     """The weights of a base model on `device`, or its layers spread over the first `gpus` GPUs.
 
@@ -250,14 +262,27 @@ def load_base(
         options |= {"device_map": "balanced", "max_memory": free}
     with _explained(base):
         _refuse_unsafe(base)
+        weight_files_of(base)
+        if base.kind == "gguf":
+            check_gguf_blocks(base.name, Path(base.path))
         if quantization:
             _refuse_experts(base, quantization)
         if kind is AutoModelForCausalLM:
             _refuse_reward_model(base)
         else:
             options["num_labels"] = 1
-        loaded, found = kind.from_pretrained(source, output_loading_info=True, **options)
+        try:
+            loaded, found = kind.from_pretrained(source, output_loading_info=True, **options)
+        except RuntimeError as problem:
+            explain_shapes(base.name, problem)
+            raise
     _must_be_complete(base.name, set(found["missing_keys"]) - set(may_lack))
+    files = weight_files_of(base)
+    check_all_used(base.name, files, loaded, found["unexpected_keys"], observer or Observer())
+    if quantised or is_spread(loaded):
+        check_numbers_in(base.name, files)
+    else:
+        check_numbers(base.name, loaded, dtype)
     if quantised:
         compute_alike(loaded)
     return loaded if gpus > 1 or quantised else _to_device(loaded, device)
@@ -347,6 +372,7 @@ def attach_adapter(model: Any, folder: Path, *, trainable: bool = False) -> Any:
         f"the adapter in {folder} does not fit this base model: it was trained over another one",
         "leave out --base-model: the adapter knows its base",
     )
+    check_numbers_in(str(folder), [folder / "adapter_model.safetensors"])
     try:
         own_tables = _restore_rows(model, folder / "adapter_model.safetensors")
         attached = PeftModel.from_pretrained(model, folder, is_trainable=trainable)

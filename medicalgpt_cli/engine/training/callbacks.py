@@ -130,13 +130,17 @@ class EarlyStopping(TrainerCallback):
         self.patience = patience
 
     def on_evaluate(self, args, state, control, **_):
-        best = best_step(state)
-        measured = [entry["step"] for entry in state.log_history if "eval_loss" in entry]
-        if best == measured[-1]:
+        if best_step(state) == state.global_step:
             control.should_save = True
-        elif len([step for step in measured if step > best]) >= self.patience:
+        elif self.reached(state):
             control.should_training_stop = True
         return control
+
+    def reached(self, state: Any) -> bool:
+        """Whether the lowest held-out loss is as old as `patience` measurements."""
+        best = best_step(state)
+        later = [one for one in state.log_history if "eval_loss" in one and one["step"] > (best or 0)]
+        return best is not None and len(later) >= self.patience
 
 
 def best_step(state: Any) -> int | None:

@@ -272,9 +272,11 @@ def _train_in(folder: RunFolder, stage: Stage, observer: Observer) -> dict[str, 
             observer.on_train_start(
                 _start_event(folder, stage, model, trainer, checkpoint, before["metrics"])
             )
+            layout.enter_context(attention.for_batches(model, stage.padding_free))
+            if trainer.missed_measurement():  # of the checkpoint that the run goes on from
+                trainer.evaluate()
             # Measuring must not have moved the random state; each process drops out on its own.
             set_seed(settings.seed + processes.rank())
-            layout.enter_context(attention.for_batches(model, stage.padding_free))
             if trainer.args.device.type == "cpu":
                 give_back_freed_memory()  # what loading and measuring have left
                 if trainer.spread:
@@ -291,7 +293,9 @@ def _train_in(folder: RunFolder, stage: Stage, observer: Observer) -> dict[str, 
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         layout.close()
         seconds, step = time.monotonic() - began, trainer.state.global_step
-    if stop.received is not None and step < updates:
+    # The best weights can be told once the last ones were measured, too.
+    unmeasured = trainer.early_stopping is not None and trainer.missed_measurement()
+    if stop.received is not None and (step < updates or unmeasured):
         raise Stopped(
             f"stopped by {stop.name} after update {step} of {updates}; a checkpoint is saved",
             exit_code=stop.exit_code,

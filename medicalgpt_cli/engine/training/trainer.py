@@ -64,7 +64,7 @@ class MedgptTrainer(Trainer):
         self.measured: tuple[int, dict[str, Any]] | None = None  # the last update measured after
         self.settings, self.checkpoint_folder = settings, checkpoint_folder
         self.spread = sharding.kind_of(settings) != "ddp"
-        self.keep_best = any(isinstance(callback, EarlyStopping) for callback in callbacks)
+        self.early_stopping = next((one for one in callbacks if isinstance(one, EarlyStopping)), None)
         # Our batches carry shifted labels; their count normalises the loss, and the loss says so.
         self.model_accepts_loss_kwargs = True
         self.loss_is_scaled_for_ga = True
@@ -110,6 +110,30 @@ class MedgptTrainer(Trainer):
                 if name in batch:
                     batch[name] = torch.full_like(batch[name], IGNORED)
         return batch
+
+    def _run_epoch(self, *arguments: Any, **named: Any) -> None:
+        """One pass over the batches; none where nothing is left to be learnt.
+
+        The library looks at the number of updates behind an update only. A run that died after its last one would
+        make another one when it goes on, unless that was also the last of an epoch.
+        """
+        if self.is_finished():
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*arguments, **named)
+
+    def is_finished(self) -> bool:
+        """Whether the last update was made: all of them, or so many that early stopping ended the run."""
+        stopped = self.early_stopping is not None and self.early_stopping.reached(self.state)
+        return stopped or self.state.global_step >= self.state.max_steps
+
+    def missed_measurement(self) -> bool:
+        """Whether held-out data was to be measured on after this update, and a signal came first."""
+        step = self.state.global_step
+        if not step or self.args.eval_strategy == "no" or step % self.args.eval_steps:
+            return False
+        last = [entry for entry in self.state.log_history if entry["step"] == step]
+        return not any(name.startswith("eval_") for entry in last for name in entry)
 
     def batch_loss(self, model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         """The sum of the loss over the items of a batch; `labels` that are not -100 are its items."""
@@ -246,7 +270,7 @@ class MedgptTrainer(Trainer):
 
     def best_checkpoint(self) -> Path | None:
         """The checkpoint with the lowest held-out loss, where early stopping keeps it."""
-        step = best_step(self.state) if self.keep_best else None
+        step = best_step(self.state) if self.early_stopping else None
         return self.checkpoint_folder / f"checkpoint-{step}" if step is not None else None
 
     def load_weights(self, checkpoint: Path) -> None:
