@@ -119,38 +119,38 @@ def main() -> None:
         code = app(standalone_mode=False)
     except MedgptError as error:
         code = _fail(error, debug)
-    except typer.Abort:
-        code = _fail(Stopped("stopped"), debug)
+    except typer.Abort as error:
+        code = _fail(Stopped("stopped"), debug, error)
     except typer.TyperException as error:
-        code = _fail(_usage(error), debug)
-    except KeyboardInterrupt:
-        code = _fail(Stopped("stopped"), debug)
+        code = _fail(_usage(error), debug, error)
+    except KeyboardInterrupt as error:
+        code = _fail(Stopped("stopped"), debug, error)
     except BrokenPipeError:
         # The reader of our output went away (`medgpt … | head`): nothing is wrong.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
     except OSError as error:
-        code = _fail(_environment(error), debug)
-    except MemoryError:
-        code = _fail(
-            EnvironmentFailure("out of memory", "a smaller --batch-size or --max-length helps"), debug
-        )
+        code = _fail(_environment(error), debug, error)
+    except MemoryError as error:
+        message = EnvironmentFailure("out of memory", "a smaller --batch-size or --max-length helps")
+        code = _fail(message, debug, error)
     except Exception as error:
         from medicalgpt_cli.engine.run import processes
 
         # Who started this process says what ended the other one.
         lost = processes.lost_partner(error) and not debug
-        code = processes.LOST if lost else _fail(_unexpected(error), debug)
+        code = processes.LOST if lost else _fail(_unexpected(error), debug, error)
     sys.exit(code if isinstance(code, int) else 0)
 
 
-def _fail(error: MedgptError, debug: bool) -> int:
+def _fail(error: MedgptError, debug: bool, cause: BaseException | None = None) -> int:
+    """Say what is wrong; `cause` is the error that came, where the one that is told is made of it."""
     from medicalgpt_cli.terminal.console import print_error
 
     if debug:
-        import traceback
+        from medicalgpt_cli.terminal.traceback import safe_traceback
 
-        traceback.print_exc()
+        sys.stderr.write(safe_traceback(cause or error))
     print_error(error)
     return error.exit_code
 
@@ -181,7 +181,7 @@ def _environment(error: OSError) -> MedgptError:
 def _unexpected(error: Exception) -> MedgptError:
     if "out of memory" in str(error).lower() or "can't allocate memory" in str(error).lower():
         return EnvironmentFailure("out of memory", "a smaller --batch-size or --max-length helps")
-    # The text of a foreign exception may quote what it was working on: only --debug shows it.
+    # The text of a foreign exception may quote what it was working on (terminal/traceback.py).
     frame = error.__traceback__
     while frame is not None and frame.tb_next is not None:
         frame = frame.tb_next

@@ -16,6 +16,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
 
+from medicalgpt_cli.engine.data.naming import looks_like_a_name
 from medicalgpt_cli.errors import UsageError
 from medicalgpt_cli.serving.answers import Answers, Listening
 from medicalgpt_cli.serving.api_fields import (
@@ -90,7 +91,10 @@ def _add_errors(app: FastAPI) -> None:
     async def invalid(_: Request, problem: RequestValidationError) -> JSONResponse:
         """Says which field is wrong and why, and never quotes what was sent."""
         first = problem.errors()[0]
-        place = ".".join(str(part) for part in first["loc"] if part != "body")
+        parts = [part for part in first["loc"] if part != "body"]
+        # A field that is not ours is a word of the client's, and perhaps not a name.
+        named = [str(part) if isinstance(part, int) or looks_like_a_name(part) else "?" for part in parts]
+        place = ".".join(named)
         words = {
             "extra_forbidden": "this field is not supported",
             "json_invalid": "the body is not valid JSON",

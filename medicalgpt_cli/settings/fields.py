@@ -17,6 +17,8 @@ from typing import Any
 
 from medicalgpt_cli.errors import UsageError
 
+_LONGEST_WORD = 200
+
 
 @dataclass(frozen=True)
 class Option:
@@ -71,7 +73,9 @@ def _hints(settings_class: type) -> dict[str, Any]:
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str | None:
-    """The nearest known word, or None."""
+    """The nearest known word, or None; a long word, which takes long to compare, is like none of them."""
+    if len(word) > _LONGEST_WORD:
+        return None
     matches = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
     return matches[0] if matches else None
 

@@ -217,3 +217,10 @@ def test_a_full_queue_says_when_to_come_again(tmp_path):
             reply = client.post("/v1/chat/completions", json={**body, "stream": False})
             assert reply.status_code == 503 and int(reply.headers["retry-after"]) > 0
             assert client.get("/health").json() == {"status": "ok"}
+
+
+def test_a_field_that_is_no_name_is_not_repeated(server):
+    for field, said in (("max_tokenz", "max_tokenz"), ("Zorblatt has a fever", "?")):
+        reply = post(server, messages=asked("Why?"), **{field: 1})
+        assert reply.status_code == 400
+        assert reply.json()["error"]["message"] == f"{said}: this field is not supported"

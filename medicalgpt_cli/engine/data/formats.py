@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypedDict
 
+from medicalgpt_cli.engine.data.naming import key_name, keys_found, role_name
 from medicalgpt_cli.engine.data.readers import Row, expand_sources, is_text, read_rows, unit_of
 from medicalgpt_cli.engine.observer import Observer
 from medicalgpt_cli.errors import DataError
@@ -90,6 +91,7 @@ _ROLES: dict[str, Role] = {
 }  # fmt: skip
 _QUESTIONS = ("question", "query", "ask", "prompt", "instruction", "input")
 _ANSWERS = ("answer", "response", "output", "reference", "response_chosen")
+_GUESSED = 8  # keys of a record that are compared with known ones
 _EXPECTED = (
     "messages, conversations, instruction + output, question + answer, prompt, text, or chosen + rejected"
 )
@@ -124,7 +126,7 @@ def detect_format(value: Any, at: str) -> str:
         return "prompt"
     if "text" in keys:
         return "text"
-    raise DataError(*_unknown_keys(keys), at=at)
+    raise DataError(*_unknown_keys(value, at), at=at)
 
 
 def load_conversations(
@@ -225,7 +227,7 @@ def first_format(sources: Sequence[str]) -> str:
 def to_conversation(row: Row, counts: Counts) -> Conversation | None:
     """The conversation of a row; None where there is nothing to learn, which is counted."""
     if detect_format(row.value, row.at) in ("prompt", "mcq"):
-        keys = ", ".join(sorted(map(str, row.value)))
+        keys = keys_found(row.value, row.at)
         raise DataError(f"no answer to learn from; keys found: {keys}", f"expected: {_EXPECTED}", at=row.at)
     messages, identifier = messages_of(row, counts)
     messages = join_same_role(messages, row.at, counts)
@@ -348,7 +350,7 @@ def answer_keys(value: dict[str, Any], at: str) -> tuple[str, str]:
         if not missing:
             return pair
     raise DataError(
-        f"no preference pair; keys found: {', '.join(sorted(map(str, value)))}",
+        f"no preference pair; keys found: {keys_found(value, at)}",
         "expected: conversations, prompt or question, with chosen and rejected",
         at=at,
     )
@@ -400,7 +402,7 @@ def preference_prompt(value: dict[str, Any], at: str) -> list[Message]:
     if "instruction" in value:
         return _from_alpaca({**value, "output": ""}, at)[:-1]
     if not any(key in value for key in _QUESTIONS):
-        raise DataError(*_unknown_keys(set(value)), at=at)
+        raise DataError(*_unknown_keys(value, at), at=at)
     return _from_prompt(value, at)
 
 
@@ -415,24 +417,30 @@ def _from_choice(value: dict[str, Any], at: str) -> list[Message]:
 
 def _turns(turns: Any, name: str, role_key: str, text_key: str, at: str) -> list[Message]:
     if not isinstance(turns, list):
-        raise DataError(f"{name} is {_kind(turns)}, not a list of turns", None, at=at)
+        raise DataError(
+            f"{name} is {_kind(turns)}, not a list of turns",
+            f'[{{"{role_key}": …, "{text_key}": …}}, …]',
+            at=at,
+        )
     found = []
     for number, turn in enumerate(turns, 1):
         if not isinstance(turn, dict):
-            raise DataError(f"turn {number} is {_kind(turn)}, not an object", None, at=at)
+            raise DataError(
+                f"turn {number} is {_kind(turn)}, not an object",
+                f'{{"{role_key}": …, "{text_key}": …}}',
+                at=at,
+            )
         # both spellings occur in the wild, also mixed
         role = turn.get(role_key, turn.get("role", turn.get("from")))
         keys = [key for key in (text_key, "content", "value") if key in turn]
         if role is None or not keys:
             raise DataError(
                 f"turn {number} has no {role_key if role is None else text_key}",
-                f"keys found: {', '.join(map(str, turn))}",
+                f"keys found: {keys_found(turn, at)}",
                 at=at,
             )
         if not isinstance(role, str) or role.lower() not in _ROLES:
-            near = did_you_mean(str(role).lower(), _ROLES)
-            hint = f"did you mean {near}?" if near else f"known roles: {', '.join(_ROLES)}"
-            raise DataError(f"turn {number} has the unknown role {str(role)[:30]!r}", hint, at=at)
+            raise DataError(*_unknown_role(number, role, at), at=at)
         found.append(_message(_ROLES[role.lower()], turn[keys[0]], f"turn {number}", at))
     return found
 
@@ -525,7 +533,16 @@ def _why_nothing(counts: Counts) -> str:
     return "the files are empty"
 
 
-def _unknown_keys(keys: set[str]) -> tuple[str, str]:
+def _unknown_role(number: int, role: Any, at: str) -> tuple[str, str]:
+    known = f"known roles: {', '.join(_ROLES)}"
+    if not isinstance(role, str):
+        return f"the role of turn {number} is {_kind(role)}, not text", known
+    name, near = role_name(role, at), did_you_mean(role.lower(), _ROLES)
+    hint = f"did you mean {near}?" if near else known
+    return f"turn {number} has {f'the unknown role {name}' if name else 'an unknown role'}", hint
+
+
+def _unknown_keys(value: dict[str, Any], at: str) -> tuple[str, str]:
     known = (
         "messages",
         "conversations",
@@ -537,10 +554,9 @@ def _unknown_keys(keys: set[str]) -> tuple[str, str]:
         "text",
         "chosen",
     )
-    shown = ", ".join(sorted(map(str, keys))[:8])
-    near = [(key, did_you_mean(str(key), known)) for key in sorted(map(str, keys))]
-    guess = "; ".join(f"did you mean {b} for {a}?" for a, b in near if b and a != b)
-    return f"no known format has these keys: {shown or 'none'}", guess or f"expected: {_EXPECTED}"
+    near = [(key_name(key, place, at), did_you_mean(str(key), known)) for place, key in enumerate(value, 1)]
+    guess = "; ".join(f"did you mean {b} for {a}?" for a, b in near[:_GUESSED] if b and a != b)
+    return f"no known format has these keys: {keys_found(value, at)}", guess or f"expected: {_EXPECTED}"
 
 
 def _kind(value: Any) -> str:

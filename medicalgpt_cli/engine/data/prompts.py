@@ -63,7 +63,8 @@ def _key_of(row: Row) -> tuple[dict[str, str] | None, tuple[str, ...]]:
         return None, ()
     answer = value.get("answer")
     letters = [answer] if isinstance(answer, str) else answer
-    if not isinstance(letters, list) or not letters or any(one not in value["options"] for one in letters):
+    known = isinstance(letters, list) and all(isinstance(one, str) for one in letters)
+    if not known or not letters or any(one not in value["options"] for one in letters):
         raise DataError(
             "the answer is not among the options", "expected the letter, or a list of letters", at=row.at
         )

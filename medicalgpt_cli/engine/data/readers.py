@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from medicalgpt_cli.engine.data.known_keys import KEYS
 from medicalgpt_cli.errors import DataError, UsageError
 
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".txt", ".md")
@@ -497,9 +498,10 @@ class _Constant(Exception):
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
-        raise _DuplicateKey(f"the key {twice[:30]!r} stands twice")
+        keys, seen = [key for key, _ in pairs], set()
+        place = next(place for place, key in enumerate(keys) if key in seen or seen.add(key))
+        name = f"the key {keys[place]}" if keys[place] in KEYS else f"key {place + 1} of an object"
+        raise _DuplicateKey(f"{name} stood there before")
     return found
 
 

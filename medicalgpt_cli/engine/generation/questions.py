@@ -33,7 +33,7 @@ def read_questions(source: str) -> list[Question]:
         question = _question(row, len(found) + 1)
         if question.id in seen:
             raise DataError(
-                f"the id {question.id!r} stands twice (first at {seen[question.id]})",
+                f"its id is that of an earlier record ({seen[question.id]})",
                 "ids have to differ",
                 at=row.at,
             )
