@@ -4,8 +4,10 @@
   tokens.bin      the ids of all documents, one behind the other, each behind its start token
   documents.bin   one record a document: where it ends, its bytes, a hash of its text, its language
   meta.json       counts, format, fingerprint
+  complete.json   size and SHA-256 of these three, proved whenever the folder is opened
 
 The key covers the files' content, the tokenizer and how a document is cut, so a changed file is read anew.
+A folder that does not hold what was written into it is thrown away and written again.
 The ids spell the text: the folder is as confidential as the corpus, and only its owner may read it.
 """
 
@@ -30,6 +32,7 @@ from medicalgpt_cli.engine.data.readers import HubDataset, expand_sources
 from medicalgpt_cli.engine.data.rendering import document_marks, encode_texts
 from medicalgpt_cli.engine.model.tokenizer import fingerprint
 from medicalgpt_cli.engine.observer import Observer
+from medicalgpt_cli.engine.run import checkpoints
 from medicalgpt_cli.engine.run.files import remove_tree, sha256_file, staged
 from medicalgpt_cli.errors import DataError, UsageError
 
@@ -111,15 +114,26 @@ def tokenise(
     tokens = cache / "tokens"
     tokens.mkdir(parents=True, exist_ok=True, mode=0o700)
     folder = tokens / _key(files, tokenizer, text_unit)
+    damage = _damage(folder) if folder.is_dir() else None  # outside the lock: several processes look at once
     with FileLock(f"{folder}.lock"):
+        if damage and (damage := _damage(folder)):  # unless another process has mended it
+            observer.on_warning(f"the token cache of {source.name} is made anew: {damage}")
+            remove_tree(folder)
         on_hub = any(isinstance(file, HubDataset) for file in files)
         if on_hub:  # what a hub name holds can change without its name
             remove_tree(folder)
-        if not (folder / "meta.json").is_file():
-            remove_tree(folder)
+        if not folder.is_dir():
             with staged(folder) as new:
-                _write(new, source, tokenizer, text_unit, observer)
+                _write(new, source, tokenizer, text_unit, observer, folder.name)
         return Corpus(folder, source)
+
+
+def _damage(folder: Path) -> str | None:
+    """Why a folder of the cache is not what was written under its key, in a few words; None where it is."""
+    found = checkpoints.problem(folder, ("tokens.bin", "documents.bin", "meta.json"))
+    if found is None and json.loads((folder / "meta.json").read_text(encoding="utf-8"))["key"] != folder.name:
+        return "it belongs to another corpus"
+    return found
 
 
 def _key(files: Sequence[Path | HubDataset], tokenizer: PreTrainedTokenizerBase, text_unit: str) -> str:
@@ -132,7 +146,12 @@ def _key(files: Sequence[Path | HubDataset], tokenizer: PreTrainedTokenizerBase,
 
 
 def _write(
-    folder: Path, source: Source, tokenizer: PreTrainedTokenizerBase, text_unit: str, observer: Observer
+    folder: Path,
+    source: Source,
+    tokenizer: PreTrainedTokenizerBase,
+    text_unit: str,
+    observer: Observer,
+    key: str,
 ) -> None:
     counts, languages, seen = Counts(), Counter(), hashlib.sha256()
     start, _, separate = document_marks(tokenizer)
@@ -160,6 +179,7 @@ def _write(
             documents += len(batch)
     meta = {
         "format": FORMAT,
+        "key": key,
         "documents": documents,
         "tokens": at,
         "bytes": size,
@@ -169,6 +189,7 @@ def _write(
         "counts": counts.as_dict(),
     }
     (folder / "meta.json").write_text(json.dumps(meta, ensure_ascii=False), encoding="utf-8")
+    checkpoints.seal(folder)
 
 
 def _batches(documents: Iterator[Document]) -> Iterator[list[Document]]:

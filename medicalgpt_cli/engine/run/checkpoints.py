@@ -30,6 +30,16 @@ def step_of(checkpoint: Path | str) -> int | None:
     return int(match.group(1)) if match else None
 
 
+def seal(folder: Path) -> None:
+    """Write down what is in a folder, every file with its size and hash, for `problem` to prove."""
+    files = {
+        file.relative_to(folder).as_posix(): {"bytes": file.stat().st_size, "sha256": sha256_file(file)}
+        for file in sorted(folder.rglob("*"))
+        if file.is_file() and file.name != SEAL
+    }
+    atomic_write(folder / SEAL, json.dumps({"format": 1, "files": files}, indent=1) + "\n")
+
+
 def publish(temporary: Path | str, final: Path | str) -> Path:
     """Hash every file of `temporary`, sync it and give it its final name.
 
@@ -37,12 +47,7 @@ def publish(temporary: Path | str, final: Path | str) -> Path:
     one was damaged or came from beyond the step that it went on from.
     """
     temporary, final = Path(temporary), Path(final)
-    files = {
-        file.relative_to(temporary).as_posix(): {"bytes": file.stat().st_size, "sha256": sha256_file(file)}
-        for file in sorted(temporary.rglob("*"))
-        if file.is_file() and file.name != SEAL
-    }
-    atomic_write(temporary / SEAL, json.dumps({"format": 1, "files": files}, indent=1) + "\n")
+    seal(temporary)
     fsync_tree(temporary)
     if final.exists():
         _discard(final)
@@ -51,14 +56,22 @@ def publish(temporary: Path | str, final: Path | str) -> Path:
     return final
 
 
-def problem(checkpoint: Path | str) -> str | None:
-    """Why a folder is not a complete checkpoint, in a few words; None where it is one."""
+def problem(checkpoint: Path | str, needed: Collection[str] = ()) -> str | None:
+    """Why a folder is not a complete checkpoint, in a few words; None where it is one.
+
+    Args:
+        needed: files that have to be there.
+    """
     checkpoint = Path(checkpoint)
     try:
         files = json.loads((checkpoint / SEAL).read_text(encoding="utf-8"))["files"]
         expected = {name: (entry["bytes"], entry["sha256"]) for name, entry in files.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return f"it has no valid {SEAL}"
+    present = {file.relative_to(checkpoint).as_posix() for file in checkpoint.rglob("*") if file.is_file()}
+    unnamed = sorted((present | set(needed)) - {SEAL} - expected.keys())
+    if unnamed or not expected:
+        return f"{SEAL} does not name {unnamed[0] if unnamed else 'any file'}"
     for name, (size, digest) in expected.items():
         file = checkpoint / name
         if not file.is_file():

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from collections import Counter
 from itertools import pairwise
 from pathlib import Path
@@ -299,3 +301,88 @@ def test_isolated_documents_have_the_loss_of_documents_alone(tmp_path) -> None:
             logits = model(input_ids=ids[:, :-1]).logits
         alone += float(torch.nn.functional.cross_entropy(logits[0], ids[0, 1:], reduction="sum"))
     assert together == pytest.approx(alone, rel=1e-5)
+
+
+# -- what the cache holds ------------------------------------------------------------------------------------------
+
+
+def alter_tokens(folder: Path) -> None:
+    """Nearly all ids, and the file's times as they were."""
+    file = folder / "tokens.bin"
+    times, content = file.stat(), bytearray(file.read_bytes())
+    content[4:] = bytes((byte + 1) % 200 for byte in content[4:])
+    file.write_bytes(content)
+    os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
+
+
+def cut_tokens(folder: Path) -> None:
+    (folder / "tokens.bin").write_bytes((folder / "tokens.bin").read_bytes()[:-2])
+
+
+def alter_documents(folder: Path) -> None:
+    content = bytearray((folder / "documents.bin").read_bytes())
+    content[0] ^= 1
+    (folder / "documents.bin").write_bytes(content)
+
+
+def alter_counts(folder: Path) -> None:
+    meta = json.loads((folder / "meta.json").read_text())
+    (folder / "meta.json").write_text(json.dumps({**meta, "dtype": "<u4"}))
+
+
+def lose_the_seal(folder: Path) -> None:
+    (folder / "complete.json").unlink()
+
+
+def empty_the_seal(folder: Path) -> None:
+    (folder / "complete.json").write_text('{"files": {}}')
+
+
+def take_another_corpus(folder: Path) -> None:
+    other = next(one for one in folder.parent.iterdir() if one.is_dir() and one != folder)
+    shutil.rmtree(folder)
+    shutil.copytree(other, folder)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        alter_tokens,
+        cut_tokens,
+        alter_documents,
+        alter_counts,
+        lose_the_seal,
+        empty_the_seal,
+        take_another_corpus,
+    ],
+    ids=lambda one: one.__name__,
+)
+def test_a_cache_that_does_not_hold_what_was_written_is_made_anew(tmp_path: Path, damage) -> None:
+    tokenizer = tiny_tokenizer("chatml")
+    corpus_of(["another text"], tmp_path, tokenizer, "b.jsonl")
+    file = tmp_path / "a.jsonl"
+    texts = ["Rest and drink a lot.", "患者咳嗽三天。"] * 3
+    before = corpus_of(texts, tmp_path, tokenizer)
+    whole, folder = before.read([(0, int(before.ends[-1]))]), before._tokens.parent
+
+    def opened() -> tuple[list[int], list[str]]:
+        heard = Warned()
+        found = tokenise(Source(str(file)), tokenizer, "auto", tmp_path / "cache", heard)
+        assert found.meta == before.meta
+        return found.read([(0, int(found.ends[-1]))]), heard.warnings
+
+    assert opened() == (whole, [])
+    damage(folder)
+    ids, warnings = opened()
+    assert ids == whole
+    assert len(warnings) == 1
+    assert warnings[0].startswith(f"the token cache of {file} is made anew: ")
+    assert opened() == (whole, [])
+
+
+class Warned(Observer):
+    def __init__(self) -> None:
+        self.warnings: list[str] = []
+
+    def on_warning(self, text: str) -> None:
+        self.warnings.append(text)

@@ -54,9 +54,26 @@ def damage_list(checkpoint: Path) -> None:
     (checkpoint / checkpoints.SEAL).write_text("[1]")
 
 
+def damage_empty_seal(checkpoint: Path) -> None:
+    (checkpoint / checkpoints.SEAL).write_text('{"format": 1, "files": {}}')
+
+
+def damage_add(checkpoint: Path) -> None:
+    (checkpoint / "optimizer.pt").write_text("not ours")
+
+
 @pytest.mark.parametrize(
     "damage",
-    [damage_flip, damage_cut, damage_lose, damage_unseal, damage_tear, damage_list],
+    [
+        damage_flip,
+        damage_cut,
+        damage_lose,
+        damage_unseal,
+        damage_tear,
+        damage_list,
+        damage_empty_seal,
+        damage_add,
+    ],
     ids=lambda one: one.__name__,
 )
 def test_a_damaged_checkpoint_is_passed_over_and_named(tmp_path: Path, damage) -> None:
