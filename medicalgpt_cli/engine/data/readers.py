@@ -7,10 +7,12 @@ row says: it may be about a patient.
 from __future__ import annotations
 
 import codecs
+import contextlib
 import csv
 import gzip
 import io
 import json
+import stat
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -19,11 +21,18 @@ from pathlib import Path
 from typing import IO, Any
 
 from medicalgpt_cli.engine.data.known_keys import KEYS
-from medicalgpt_cli.errors import DataError, UsageError
+from medicalgpt_cli.engine.run import bounded
+from medicalgpt_cli.errors import DataError, UnsafeRefused, UsageError
 
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".txt", ".md")
 COMPRESSIONS = (".gz", ".zst")
 _LONGEST = 64 * 1024 * 1024  # bytes of one record
+_LARGEST_WHOLE = 1 << 30  # bytes of a file that is read as a whole: one object, or one document
+_MOST_PARTS = 2_000_000  # lists and objects in one record
+# A packed file may unpack to so many bytes, and beyond that to so many for each of its own.
+_UNPACKED, _UNPACKED_RATIO = 256 * 1024 * 1024, 200
+_PARQUET_MEMORY = 2 << 30  # bytes for unpacking, beside twice the file's own
+_PARQUET_UNPACKED, _PARQUET_RATIO = 1 << 30, 1000  # a value that is the same in all records is stored once
 
 
 @dataclass(frozen=True)
@@ -242,7 +251,8 @@ class _Window:
             except (_DuplicateKey, _Constant, RecursionError):
                 break
             except ValueError:  # perhaps only because the value goes on behind the window
-                if len(self.text) - self.position > _LONGEST or not self.grow(size):
+                rest = len(self.text) - self.position
+                if rest > _LONGEST or _has_many_parts(self.text) or not self.grow(size):
                     break
                 size *= 2
         try:
@@ -252,7 +262,7 @@ class _Window:
 
 
 def _object_rows(path: Path) -> Iterator[Row]:
-    text = "\n".join(text for _, text in _lines(path))
+    text = _whole(path, "one record a line (.jsonl) is read as a stream")
     try:
         value = parse_json(text)
     except DataError as problem:
@@ -262,9 +272,26 @@ def _object_rows(path: Path) -> Iterator[Row]:
         yield Row(str(path), number, one)
 
 
+def _whole(path: Path, hint: str) -> str:
+    lines, size = [], 0
+    for number, text in _lines(path):
+        lines.append(text)
+        size += len(text)
+        if size > _LARGEST_WHOLE:
+            raise DataError(
+                f"more than {_LARGEST_WHOLE // 2**20:,} MiB in one piece", hint, at=f"{path}:{number}"
+            )
+    return "\n".join(lines)
+
+
 def _text_rows(path: Path, unit: str) -> Iterator[Row]:
+    if unit == "file":
+        text = _whole(path, "--text-unit block makes a document of what stands between blank lines")
+        if text.strip():
+            yield Row(str(path), 1, text)
+        return
     block: list[str] = []
-    began = 1
+    began, size = 1, 0
     for line, text in _lines(path):
         if unit == "line":
             if text.strip():
@@ -272,10 +299,17 @@ def _text_rows(path: Path, unit: str) -> Iterator[Row]:
         elif unit == "block" and not text.strip():
             if block:
                 yield Row(str(path), began, "\n".join(block))
-            block = []
+            block, size = [], 0
         else:
             began = line if not block else began
             block.append(text)
+            size += len(text)
+            if size > _LONGEST:
+                raise DataError(
+                    f"a document of more than {_LONGEST // 2**20} MiB",
+                    "a blank line ends a document, --text-unit line makes one of each line",
+                    at=f"{path}:{began}",
+                )
     if block and any(text.strip() for text in block):
         yield Row(str(path), began, "\n".join(block))
 
@@ -286,17 +320,17 @@ def _table_rows(path: Path, delimiter: str, notices: list[str] | None) -> Iterat
         notices.append(f"{path}: read as {encoding.upper()}, because it is not UTF-8")
     csv.field_size_limit(_LONGEST)
     with _open(path) as raw:
-        reader = csv.DictReader(
-            io.TextIOWrapper(raw, encoding=encoding, newline=""), delimiter=delimiter, strict=True
-        )
+        lines = _TableLines(path, io.TextIOWrapper(raw, encoding=encoding, newline=""))
+        reader = csv.DictReader(lines, delimiter=delimiter, strict=True)
         try:
             for row in reader:
                 if None in row or None in row.values():
                     raise DataError(
-                        f"{len(row)} columns were expected, this row has another number",
+                        f"{len(reader.fieldnames or ())} columns were expected, this row has another number",
                         "a text with commas or line ends has to stand in double quotes",
                         at=f"{path}:{reader.line_num}",
                     )
+                lines.size = 0
                 yield Row(str(path), reader.line_num, row)
         except csv.Error as problem:
             raise DataError(
@@ -304,19 +338,73 @@ def _table_rows(path: Path, delimiter: str, notices: list[str] | None) -> Iterat
             ) from None
 
 
-def _parquet_rows(path: Path) -> Iterator[Row]:
-    import pyarrow
-    import pyarrow.parquet
+class _TableLines:
+    """The lines of a table, for the csv module, which would take a record of any length."""
 
+    def __init__(self, path: Path, file: IO[str]):
+        self.path, self.file = path, file
+        self.number = self.size = 0  # lines so far; characters of the record so far
+
+    def __iter__(self) -> _TableLines:
+        return self
+
+    def __next__(self) -> str:
+        line = self.file.readline(_LONGEST + 1)
+        if not line:
+            raise StopIteration
+        self.number += 1
+        self.size += len(line)
+        if self.size > _LONGEST:
+            raise DataError(
+                f"a record of more than {_LONGEST // 2**20} MiB",
+                "is a double quote missing?",
+                at=f"{self.path}:{self.number}",
+            )
+        return line
+
+
+def _parquet_rows(path: Path) -> Iterator[Row]:
+    """Unpacked by a child process that may use only so much memory: a KB of Parquet can stand for gigabytes."""
+    import pyarrow
+    import pyarrow.ipc
+
+    from medicalgpt_cli.engine.data import parquet_child
+
+    must_be_a_file(path)
+    packed = path.stat().st_size
+    memory = _PARQUET_MEMORY + 2 * packed
+    child = bounded.start(Path(parquet_child.__file__), [str(path)], memory=memory)
+    number = size = 0
     try:
-        table = pyarrow.parquet.ParquetFile(path)
-        number = 0
-        for batch in table.iter_batches(batch_size=1024):
-            for value in batch.to_pylist():
-                number += 1
-                yield Row(str(path), number, value)
-    except (pyarrow.ArrowInvalid, OSError):
-        raise DataError("not a Parquet file", "was the download complete?", at=str(path)) from None
+        with contextlib.suppress(pyarrow.ArrowInvalid, OSError):  # its exit code says more
+            for batch in pyarrow.ipc.open_stream(child.stdout):
+                size += batch.nbytes + batch.num_rows
+                if size > max(_PARQUET_UNPACKED, _PARQUET_RATIO * packed):
+                    raise UnsafeRefused(
+                        f"{path}: it unpacks to more than {_PARQUET_RATIO:,} times its size",
+                        "look at it first",
+                    )
+                for value in batch.to_pylist():
+                    number += 1
+                    yield Row(str(path), number, value)
+            child.wait()
+        code = child.wait()
+    finally:
+        child.kill()
+        child.communicate()
+    if code == parquet_child.NOT_PARQUET:
+        raise DataError("not a Parquet file, or a damaged one", "was the download complete?", at=str(path))
+    if code == parquet_child.LONG_RECORD:
+        raise DataError(
+            f"a record of more than {parquet_child.LARGEST // 2**20} MiB",
+            "cut it into several",
+            at=f"{path}, behind record {number}",
+        )
+    if code:
+        raise UnsafeRefused(
+            f"{path}: it takes more than {bounded.why_ended(code, memory=memory)} to unpack",
+            "write it anew with smaller row groups, or as .jsonl",
+        )
 
 
 def _hub_rows(source: HubDataset) -> Iterator[Row]:
@@ -340,25 +428,32 @@ _MAGIC = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "Zstandard", b"PK\x03\x04": 
 
 @contextmanager
 def _open(path: Path) -> Iterator[IO[bytes]]:
-    """The file's bytes, unpacked where its name says that it is packed."""
+    """The file's bytes, unpacked where its name says that it is packed.
+
+    Raises:
+        DataError: it is damaged or cannot be read.
+        UnsafeRefused: it is a pipe or a device, or unpacks to much more than a text does.
+    """
     suffix = path.suffix.lower()
     try:
-        if suffix == ".zst":
-            import zstandard
+        must_be_a_file(path)
+        with path.open("rb") as raw:
+            if suffix == ".zst":
+                import zstandard
 
-            try:
-                with path.open("rb") as raw, zstandard.ZstdDecompressor().stream_reader(raw) as file:
-                    yield io.BufferedReader(file)
-            except zstandard.ZstdError:
-                raise DataError(
-                    "not a Zstandard file, or a damaged one", "was the download complete?", at=str(path)
-                ) from None
-        elif suffix == ".gz":
-            with gzip.open(path, "rb") as file:
-                yield file
-        else:
-            with path.open("rb") as file:
-                yield file
+                unpacking = zstandard.ZstdDecompressor(max_window_size=1 << 27)
+                try:
+                    with unpacking.stream_reader(raw, read_across_frames=True) as packed:
+                        yield io.BufferedReader(_Unpacked(path, raw, packed), 1 << 20)
+                except zstandard.ZstdError:
+                    raise DataError(
+                        "not a Zstandard file, or a damaged one", "was the download complete?", at=str(path)
+                    ) from None
+            elif suffix == ".gz":
+                with gzip.GzipFile(fileobj=raw) as packed:
+                    yield io.BufferedReader(_Unpacked(path, raw, packed), 1 << 20)
+            else:
+                yield raw
     except (gzip.BadGzipFile, EOFError, zlib.error) as problem:
         word = "is cut short" if isinstance(problem, EOFError) else "is not a gzip file, or a damaged one"
         raise DataError(f"the file {word}", "was the download complete?", at=str(path)) from None
@@ -366,6 +461,42 @@ def _open(path: Path) -> Iterator[IO[bytes]]:
         if isinstance(problem, FileNotFoundError | PermissionError | IsADirectoryError):
             raise DataError(f"{problem.strerror}", "check the path", at=str(path)) from None
         raise
+
+
+class _Unpacked(io.RawIOBase):
+    """The bytes of a packed file, as long as they are no more than a text can unpack to."""
+
+    def __init__(self, path: Path, raw: IO[bytes], packed: Any):
+        self.path, self.raw, self.packed = path, raw, packed
+        self.size = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        count = self.packed.readinto(buffer)
+        self.size += count
+        if self.size > _UNPACKED and self.size > _UNPACKED_RATIO * self.raw.tell():
+            raise UnsafeRefused(
+                f"{self.path}: it unpacks to more than {_UNPACKED_RATIO} times its size",
+                "unpack it and look at it; text unpacks to five or ten times",
+            )
+        return count
+
+
+def must_be_a_file(path: Path) -> None:
+    """Refuse pipes and devices: what comes out of them may never begin, or never end.
+
+    Raises:
+        UnsafeRefused: it is one.
+    """
+    mode = path.stat().st_mode
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        kind = "a pipe" if stat.S_ISFIFO(mode) else "a socket" if stat.S_ISSOCK(mode) else "a device"
+        raise UnsafeRefused(
+            f"{path} is {kind}, not a file",
+            "write what it gives into a file; `infer` also takes - for a pipe",
+        )
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
@@ -440,14 +571,17 @@ def _other_encoding(raw: bytes) -> str:
 def _table_encoding(path: Path) -> str:
     """utf-8-sig or gb18030, by reading the table once: Chinese spreadsheets often export the latter."""
     with _open(path) as file:
-        _refuse_other_kinds(str(path), file.readline())
+        _refuse_other_kinds(str(path), file.readline(1 << 16))
     for encoding in ("utf-8-sig", "gb18030"):
         decoder = codecs.getincrementaldecoder(encoding)()
         try:
             odd = letters = 0
             with _open(path) as file:
                 while piece := file.read(1 << 20):
-                    foreign = [char for char in decoder.decode(piece) if char > "\x7f"]
+                    text = decoder.decode(piece)
+                    if encoding == "utf-8-sig" or text.isascii():
+                        continue
+                    foreign = [char for char in text if char > "\x7f"]
                     letters += len(foreign)
                     odd += len(foreign) - len("".join(foreign).encode("gb2312", "ignore")) // 2
                 decoder.decode(b"", final=True)
@@ -469,7 +603,11 @@ class _NotJson(DataError):
 
 
 def parse_json(text: str) -> Any:
-    """A JSON value: no key twice, no NaN. Raises DataError without a position."""
+    """A JSON value: no key twice, no NaN, of bounded parts. Raises DataError without a position."""
+    if _has_many_parts(text):
+        raise _NotJson(
+            f"more than {_MOST_PARTS:,} lists and objects in one record", "a record is an object of texts"
+        )
     try:
         return _DECODER.decode(text)
     except json.JSONDecodeError as problem:
@@ -485,6 +623,11 @@ def parse_json(text: str) -> Any:
         error = _NotJson("nested too deeply", "a record is an object of texts, not a tree")
         error.line = None
     raise error from None
+
+
+def _has_many_parts(text: str) -> bool:
+    """Whether it could become more lists and objects than a record has: each takes far more than its brackets."""
+    return len(text) > _MOST_PARTS and text.count("[") + text.count("{") > _MOST_PARTS
 
 
 class _DuplicateKey(Exception):

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from medicalgpt_cli.engine.data.formats import Counts, Message, messages_of
-from medicalgpt_cli.engine.data.readers import Row, parse_json, read_rows, text_lines
+from medicalgpt_cli.engine.data.readers import Row, must_be_a_file, parse_json, read_rows, text_lines
 from medicalgpt_cli.errors import DataError
 
 
@@ -67,6 +67,8 @@ def _rows(source: str) -> Iterator[Row]:
     elif path.suffix:
         yield from read_rows(path)
     else:  # no ending says what it is, as with a pipe of the shell: <(command)
+        if not source.startswith(("/dev/fd/", "/proc/self/fd/", "/dev/stdin")):
+            must_be_a_file(path)
         with path.open("rb") as file:
             yield from _rows_of_stream(file, source)
 
