@@ -41,7 +41,9 @@ def add_api(app: FastAPI, answers: Answers) -> None:
     """Add the routes and the shape of their errors."""
     router = APIRouter()
     created = int(time.time())
-    errors = {status: {"description": "refused"} for status in (400, 401, 403, 404, 408, 413, 429, 500, 503)}
+    errors = {
+        status: {"description": "refused"} for status in (400, 401, 403, 404, 408, 413, 415, 429, 500, 503)
+    }
 
     @router.post("/v1/chat/completions", responses=errors)
     async def chat(body: ChatRequest, request: Request) -> Response:
