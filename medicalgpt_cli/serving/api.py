@@ -20,6 +20,7 @@ from medicalgpt_cli.errors import UsageError
 from medicalgpt_cli.serving.answers import Answers, Listening
 from medicalgpt_cli.serving.api_fields import (
     COLDEST,
+    NOT_TAKEN,
     WARMEST,
     ChatRequest,
     CompletionRequest,
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from medicalgpt_cli.engine.generation.decoding import Answer
 
 _SILENCE = 15.0  # seconds after which a waiting stream gets a comment, so that proxies keep it open
+_FIELD = re.compile(r"[A-Za-z_]\w{0,31}")
 _LINE_ENDS = re.compile("[\x85\u2028\u2029]")
 
 
@@ -53,13 +55,18 @@ def add_api(app: FastAPI, answers: Answers) -> None:
     async def completions(body: CompletionRequest, request: Request) -> Response:
         return await _complete(_Job(answers, body, request, chat=False))
 
+    def described(name: str) -> dict[str, Any]:
+        return {"id": name, "object": "model", "created": created, "owned_by": "medgpt"}
+
     @router.get("/v1/models", responses=errors)
     async def models() -> dict[str, Any]:
-        found = [
-            {"id": name, "object": "model", "created": created, "owned_by": "medgpt"}
-            for name in answers.models
-        ]
-        return {"object": "list", "data": found}
+        return {"object": "list", "data": [described(name) for name in answers.models]}
+
+    @router.get("/v1/models/{model:path}", responses=errors)
+    async def one_model(model: str) -> dict[str, Any]:
+        if model not in answers.models:
+            raise _no_such_model(answers)
+        return described(model)
 
     @router.get("/health", responses=errors)
     async def health() -> JSONResponse:
@@ -92,13 +99,17 @@ def _add_errors(app: FastAPI) -> None:
     async def invalid(_: Request, problem: RequestValidationError) -> JSONResponse:
         """Says which field is wrong and why, and never quotes what was sent."""
         first = problem.errors()[0]
-        place = ".".join(str(part) for part in first["loc"] if part != "body")
+        path = [part for part in first["loc"][1:] if isinstance(part, int) or _FIELD.fullmatch(part)]
+        path = [part for part in path if part != "str"]  # of what the field may be, not a field
+        place = ".".join(str(part) for part in path)
         words = {
             "extra_forbidden": "this field is not supported",
             "json_invalid": "the body is not valid JSON",
             "literal_error": "this value is not supported",
         }
         what = words.get(first["type"], first["msg"])
+        if first["type"] not in ("missing", "json_invalid"):
+            what = next((NOT_TAKEN[part] for part in reversed(path) if part in NOT_TAKEN), what)
         message = f"{place}: {what}" if place and first["type"] != "json_invalid" else what
         return JSONResponse(error_body(400, message, place or None), 400)
 
@@ -134,8 +145,7 @@ async def _complete(job: _Job) -> Response:
     from medicalgpt_cli.engine.generation.scheduler import Busy
 
     if job.body.model not in job.answers.models:
-        known = ", ".join(job.answers.models)
-        raise Refused(f"no such model; there is: {known}", "model", status=404, code="model_not_found")
+        raise _no_such_model(job.answers)
     if job.body.stream_options is not None and not job.body.stream:
         raise Refused("stream_options goes with stream", "stream_options")
     sampling = sampling_of(job.body, job.answers.sampling)
@@ -152,6 +162,11 @@ async def _complete(job: _Job) -> Response:
     if job.body.stream:
         return StreamingResponse(_events(job, listening), media_type="text/event-stream")
     return JSONResponse(_whole(job, await _unless_gone(job.request, listening)))
+
+
+def _no_such_model(answers: Answers) -> Refused:
+    known = ", ".join(answers.models)
+    return Refused(f"no such model; there is: {known}", "model", status=404, code="model_not_found")
 
 
 def refused_busy(problem: Any) -> Refused:

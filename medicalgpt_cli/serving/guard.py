@@ -52,6 +52,7 @@ _PAGE = {
     ("POST", "/gradio_api/cancel"),
     ("POST", "/gradio_api/reset"),
 }
+_MODEL = re.compile(r"/v1/models/.{1,500}")
 _STATIC = re.compile(r"/(assets|static|medgpt)/[A-Za-z0-9_.\-/@]+|/favicon\.ico|/manifest\.json")
 _HEARTBEAT = re.compile(r"(/gradio_api/heartbeat/)([A-Za-z0-9]+)")
 # What the application behind is told; who asks and from where is the guard's to read, and said in the scope.
@@ -143,7 +144,8 @@ class Guard:
         self._check_origin(visit)
         static = visit.route[0] == "GET" and _is_static(visit.route[1])
         beating = _HEARTBEAT.fullmatch(visit.route[1]) if visit.route[0] == "GET" else None
-        if visit.route not in _API | _OPEN | _PAGE and not static and not beating:
+        api = visit.route in _API or (visit.route[0] == "GET" and _MODEL.fullmatch(visit.route[1]))
+        if not api and visit.route not in _OPEN | _PAGE and not static and not beating:
             raise Denied(404, "there is nothing here")
         body = Body(visit.headers, receive)
         if visit.route[0] == "POST":
@@ -154,7 +156,7 @@ class Guard:
             await self._log_in_or_out(visit, body, answer)
             return
         session = None
-        if visit.route in _API:
+        if api:
             state["client"] = self._caller(visit)
             self._read_json(visit, body)
         elif visit.route not in _OPEN:
