@@ -83,6 +83,7 @@ class Access:
     _failures: OrderedDict[tuple[str, str], _Failures] = field(default_factory=OrderedDict)
     _browsers: OrderedDict[str, tuple[str, float]] = field(default_factory=OrderedDict)
     _sessions: OrderedDict[str, str] = field(default_factory=OrderedDict)
+    _events: OrderedDict[str, str] = field(default_factory=OrderedDict)
 
     def __post_init__(self) -> None:
         self._digests = {name: self._digest(secret) for name, secret in (self.users or {}).items()}
@@ -168,6 +169,23 @@ class Access:
         self._sessions.move_to_end(session)
         _bounded(self._sessions)
         return hmac.compare_digest(owner, cookie)
+
+    def name_behind(self, session: str, cookie: str) -> str:
+        """The name of a browser's session behind the guard.
+
+        It is made from both, so that one browser's session stays out of another's reach even where the table has
+        forgotten whose it is.
+        """
+        return self._digest(f"{cookie}/{session}").hex()[:32]
+
+    def note_event(self, event: str, cookie: str) -> None:
+        """This browser asked for the answer with this number."""
+        self._events[event] = cookie
+        _bounded(self._events)
+
+    def asked_by(self, event: object) -> str | None:
+        """The cookie of the browser that asked for the answer with this number; None for an unknown one."""
+        return self._events.get(event) if isinstance(event, str) else None
 
 
 def _bounded(table: OrderedDict) -> None:

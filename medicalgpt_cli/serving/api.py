@@ -21,6 +21,7 @@ from medicalgpt_cli.errors import UsageError
 from medicalgpt_cli.serving.answers import Answers, Listening
 from medicalgpt_cli.serving.api_fields import (
     COLDEST,
+    NOT_TAKEN,
     WARMEST,
     ChatRequest,
     CompletionRequest,
@@ -42,7 +43,9 @@ def add_api(app: FastAPI, answers: Answers) -> None:
     """Add the routes and the shape of their errors."""
     router = APIRouter()
     created = int(time.time())
-    errors = {status: {"description": "refused"} for status in (400, 401, 403, 404, 408, 413, 429, 500, 503)}
+    errors = {
+        status: {"description": "refused"} for status in (400, 401, 403, 404, 408, 413, 415, 429, 500, 503)
+    }
 
     @router.post("/v1/chat/completions", responses=errors)
     async def chat(body: ChatRequest, request: Request) -> Response:
@@ -52,13 +55,18 @@ def add_api(app: FastAPI, answers: Answers) -> None:
     async def completions(body: CompletionRequest, request: Request) -> Response:
         return await _complete(_Job(answers, body, request, chat=False))
 
+    def described(name: str) -> dict[str, Any]:
+        return {"id": name, "object": "model", "created": created, "owned_by": "medgpt"}
+
     @router.get("/v1/models", responses=errors)
     async def models() -> dict[str, Any]:
-        found = [
-            {"id": name, "object": "model", "created": created, "owned_by": "medgpt"}
-            for name in answers.models
-        ]
-        return {"object": "list", "data": found}
+        return {"object": "list", "data": [described(name) for name in answers.models]}
+
+    @router.get("/v1/models/{model:path}", responses=errors)
+    async def one_model(model: str) -> dict[str, Any]:
+        if model not in answers.models:
+            raise _no_such_model(answers)
+        return described(model)
 
     @router.get("/health", responses=errors)
     async def health() -> JSONResponse:
@@ -91,9 +99,9 @@ def _add_errors(app: FastAPI) -> None:
     async def invalid(_: Request, problem: RequestValidationError) -> JSONResponse:
         """Says which field is wrong and why, and never quotes what was sent."""
         first = problem.errors()[0]
-        parts = [part for part in first["loc"] if part != "body"]
-        # A field that is not ours is a word of the client's, and perhaps not a name.
-        named = [str(part) if isinstance(part, int) or looks_like_a_name(part) else "?" for part in parts]
+        # What a field may be ("str") stands in the path, too. A field that is not ours is a word of the client's.
+        path = [part for part in first["loc"] if part not in ("body", "str")]
+        named = [str(part) if isinstance(part, int) or looks_like_a_name(part) else "?" for part in path]
         place = ".".join(named)
         words = {
             "extra_forbidden": "this field is not supported",
@@ -101,6 +109,8 @@ def _add_errors(app: FastAPI) -> None:
             "literal_error": "this value is not supported",
         }
         what = words.get(first["type"], first["msg"])
+        if first["type"] not in ("missing", "json_invalid"):
+            what = next((NOT_TAKEN[part] for part in reversed(path) if part in NOT_TAKEN), what)
         message = f"{place}: {what}" if place and first["type"] != "json_invalid" else what
         return JSONResponse(error_body(400, message, place or None), 400)
 
@@ -136,8 +146,7 @@ async def _complete(job: _Job) -> Response:
     from medicalgpt_cli.engine.generation.scheduler import Busy
 
     if job.body.model not in job.answers.models:
-        known = ", ".join(job.answers.models)
-        raise Refused(f"no such model; there is: {known}", "model", status=404, code="model_not_found")
+        raise _no_such_model(job.answers)
     if job.body.stream_options is not None and not job.body.stream:
         raise Refused("stream_options goes with stream", "stream_options")
     sampling = sampling_of(job.body, job.answers.sampling)
@@ -154,6 +163,11 @@ async def _complete(job: _Job) -> Response:
     if job.body.stream:
         return StreamingResponse(_events(job, listening), media_type="text/event-stream")
     return JSONResponse(_whole(job, await _unless_gone(job.request, listening)))
+
+
+def _no_such_model(answers: Answers) -> Refused:
+    known = ", ".join(answers.models)
+    return Refused(f"no such model; there is: {known}", "model", status=404, code="model_not_found")
 
 
 def refused_busy(problem: Any) -> Refused:

@@ -141,7 +141,6 @@ def build_app(settings: ServeSettings, served: Served, access: Access, *, page: 
         hosts=hosts,
         any_address=not settings.local,
         port=settings.port,
-        behind_proxy=settings.behind_proxy,
         on_page_closed=served.answers.page_closed,
     )
 

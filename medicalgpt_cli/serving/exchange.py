@@ -90,6 +90,7 @@ class Answer:
         self.started = False
         self.cookie: str | None = None
         self.rewrite = self.lasting = False
+        self.on_body: Callable[[bytes], None] | None = None  # told what a short answer says
         self._held: dict[str, Any] | None = None
         self._page = b""
 
@@ -112,6 +113,8 @@ class Answer:
             self._held, self.started = None, True
             await self._send(start)
             message = {**message, "body": page}
+        elif self.on_body:
+            self.on_body(message.get("body", b""))
         await self._send(message)
 
     def _own(self) -> list[tuple[bytes, bytes]]:

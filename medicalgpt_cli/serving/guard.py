@@ -5,6 +5,7 @@ Written against ASGI itself, so that nothing behind it, gradio's own routes incl
 
 from __future__ import annotations
 
+import functools
 import ipaddress
 import json
 import logging
@@ -13,11 +14,19 @@ import secrets
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
-from urllib.parse import parse_qs
+from urllib.parse import quote
 
 from medicalgpt_cli.serving import login
 from medicalgpt_cli.serving.access import Access, Locked
 from medicalgpt_cli.serving.exchange import Answer, Body, Denied, Receive, Scope, Send
+from medicalgpt_cli.serving.parsing import (
+    check_kind,
+    cookie_value,
+    header_fields,
+    json_bytes,
+    json_value,
+    parameters,
+)
 
 _MOST_AT_ONCE = 512  # requests in work, streams of the page included
 _LOG = logging.getLogger("medgpt.serving")
@@ -43,8 +52,12 @@ _PAGE = {
     ("POST", "/gradio_api/cancel"),
     ("POST", "/gradio_api/reset"),
 }
+_MODEL = re.compile(r"/v1/models/.{1,500}")
 _STATIC = re.compile(r"/(assets|static|medgpt)/[A-Za-z0-9_.\-/@]+|/favicon\.ico|/manifest\.json")
-_HEARTBEAT = re.compile(r"/gradio_api/heartbeat/([A-Za-z0-9]+)")
+_HEARTBEAT = re.compile(r"(/gradio_api/heartbeat/)([A-Za-z0-9]+)")
+# What the application behind is told; who asks and from where is the guard's to read, and said in the scope.
+_PASSED_ON = {"host", "accept", "accept-encoding", "accept-language", "user-agent", "range", "if-range"}
+_PASSED_ON |= {"if-none-match", "if-modified-since"}
 
 
 @dataclass
@@ -54,6 +67,7 @@ class _Visit:
     scope: Scope
     headers: dict[str, str]
     cookie: str | None
+    sent: Any = None  # a JSON body
     new_cookie: str | None = None
 
     @property
@@ -84,10 +98,9 @@ class Guard:
         hosts: Iterable[str],
         any_address: bool,
         port: int,
-        behind_proxy: bool = False,
         on_page_closed: Callable[[str], None] = lambda session: None,
     ):
-        self.app, self.access, self.behind_proxy = app, access, behind_proxy
+        self.app, self.access = app, access
         self.on_page_closed = on_page_closed
         self.hosts, self.any_address = {host.lower() for host in hosts}, any_address
         self.cookie_name = (
@@ -123,24 +136,16 @@ class Guard:
             await answer.refuse(Denied(500, "something went wrong in the server"))
 
     def _visit(self, scope: Scope) -> _Visit:
-        names = [name for name, _ in scope["headers"]]
-        if names.count(b"host") != 1 or names.count(b"origin") > 1 or names.count(b"content-length") > 1:
-            raise Denied(400, "malformed headers", {"Connection": "close"})
-        headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
-        if not self.behind_proxy:  # nobody may say who they are on behalf of
-            kept = [one for one in scope["headers"] if not one[0].startswith((b"x-forwarded", b"forwarded"))]
-            scope["headers"] = kept
-        cookies = dict(
-            part.strip().partition("=")[::2] for part in headers.get("cookie", "").split(";") if "=" in part
-        )
-        return _Visit(scope, headers, cookies.get(self.cookie_name))
+        headers = header_fields(scope["headers"])
+        return _Visit(scope, headers, cookie_value(headers.get("cookie", ""), self.cookie_name))
 
     async def _judge(self, visit: _Visit, receive: Receive, answer: Answer) -> None:
         self._check_host(visit)
         self._check_origin(visit)
-        static = visit.route[0] == "GET" and _STATIC.fullmatch(visit.route[1]) and ".." not in visit.route[1]
+        static = visit.route[0] == "GET" and _is_static(visit.route[1])
         beating = _HEARTBEAT.fullmatch(visit.route[1]) if visit.route[0] == "GET" else None
-        if visit.route not in _API | _OPEN | _PAGE and not static and not beating:
+        api = visit.route in _API or (visit.route[0] == "GET" and _MODEL.fullmatch(visit.route[1]))
+        if not api and visit.route not in _OPEN | _PAGE and not static and not beating:
             raise Denied(404, "there is nothing here")
         body = Body(visit.headers, receive)
         if visit.route[0] == "POST":
@@ -150,8 +155,10 @@ class Guard:
         if visit.route[1] in ("/login", "/logout"):
             await self._log_in_or_out(visit, body, answer)
             return
-        if visit.route in _API:
+        session = None
+        if api:
             state["client"] = self._caller(visit)
+            self._read_json(visit, body)
         elif visit.route not in _OPEN:
             state["client"] = self._browser(visit)
             if visit.route == ("POST", "/gradio_api/reset"):
@@ -159,20 +166,83 @@ class Guard:
                 await answer.json(b'{"success": true}')
                 return
             if not static and visit.route != ("GET", "/"):
-                await self._check_session(visit, body, beating)
+                self._read_json(visit, body)
+                session = self._own_session(visit, beating)
+            if visit.route == ("POST", "/gradio_api/cancel") and not self._stops_its_own(visit):
+                await answer.json(b'{"success": true}')  # nobody asked for that: there is nothing to stop
+                return
+        self._pass_on(visit, body, session, beating)
         if visit.route == ("GET", "/"):
-            # the page is written by us: its scripts get the nonce, so it may not be compressed yet
-            kept = [one for one in visit.scope["headers"] if one[0] != b"accept-encoding"]
-            visit.scope["headers"] = kept
             answer.rewrite = True
+        if visit.route == ("POST", "/gradio_api/queue/join"):
+            answer.on_body = functools.partial(self._note_event, visit.cookie or "")
         if visit.new_cookie:
             answer.cookie = self._cookie(visit, visit.new_cookie)
         answer.lasting = bool(static)
         try:
             await self.app(visit.scope, body.receive, answer.send)
         finally:
-            if beating:  # a page holds this request open for as long as it is there
-                self.on_page_closed(beating[1])
+            if beating and session:  # a page holds this request open for as long as it is there
+                self.on_page_closed(session)
+
+    # -- what is asked for -------------------------------------------------------------------------------------
+
+    def _read_json(self, visit: _Visit, body: Body) -> None:
+        if visit.route[0] == "POST" and body.content is not None:
+            check_kind(visit.headers, "application/json")
+            visit.sent = json_value(body.content)
+
+    def _own_session(self, visit: _Visit, beating: re.Match[str] | None) -> str | None:
+        """gradio gives a session to whoever knows its name: here it belongs to one browser.
+
+        Returns:
+            Its name behind the guard, or None where the route has none.
+        """
+        if beating:
+            session: object = beating[2]
+        elif visit.route == ("GET", "/gradio_api/queue/data"):
+            session = parameters(visit.scope["query_string"]).get("session_hash")
+        elif visit.route[0] == "POST":
+            session = visit.sent.get("session_hash") if isinstance(visit.sent, dict) else None
+        else:
+            return None
+        cookie = visit.cookie or ""
+        if not self.access.may_use(session, cookie):
+            raise Denied(403, "this session belongs to another browser")
+        return self.access.name_behind(str(session), cookie)
+
+    def _stops_its_own(self, visit: _Visit) -> bool:
+        """gradio stops any answer by its number: here it has to be one that this browser asked for."""
+        asked_by = self.access.asked_by(visit.sent.get("event_id"))
+        if asked_by not in (None, visit.cookie):
+            raise Denied(403, "this answer belongs to another browser")
+        return asked_by is not None
+
+    def _pass_on(self, visit: _Visit, body: Body, session: str | None, beating: re.Match[str] | None) -> None:
+        """Say to the application what was read here, and nothing else of what came."""
+        scope, query = visit.scope, b""
+        if session and beating:
+            scope["path"] = beating[1] + session
+        elif session and visit.route[0] == "GET":
+            query = f"session_hash={session}".encode()
+        elif session:
+            visit.sent["session_hash"] = session
+        kept = {name: value for name, value in visit.headers.items() if name in _PASSED_ON}
+        if visit.route in (("GET", "/"), ("POST", "/gradio_api/queue/join")):
+            kept.pop("accept-encoding", None)  # these answers are read here, so they may not be compressed
+        if body.content is not None:
+            body.content = json_bytes(visit.sent)
+            kept |= {"content-type": "application/json", "content-length": str(len(body.content))}
+        scope["query_string"], scope["raw_path"] = query, quote(scope["path"]).encode()
+        scope["headers"] = [(name.encode(), value.encode("latin-1")) for name, value in kept.items()]
+
+    def _note_event(self, cookie: str, answer: bytes) -> None:
+        """The number under which a browser may stop the answer that it has just asked for."""
+        try:
+            event = json.loads(answer)["event_id"]
+        except (ValueError, KeyError, TypeError):
+            return  # a refusal
+        self.access.note_event(event, cookie)
 
     # -- where a request comes from ----------------------------------------------------------------------------
 
@@ -232,24 +302,6 @@ class Guard:
             visit.cookie = visit.new_cookie
         return f"user {name}" if name else f"browser {visit.cookie}"
 
-    async def _check_session(self, visit: _Visit, body: Body, beating: re.Match[str] | None) -> None:
-        """gradio gives a session to whoever knows its name: here it belongs to one browser."""
-        if beating:
-            session: object = beating[1]
-        elif visit.route == ("GET", "/gradio_api/queue/data"):
-            query = parse_qs(visit.scope["query_string"].decode("latin-1"))
-            session = (query.get("session_hash") or [None])[0]
-        elif visit.route[0] == "POST":
-            try:
-                sent = json.loads(body.content)
-            except (ValueError, RecursionError):
-                raise Denied(400, "the body is not valid JSON") from None
-            session = sent.get("session_hash") if isinstance(sent, dict) else None
-        else:
-            return
-        if not self.access.may_use(session, visit.cookie):
-            raise Denied(403, "this session belongs to another browser")
-
     async def _log_in_or_out(self, visit: _Visit, body: Body, answer: Answer) -> None:
         if visit.route == ("POST", "/logout"):
             self.access.close_browser(visit.cookie)
@@ -260,8 +312,10 @@ class Guard:
         if visit.route[0] == "GET":
             await answer.html(login.page())
             return
-        form = parse_qs(body.content.decode("utf-8", "replace"))
-        name, secret = (form.get(key, [""])[0] for key in ("name", "secret"))
+        if body.content:
+            check_kind(visit.headers, "application/x-www-form-urlencoded")
+        form = parameters(body.content or b"")
+        name, secret = (form.get(key, "") for key in ("name", "secret"))
         try:
             known = self.access.by_name(name, secret, visit.address)
         except Locked as problem:
@@ -276,6 +330,10 @@ class Guard:
     def _cookie(self, visit: _Visit, value: str, seconds: int = 12 * 3600) -> str:
         secure = "; Secure" if visit.scope["scheme"] == "https" else ""
         return f"{self.cookie_name}={value}; Path=/; HttpOnly; SameSite=Lax; Max-Age={seconds}{secure}"
+
+
+def _is_static(path: str) -> bool:
+    return _STATIC.fullmatch(path) is not None and not {"", ".", ".."} & set(path.split("/")[1:])
 
 
 def _host_name(host: str) -> str:

@@ -154,7 +154,96 @@ def test_what_is_not_honoured_is_refused_by_name(server, body):
 def test_neutral_values_are_taken(server):
     neutral = {"n": 1, "presence_penalty": 0, "frequency_penalty": 0.0, "logprobs": False, "tools": []}
     neutral |= {"logit_bias": {}, "response_format": {"type": "text"}, "stream": False, "stop": None}
+    neutral |= {"tool_choice": "auto", "parallel_tool_calls": True, "functions": [], "function_call": "none"}
+    neutral |= {"top_logprobs": 0, "modalities": ["text"], "metadata": {}}
     assert post(server, messages=asked("Why?"), max_tokens=2, **neutral).status_code == 200
+
+
+def test_the_servers_own_message_is_taken_back(server, openai_client):
+    """As clients send it: the object itself, everything that it dumps, and what a stream was put together to."""
+    create = openai_client.chat.completions.create
+    first = create(model="tiny", messages=asked("What is anaemia?"), max_tokens=5).choices[0].message
+    with openai_client.chat.completions.stream(
+        model="tiny", messages=asked("What is anaemia?"), max_tokens=5
+    ) as stream:
+        assert list(stream)
+        streamed = stream.current_completion_snapshot.choices[0].message
+    assert first.content == streamed.content
+    plain = [*asked("What is anaemia?"), {"role": "assistant", "content": first.content}, *asked("more")]
+    right = create(model="tiny", messages=plain, max_tokens=5).choices[0].message.content
+    neutral = {"annotations": [], "audio": None, "function_call": None, "tool_calls": None, "name": None}
+    neutral |= {"tool_calls": [], "reasoning_content": None, "parsed": None, "refusal": None}
+    for back in (
+        first,
+        streamed,
+        first.model_dump(),
+        streamed.model_dump(),
+        first.to_dict(),
+        {**first.model_dump(), **neutral},
+        {**first.model_dump(), "refusal": "", "reasoning_content": ""},
+    ):
+        messages = [*asked("What is anaemia?"), back, *asked("more")]
+        for _ in range(2):  # and so on, for several turns
+            answer = create(model="tiny", messages=messages, max_tokens=5).choices[0].message
+            if len(messages) == 3:
+                assert answer.content == right
+            messages = [*messages, answer, *asked("more")]
+
+
+def test_a_field_that_is_null_is_one_that_was_not_sent(server):
+    from medicalgpt_cli.serving.api_fields import ChatRequest, CompletionRequest
+
+    plain = post(server, messages=asked("Why?"), max_tokens=4).json()["choices"][0]["message"]["content"]
+    unsaid = {
+        name: None for name in ChatRequest.model_fields if name not in ("model", "messages", "max_tokens")
+    }
+    unsaid |= dict.fromkeys(("user", "prediction", "web_search_options", "safety_identifier"))
+    message = {**asked("Why?")[0], "name": None, "tool_calls": None, "anything": None}
+    reply = post(server, messages=[message], max_tokens=4, **unsaid)
+    assert reply.status_code == 200, reply.text
+    assert reply.json()["choices"][0]["message"]["content"] == plain
+    unsaid = {name: None for name in CompletionRequest.model_fields if name not in ("model", "prompt")}
+    reply = post(server, "/v1/completions", prompt="Why?", **{**unsaid, "max_tokens": 4, "suffix": None})
+    assert reply.status_code == 200, reply.text
+    parts = [{"role": "user", "content": [{"type": "text", "text": "Why?", "cache_control": None}]}]
+    options = {"stream": True, "stream_options": {"include_usage": None, "include_obfuscation": False}}
+    assert post(server, messages=parts, max_tokens=2, **options).status_code == 200
+    for missing in ({"messages": None}, {"messages": [{"role": "user", "content": None}]}):
+        assert post(server, **missing).status_code == 400
+
+
+def test_each_model_can_be_asked_about(server, openai_client):
+    import openai
+
+    assert openai_client.models.retrieve("tiny") == openai_client.models.list().data[0]
+    for name in ("gpt-4", "owner/name", "../health", "tiny/x", "a?b", "模型"):
+        with pytest.raises(openai.NotFoundError, match="no such model; there is: tiny"):
+            openai_client.models.retrieve(name)
+
+
+@pytest.mark.parametrize(
+    ("message", "words"),
+    [
+        ({"content": [{"type": "text", "text": "a"}, {"type": "image_url", "image_url": {"url": "x"}}]},
+         ["messages.0.content", "part 2 of type image_url", "parts of type text"]),
+        ({"content": [{"type": "input_audio", "input_audio": {}}]}, ["part 1 of type input_audio"]),
+        ({"content": [{"type": "CANARY", "text": "a"}]}, ["part 1 is not read"]),
+        ({"content": ["CANARY"]}, ["part 1 is not read"]),
+        ({"content": 5}, ["messages.0.content: Input should be a valid string"]),
+        ({"content": "a", "name": "CANARY"}, ["messages.0.name: chat templates know no names"]),
+        ({"content": "a", "role": "tool"}, ["messages.0.role: the roles are system, developer, user"]),
+        ({"content": "a", "role": "assistant", "tool_calls": [{"id": "CANARY"}]}, ["calls no tools"]),
+        ({"content": "a", "role": "assistant", "reasoning_content": "CANARY"}, ["reasoning is not read"]),
+        ({"content": "a", "role": "assistant", "refusal": "CANARY"}, ["a refusal is not read"]),
+        ({"content": "a", "role": "assistant", "audio": {"id": "CANARY"}}, ["no audio"]),
+    ],
+    ids=lambda value: str(value)[:50],
+)  # fmt: skip
+def test_a_part_that_is_refused_is_named_in_plain_words(server, message, words):
+    reply = post(server, messages=[{"role": "user", **message}], max_tokens=1)
+    error = reply.json()["error"]
+    assert reply.status_code == 400 and "CANARY" not in reply.text
+    assert all(one in error["message"] for one in words), error
 
 
 def test_other_mistakes(server):
