@@ -118,7 +118,7 @@ def open_model(settings: ServeSettings, observer: Observer) -> Served:
         variants["base"] = model.disable_adapter
         models[base if base != resolved.label else f"{base}-base"] = "base"
         about = f"LoRA adapter over {base}, {about}"
-    scheduler = Scheduler(LocalBackend(model, tokenizer, settings), limits, variants)
+    scheduler = Scheduler(LocalBackend(model, tokenizer, settings, observer), limits, variants)
     reader = LocalBackend(model, copy.deepcopy(tokenizer), settings)
     starter = resolved.is_starter
     return Served(Answers(scheduler, reader, settings, models), resolved.label, about, starter)

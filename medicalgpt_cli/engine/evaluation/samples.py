@@ -47,7 +47,8 @@ def answer_questions(
         rows[index]["answer"] = answer.text
         observer.on_task_advance(task, done)
 
-    backend = LocalBackend(model, tokenizer, SamplingSettings(max_new_tokens=max_new_tokens))
+    sampling = SamplingSettings(max_new_tokens=max_new_tokens)
+    backend = LocalBackend(model, tokenizer, sampling, observer)
     backend.answer_batch(prompts, keep)
     observer.on_task_end(task)
     return rows

@@ -47,7 +47,8 @@ class Conversation:
         plain = settings.with_prompt is True if single else True
         tokenizer = load_tokenizer(settings, resolved, observer, plain_template=plain)
         model = load_to_answer(settings, resolved, observer)
-        opened = cls(LocalBackend(model, tokenizer, settings), resolved.label, settings.system_prompt)
+        backend = LocalBackend(model, tokenizer, settings, observer)
+        opened = cls(backend, resolved.label, settings.system_prompt)
         if single and not uses_template(tokenizer, settings):
             opened.raw = True
         return opened

@@ -3,10 +3,13 @@
 Rows are padded on the left with their own positions and masks, each with its own rules for choosing a token, so
 that greedy answers do not depend on the company they are in (in fp32; two tokens whose logits differ by less than
 1e-4 may change places). A row that has ended leaves the batch and its cache; two batches can be joined.
+
+A model whose steps with a cache differ from those without one is decoded without (`caches_exactly`).
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -24,9 +27,16 @@ from transformers import (
 )
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from medicalgpt_cli.engine.observer import Observer
 from medicalgpt_cli.settings.groups import SamplingSettings
 
 _SPARE_COLUMNS = 32  # padding in front of all rows is cut away once there is this much of it
+_CACHES = ("past_key_values", "cache_params")  # under which of these names a model takes its cache
+_PROBE_PROMPTS, _PROBE_STEPS = (9, 4), 3
+# How far scores with a cache may lie from those without, as shares of their size. A state that was lost makes more
+# than 1; half precision, in which an expert of a router may change, makes a few hundredths.
+_ROUNDING = {torch.float32: 1e-3}
+_HALF_PRECISION_ROUNDING = 0.3
 
 
 @dataclass(frozen=True)
@@ -74,6 +84,9 @@ class Batch:
 
     Between steps `mask` is (rows, cached tokens + those in `fed`), `fed` and `positions` are what the model gets
     next: the prompts at first, then one token a row.
+
+    Args:
+        cached: whether what was read is kept in a cache; else each step reads each row anew, by itself.
     """
 
     def __init__(
@@ -82,6 +95,8 @@ class Batch:
         tokenizer: PreTrainedTokenizerBase,
         stop_ids: Collection[int],
         rows: Sequence[Row],
+        *,
+        cached: bool = True,
     ):
         self.model, self.tokenizer, self.stop_ids, self.rows = model, tokenizer, stop_ids, list(rows)
         self.device = model.get_input_embeddings().weight.device
@@ -93,7 +108,8 @@ class Batch:
             [[0] * spare + [1] * len(prompt) for spare, prompt in padded], device=self.device
         )
         self.positions = (self.mask.cumsum(-1) - 1).clamp(min=0)
-        self.cache = DynamicCache(config=model.config)
+        self.cache = DynamicCache(config=model.config) if cached else None
+        self.takes = _arguments(model)
 
     @property
     def width(self) -> int:
@@ -106,8 +122,10 @@ class Batch:
 
         Layers with a recurrent state cannot.
         """
-        return bool(self.cache.layers) and all(
-            type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in self.cache.layers
+        return (
+            self.cache is not None
+            and bool(self.cache.layers)
+            and all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in self.cache.layers)
         )
 
     def feed(self, most: int) -> int:
@@ -125,7 +143,16 @@ class Batch:
 
         The text is decoded only where somebody needs it.
         """
-        logits = self._forward(self.fed, self.mask, self.positions)
+        return self.take(self.scores())
+
+    def scores(self) -> torch.Tensor:
+        """Scores of each row's next token, (rows, vocabulary), in fp32."""
+        if self.cache is None:
+            return torch.cat([uncached_scores(self.model, row.prompt + row.said) for row in self.rows])
+        return self._forward(self.fed, self.mask, self.positions)
+
+    def take(self, logits: torch.Tensor) -> list[tuple[Row, str, str | None]]:
+        """Choose the next tokens by their scores; what `step` gives."""
         found, kept = [], []
         for place, (row, token) in enumerate(zip(self.rows, _choose(self.rows, logits), strict=True)):
             reason = self._add(row, token)
@@ -160,18 +187,15 @@ class Batch:
 
     def _forward(self, ids: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """Scores of the next token, (rows, vocabulary), in fp32."""
-        return (
-            self.model(
-                input_ids=ids,
-                attention_mask=mask,
-                position_ids=positions,
-                past_key_values=self.cache,
-                use_cache=True,
-                logits_to_keep=1,
-            )
-            .logits[:, -1]
-            .float()
-        )
+        given: dict[str, Any] = {"input_ids": ids, "use_cache": True}
+        if "past_key_values" in self.takes:
+            given |= {"past_key_values": self.cache, "attention_mask": mask, "position_ids": positions}
+        else:
+            # A state knows no positions, and wants to be told of padding where that is read, not behind it.
+            given |= {"cache_params": self.cache, "attention_mask": mask if ids.shape == mask.shape else None}
+        if "logits_to_keep" in self.takes:
+            given["logits_to_keep"] = 1
+        return self.model(**given).logits[:, -1].float()
 
     def _add(self, row: Row, token: int) -> str | None:
         """Take a token into the answer; why the answer ends with it, or None."""
@@ -188,7 +212,7 @@ class Batch:
         if not places:
             return
         select = torch.tensor(places, device=self.device)
-        if self.cache.get_seq_length() > 0:
+        if self.cache is not None:
             self.cache.reorder_cache(select)  # every kind of layer has this one, also on several devices
         self.mask, self.fed = self.mask[select], self.fed[select]
         self.positions = self.positions[select]
@@ -198,6 +222,80 @@ class Batch:
             for layer in self.cache.layers:
                 if layer.is_initialized:
                     _trim_layer(layer, spare)
+
+
+def _inner(model: Any) -> Any:
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def _arguments(model: Any) -> Collection[str]:
+    """The names that the model's forward declares; many swallow others without a word."""
+    return inspect.signature(_inner(model).forward).parameters
+
+
+def uncached_scores(model: Any, tokens: Sequence[int]) -> torch.Tensor:
+    """Scores of the token behind `tokens`, read by themselves: (1, vocabulary), in fp32."""
+    ids = torch.tensor([tokens], device=model.get_input_embeddings().weight.device)
+    kept = {"logits_to_keep": 1} if "logits_to_keep" in _arguments(model) else {}
+    return model(input_ids=ids, use_cache=False, **kept).logits[:, -1].float()
+
+
+def caches_exactly(model: Any, tokenizer: PreTrainedTokenizerBase, observer: Observer | None = None) -> bool:
+    """Whether decoding with a cache, beside a longer row, gives the scores that reading everything anew gives.
+
+    Asked of the model itself, once: what it takes as a cache, and what padding does to a state that runs along the
+    row, no list of architectures says completely.
+
+    Args:
+        observer: told where it does not.
+    """
+    inner = _inner(model)
+    if not hasattr(inner, "_medgpt_caches_exactly"):
+        inner._medgpt_caches_exactly = _probe_cache(model, tokenizer)
+        if observer and not inner._medgpt_caches_exactly:
+            observer.on_notice(
+                "no cache while answering: with one, this model does not compute what it computes without; "
+                "each token is computed from the whole text, one answer at a time, which is slow"
+            )
+    return inner._medgpt_caches_exactly
+
+
+@torch.no_grad()
+def _probe_cache(model: Any, tokenizer: PreTrainedTokenizerBase) -> bool:
+    if not set(_CACHES) & set(_arguments(model)):
+        return False
+    vocabulary = model.config.get_text_config().vocab_size
+    generator = torch.Generator().manual_seed(0)
+    prompts = [
+        torch.randint(vocabulary, (length,), generator=generator).tolist() for length in _PROBE_PROMPTS
+    ]
+    greedy = Sampler(SamplingSettings())
+    rows = [Row(index, prompt, _PROBE_STEPS + 2, greedy, None) for index, prompt in enumerate(prompts)]
+    training = model.training
+    model.eval()
+    try:
+        batch = Batch(model, tokenizer, (), rows)
+        for _ in range(_PROBE_STEPS):
+            batch.step()
+        scores = batch.scores()
+        if not _as_read_anew(batch, scores):
+            return False
+        batch.take(scores)
+        batch.drop(rows[:1])
+        return _as_read_anew(batch, batch.scores())
+    except torch.OutOfMemoryError:
+        raise
+    except (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError):
+        return False
+    finally:
+        model.train(training)
+
+
+def _as_read_anew(batch: Batch, scores: torch.Tensor) -> bool:
+    """Whether `scores` are those of reading each row anew. Row by row: one must not hide another."""
+    anew = torch.cat([uncached_scores(batch.model, row.prompt + row.said) for row in batch.rows])
+    slack = _ROUNDING.get(next(batch.model.parameters()).dtype, _HALF_PRECISION_ROUNDING)
+    return bool(((scores - anew).norm(dim=-1) <= slack * anew.norm(dim=-1)).all())
 
 
 def _padded(tensor: torch.Tensor, length: int, dim: int) -> torch.Tensor:

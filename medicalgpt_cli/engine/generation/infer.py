@@ -188,7 +188,7 @@ class LocalModel:
 
     def load(self) -> LocalBackend:
         model = load_to_answer(self.settings, self.resolved, self.observer)
-        return LocalBackend(model, self.tokenizer, self.settings)
+        return LocalBackend(model, self.tokenizer, self.settings, self.observer)
 
 
 class _RemoteModel:

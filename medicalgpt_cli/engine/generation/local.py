@@ -13,11 +13,20 @@ from transformers import PreTrainedTokenizerBase
 
 from medicalgpt_cli.engine.data.formats import Message
 from medicalgpt_cli.engine.data.rendering import encode_prompt, encode_raw, fit_history, stop_token_ids
-from medicalgpt_cli.engine.generation.decoding import Answer, Batch, Row, Sampler, answer_of, certain
+from medicalgpt_cli.engine.generation.decoding import (
+    Answer,
+    Batch,
+    Row,
+    Sampler,
+    answer_of,
+    caches_exactly,
+    certain,
+)
 from medicalgpt_cli.engine.model.loading import load_model
 from medicalgpt_cli.engine.model.references import ResolvedModel
 from medicalgpt_cli.engine.observer import Observer
 from medicalgpt_cli.engine.planning.weights import must_fit
+from medicalgpt_cli.engine.training import attention
 from medicalgpt_cli.errors import UsageError
 from medicalgpt_cli.settings.groups import EndpointSettings, SamplingSettings
 
@@ -33,14 +42,26 @@ def load_to_answer(settings: EndpointSettings, resolved: ResolvedModel, observer
 
 
 class LocalBackend:
-    """Answers prompts with a loaded model."""
+    """Answers prompts with a loaded model, by its own attention: the one for rows laid end to end has no cache."""
 
-    def __init__(self, model: Any, tokenizer: PreTrainedTokenizerBase, sampling: SamplingSettings):
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: PreTrainedTokenizerBase,
+        sampling: SamplingSettings,
+        observer: Observer | None = None,
+    ):
+        """
+        Args:
+            observer: told, once a model, where its answers have to be computed without a cache.
+        """
         self.model, self.tokenizer, self.sampling = model, tokenizer, sampling
         self.stop_ids = frozenset(stop_token_ids(tokenizer, model.generation_config))
         self.context = context_length(model, sampling)
         self.sampler = Sampler(sampling)
         self.last: Answer | None = None
+        with attention.own(model):
+            self.cached = caches_exactly(model, tokenizer, observer)
 
     def answer_batch(
         self,
@@ -144,16 +165,17 @@ class LocalBackend:
         return Row(index, list(prompt), limit, sampler, sampler.generator(number))
 
     def batch(self, rows: Sequence[Row]) -> Batch:
-        return Batch(self.model, self.tokenizer, self.stop_ids, rows)
+        return Batch(self.model, self.tokenizer, self.stop_ids, rows, cached=self.cached)
 
     @torch.inference_mode()
     def _run(self, rows: Sequence[Row]) -> Iterator[tuple[Row, str, str | None]]:
         """Yield (row, text so far, why it ended or None) for each token of each row."""
         if not rows:
             return
-        batch = self.batch(rows)
-        while batch.rows:
-            yield from batch.step()
+        with attention.own(self.model):
+            batch = self.batch(rows)
+            while batch.rows:
+                yield from batch.step()
 
 
 def context_length(model: Any, sampling: SamplingSettings) -> int:

@@ -119,12 +119,28 @@ def for_batches(model: PreTrainedModel, padding_free: bool) -> Iterator[None]:
     if before == chosen or (chosen == NAME and not padding_free):  # already inside, or nothing to do
         yield
         return
+    inner = _inner(model)
+    inner._medgpt_own_attention = before
     model.set_attn_implementation(chosen)
     try:
         with _for_flash(model, compute) if "flash" in chosen else nullcontext():
             yield
     finally:
         model.set_attn_implementation(before)
+        del inner._medgpt_own_attention
+
+
+@contextmanager
+def own(model: PreTrainedModel) -> Iterator[None]:
+    """Inside, `model` computes with the attention that it had outside `for_batches`: ours has no cache."""
+    if model.config._attn_implementation != NAME:
+        yield
+        return
+    model.set_attn_implementation(_inner(model)._medgpt_own_attention)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(NAME)
 
 
 def choose(model: PreTrainedModel, implementation: str, compute: torch.dtype) -> None:

@@ -181,7 +181,7 @@ class RlStage(Stage):
             temperature=self.settings.temperature,
             seed=self.settings.seed,
         )
-        return _Drawing(roles.policy, self.tokenizer, sampling)
+        return LocalBackend(roles.policy, self.tokenizer, sampling)
 
     def batch_items(self) -> list[Item]:
         """Prompts with answers of full length."""
@@ -289,17 +289,3 @@ class _Prompts(ExampleDataset):
 
     def __init__(self, asked: list[Any]):
         self.examples, self.lengths = asked, [len(one.ids) for one in asked]
-
-
-class _Drawing(LocalBackend):
-    """Draws with the model's own attention: the one for rows laid end to end has no cache."""
-
-    def _run(self, rows: list[Any]) -> Any:
-        before = self.model.config._attn_implementation
-        if before == attention.NAME:
-            self.model.set_attn_implementation("sdpa")
-        try:
-            yield from super()._run(rows)
-        finally:
-            if before == attention.NAME:
-                self.model.set_attn_implementation(attention.NAME)

@@ -121,6 +121,21 @@ def test_attention_is_restored_and_examples_are_isolated(model):
     torch.testing.assert_close(one, two, atol=1e-6, rtol=0)
 
 
+def test_own_attention_is_what_was_there_outside(model):
+    """And not one of ours or the library's default: some models have a single one that computes them rightly."""
+    chosen = model.config._attn_implementation
+    model.set_attn_implementation("eager")
+    try:
+        with attention.for_batches(model, True):
+            with attention.own(model):
+                assert model.config._attn_implementation == "eager"
+            assert model.config._attn_implementation == attention.NAME
+        with attention.own(model):
+            assert model.config._attn_implementation == "eager"
+    finally:
+        model.set_attn_implementation(chosen)
+
+
 def _inputs(examples):
     return {k: v for k, v in end_to_end(examples).items() if k not in ("labels", "shift_labels")}
 

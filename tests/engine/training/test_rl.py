@@ -268,3 +268,35 @@ def test_a_reward_model_that_cannot_be_trusted(place: Path, tmp_path: Path, kind
     }[kind]
     assert done.returncode == (5 if kind == "nan" else 2), done.stderr
     assert word in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_model_whose_own_attention_is_not_sdpa(tmp_path: Path) -> None:
+    """Gemma 2 has a cap on its scores, which the library computes with its eager attention alone."""
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+
+    tiny_model(tmp_path / "model", "gemma")  # for the tokenizer
+    torch.manual_seed(0)
+    config = Gemma2Config(
+        vocab_size=1300,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        sliding_window=8,
+        max_position_embeddings=256,
+        pad_token_id=0,
+    )
+    (tmp_path / "model" / "generation_config.json").unlink()
+    Gemma2ForCausalLM(config).save_pretrained(tmp_path / "model")
+    write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": f"What about fever {n}?"} for n in range(12)])
+    done = medgpt(
+        *("rl", "--base-model", "model", "--train-data", "prompts.jsonl", "--reward-rule", "length:1"),
+        *("--batch-size", "4", "--minibatch-size", "2", "--max-new-tokens", "12", "--max-steps", "2"),
+        *("--eval-fraction", "0.3", "--output-dir", "run", "--json"),
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert result["steps"] == 2 and result["before"]["kl"] == 0

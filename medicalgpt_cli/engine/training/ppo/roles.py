@@ -83,6 +83,10 @@ class Roles(torch.nn.Module):
     def device(self) -> torch.device:
         return self.policy.get_input_embeddings().weight.device
 
+    def get_base_model(self) -> Any:
+        """The library's model under all adapters."""
+        return self.policy.get_base_model()
+
     def set_attn_implementation(self, name: str) -> None:
         self.policy.set_attn_implementation(name)
 
