@@ -233,6 +233,12 @@ class RlSettings(RewardModelSettings, TrainSettings):
     length_target: int = opt(128, "Tokens up to which the rule `length` gives the whole reward.", min=1)
     batch_size: int = opt(32, "Prompts answered before the policy learns from the answers.", min=1)
     minibatch_size: int = opt(8, "Answers of a gradient step, of all processes together.", min=1)
+    micro_batch_size: int | None = opt(
+        None,
+        "Answers of a forward and backward pass in each process, whose gradients are added up; "
+        "a whole minibatch, or as many as fit into memory, where not given.",
+        min=1,
+    )
     rollout_size: int = opt(16, "Prompts answered at one time.", min=1)
     ppo_epochs: int = opt(4, "Passes over the answers of a batch.", min=1)
     learning_rate: float | None = opt(None, "Peak learning rate; 5e-5 for LoRA where not given.", above=0)
@@ -278,10 +284,12 @@ class RlSettings(RewardModelSettings, TrainSettings):
             )
         for flag, off in (
             ("neftune_alpha", None), ("early_stopping", None), ("gradient_accumulation", 1),
-            ("gradient_checkpointing", False), ("tuning", "lora"),
+            ("tuning", "lora"),
         ):  # fmt: skip
             if getattr(self, flag) != off:
-                hint = {"gradient_accumulation": "--minibatch-size says what a gradient step is made of"}
+                hint = {
+                    "gradient_accumulation": "--micro-batch-size says how much of a gradient step is one pass"
+                }
                 raise UsageError(f"{flag_of(flag)} is not for rl", hint.get(flag, "leave it out"))
         if self.embeddings not in ("auto", "frozen"):
             raise UsageError("--embeddings: rl leaves them as they are", "leave it out")
@@ -300,6 +308,11 @@ class RlSettings(RewardModelSettings, TrainSettings):
                     f"--reward-rule {rule}: no such rule",
                     f"one of {', '.join(RULES)}, perhaps with a weight: {RULES[0]}:0.5",
                 )
+
+    @property
+    def answers_a_pass(self) -> int:
+        """How many answers a forward and backward pass of a process has at most."""
+        return self.micro_batch_size or -(-self.minibatch_size // self.wanted_processes)
 
     @property
     def answers_a_prompt(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -15,6 +16,7 @@ from medicalgpt_cli.engine.model.references import ResolvedModel, resolve_models
 from medicalgpt_cli.engine.model.reward_model import check_head, load_reward_model, read_record
 from medicalgpt_cli.engine.observer import Observer
 from medicalgpt_cli.engine.planning.batches import Item
+from medicalgpt_cli.engine.planning.needs import Case, largest_batch, needs
 from medicalgpt_cli.engine.rewards.sources import (
     Reward,
     WeightedReward,
@@ -24,7 +26,7 @@ from medicalgpt_cli.engine.rewards.sources import (
 )
 from medicalgpt_cli.engine.run import processes
 from medicalgpt_cli.engine.run.folder import RunFolder
-from medicalgpt_cli.engine.training import attention
+from medicalgpt_cli.engine.training import attention, together
 from medicalgpt_cli.engine.training.batches import EpochSampler, ExampleDataset
 from medicalgpt_cli.engine.training.callbacks import StopOnSignal
 from medicalgpt_cli.engine.training.loop import Stage
@@ -39,6 +41,7 @@ from medicalgpt_cli.errors import UsageError
 from medicalgpt_cli.settings.groups import ModelSettings, SamplingSettings
 from medicalgpt_cli.settings.stages import RlSettings
 
+_UNPLANNED = 8  # answers of a pass where it is not known what a model needs
 _HELD_OUT_NUMBERS = 10**12  # draws on held-out prompts never meet those of training
 
 
@@ -110,6 +113,24 @@ class RlStage(Stage):
             ),
         }
 
+    def fitted(self, case: Case | None, have: int | None) -> Case | None:
+        """Where --micro-batch-size is not given: a process' part of a minibatch, or as much of it as fits."""
+        if self.settings.micro_batch_size is not None:
+            return case
+        size = self.settings.answers_a_pass
+        if case is None:
+            size = min(size, _UNPLANNED)
+        elif have is not None and needs(case)["peak"] > have:
+            size = min(largest_batch(case, have) or 1, size)
+            case = case.with_batch(size)
+        self.settings = replace(self.settings, micro_batch_size=size)
+        return case
+
+    def agree(self, device: torch.device) -> None:
+        if self.settings.micro_batch_size is not None:
+            smallest = -together.largest(-self.settings.micro_batch_size, device)
+            self.settings = replace(self.settings, micro_batch_size=smallest)
+
     # -- model and rewards -------------------------------------------------------------------------------------
 
     def load(self, observer: Observer) -> Roles:
@@ -123,6 +144,11 @@ class RlStage(Stage):
             reward=self.reward_resolved.adapter if shared else None,
             has_value=self.settings.algorithm == "ppo",
         )
+        if self.settings.gradient_checkpointing and not roles.can_recompute:
+            raise UsageError(
+                f"--gradient-checkpointing: the layers of {self.resolved.label} cannot be computed anew",
+                "leave it out and take a smaller --micro-batch-size",
+            )
         self.rewards = self._rewards(roles, shared, observer)
         return roles
 
@@ -144,7 +170,7 @@ class RlStage(Stage):
             found = [0.0] * len(rows)
             order = sorted(range(len(rows)), key=lambda index: len(rows[index]))
             device = roles.device
-            size = self.settings.minibatch_size
+            size = self.settings.answers_a_pass
             with attention.for_batches(roles.policy, self.padding_free):
                 for start in range(0, len(order), size):
                     piece = order[start : start + size]
@@ -161,7 +187,7 @@ class RlStage(Stage):
         dtype = choose_dtype(self.settings, device)
         model = load_reward_model(self.reward_resolved, dtype, device, self.settings.quantization)
         return separate_scorer(
-            model, attention.is_exact(model), self.reward_tokenizer.pad_token_id, self.settings.minibatch_size
+            model, attention.is_exact(model), self.reward_tokenizer.pad_token_id, self.settings.answers_a_pass
         )
 
     def keeps_apart(self, model: Roles, observer: Observer) -> bool:
@@ -247,7 +273,7 @@ class RlStage(Stage):
                 answers,
                 self._lay,
                 temperature=self.settings.temperature,
-                batch_size=self.settings.minibatch_size,
+                batch_size=self.settings.answers_a_pass,
             )
             rewards = self.rewards([one.prompt for one in held], rollout.texts, rollout.answers)
         if observer:

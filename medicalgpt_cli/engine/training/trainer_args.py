@@ -122,6 +122,9 @@ def training_arguments(
 ) -> TrainingArguments:
     """TrainingArguments for our loop. Everything that a library would switch on by itself is set explicitly."""
     cuda = torch_device.type == "cuda"
+    recomputes = settings.gradient_checkpointing and not isinstance(
+        settings, RlSettings
+    )  # it does so by itself
     return TrainingArguments(
         output_dir=str(folder),
         per_device_train_batch_size=settings.batch_size,
@@ -136,8 +139,8 @@ def training_arguments(
         optim=_OPTIMIZERS[settings.optimizer],
         bf16=cuda and dtype == torch.bfloat16,
         fp16=cuda and dtype == torch.float16,
-        gradient_checkpointing=settings.gradient_checkpointing,
-        gradient_checkpointing_kwargs={"use_reentrant": False} if settings.gradient_checkpointing else None,
+        gradient_checkpointing=recomputes,
+        gradient_checkpointing_kwargs={"use_reentrant": False} if recomputes else None,
         # DeepSpeed finds the processor by itself; told to use it, accelerate would leave DeepSpeed out
         use_cpu=torch_device.type == "cpu" and not sharding.uses_deepspeed(settings),
         **sharding.library_options(settings),

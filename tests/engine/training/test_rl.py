@@ -198,7 +198,6 @@ def test_a_reward_model_over_other_weights(place: Path, tmp_path: Path) -> None:
         (("--reward-rule", "length", "--max-prompt-length", "8"), "no prompt is left"),
         (("--reward-rule", "length", "--gradient-accumulation", "2"), "not for rl"),
         (("--reward-rule", "length", "--minibatch-size", "64"), "larger than --batch-size"),
-        (("--reward-rule", "length", "--gradient-checkpointing"), "--gradient-checkpointing is not for rl"),
         (("--reward-rule", "length", "--group-size", "8"), "--group-size is not for ppo"),
         (("--reward-rule", "length", "--algorithm", "rloo", "--gamma", "0.9"), "--gamma is not for rloo"),
     ],

@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +99,8 @@ class PPOTrainer(MedgptTrainer):
         self._check(scores, rollout)
         shaped, clipped = self._shaped(roles, scores, rollout)
         advantages, returns = self._advantages(shaped, rollout)
-        totals = self._learn(roles, rollout, advantages, returns)
+        with roles.recomputing() if self.rl.gradient_checkpointing else nullcontext():
+            totals = self._learn(roles, rollout, advantages, returns)
         self.seen += len(rollout.asked)
         figures = {**self._figures(scores, shaped, rollout), "score_clip_fraction": clipped}
         if returns is not None:
@@ -122,7 +124,7 @@ class PPOTrainer(MedgptTrainer):
             together.in_turn(answers),
             self.lay,
             temperature=self.rl.temperature,
-            batch_size=self.rl.minibatch_size,
+            batch_size=self.rl.answers_a_pass,
         )
 
     def _share(self, examples: list[Any]) -> dict[str, Any]:
@@ -175,7 +177,7 @@ class PPOTrainer(MedgptTrainer):
             return
         self._set_value_head(roles, *head)
         rollout.values = values_of(
-            roles, rollout.asked, rollout.answers, self.lay, batch_size=self.rl.minibatch_size
+            roles, rollout.asked, rollout.answers, self.lay, batch_size=self.rl.answers_a_pass
         )
 
     def _set_value_head(self, roles: Roles, weight: torch.Tensor, bias: torch.Tensor) -> None:
@@ -230,20 +232,25 @@ class PPOTrainer(MedgptTrainer):
         ]
         totals: dict[str, float] = {}
         for number, chosen in enumerate(batches, 1):
-            mine = together.share(chosen)
-            weight = float(rollout.mask[mine].sum() / rollout.mask[chosen].sum())  # of the minibatch's tokens
-            # Where there are fewer answers than processes, one counts for nothing: DeepSpeed adds gradients up in the
-            # order in which they come, so that every process has to come by the same ones.
-            losses = self.minibatch_losses(roles, rollout, mine or chosen[:1], advantages, returns)
-            for part, (loss, measured) in enumerate(losses, 1):
-                if not torch.isfinite(loss):
-                    raise TrainingFailed(
-                        f"the loss became {float(loss)} at step {self.state.global_step + 1}",
-                        "lower --learning-rate, or raise --kl-coefficient",
-                    )
-                self._backward(loss * weight, last=part == (1 if returns is None else 2))
-                for name, value in measured.items():
-                    totals[name] = totals.get(name, 0.0) + value * weight / len(batches)
+            tokens = rollout.mask[chosen].sum()
+            parts = self._micro_batches(chosen)
+            for part in parts:
+                # One that has no answers counts for nothing: DeepSpeed adds gradients up in the order in which they
+                # come, so that every process has to come by the same ones.
+                share = 1.0 if part else 0.0
+                losses = self.minibatch_losses(
+                    roles, rollout, part or chosen[:1], advantages, returns, tokens
+                )
+                for which, (loss, measured) in enumerate(losses, 1):
+                    if not torch.isfinite(loss):
+                        raise TrainingFailed(
+                            f"the loss became {float(loss)} at step {self.state.global_step + 1}",
+                            "lower --learning-rate, or raise --kl-coefficient",
+                        )
+                    is_last = part is parts[-1] and which == (1 if returns is None else 2)
+                    self._backward(loss * share, last=is_last)
+                    for name, value in measured.items():
+                        totals[name] = totals.get(name, 0.0) + value * share / len(batches)
             if not self.spread:
                 together.sum_gradients([*roles.learning["policy"], *roles.learning["value"]])
                 if number < len(batches):  # the last one is made by the loop, which also counts it
@@ -252,6 +259,12 @@ class PPOTrainer(MedgptTrainer):
                     self.optimizer.zero_grad()
         parts = together.from_all(totals)
         return {name: sum(part[name] for part in parts) for name in totals}
+
+    def _micro_batches(self, chosen: list[int]) -> list[list[int]]:
+        """This process' part of a minibatch in pieces of the micro-batch's size, as many in every process."""
+        size, mine = self.rl.answers_a_pass, together.share(chosen)
+        most = -(-len(chosen) // processes.size())
+        return [mine[start : start + size] for start in range(0, most, size)]
 
     def _backward(self, loss: torch.Tensor, *, last: bool) -> None:
         """Add the gradient of a part of a minibatch's loss. DeepSpeed makes the gradient step with the last one."""
@@ -269,40 +282,48 @@ class PPOTrainer(MedgptTrainer):
         chosen: Sequence[int],
         advantages: torch.Tensor,
         returns: torch.Tensor | None,
+        tokens_in_all: torch.Tensor | None = None,
     ) -> Iterator[tuple[torch.Tensor, dict[str, float]]]:
         """The clipped losses of some answers of a rollout, with gradient, and what they measure.
 
         First the policy's, then the value function's. They have no weight in common: taking the gradient of one
         before the other is computed keeps one set of activations at a time.
+
+        Args:
+            tokens_in_all: of the answers of the whole gradient step; the default is of those chosen. Losses and
+                measures are means over these, so that those of a step's micro-batches add up to the step's.
         """
         prompts = [rollout.asked[index].ids for index in chosen]
         answers = [rollout.answers[index] for index in chosen]
         batch, positions, tokens = prepared(prompts, answers, self.lay, rollout.mask.device)
         pick = torch.tensor(list(chosen), device=rollout.mask.device)
         mask = rollout.mask[pick]
+        count = mask.sum() if tokens_in_all is None else tokens_in_all
         where = positions, tokens, self.rl.temperature
         logp, entropy = roles.log_probabilities(
             "policy", batch, *where, entropy=self.rl.entropy_coefficient > 0
         )
-        yield self._policy_part(logp, entropy, mask, rollout, pick, advantages[pick])
+        yield self._policy_part(logp, entropy, mask, count, rollout, pick, advantages[pick])
         if returns is None:
             return
         del logp, entropy
-        values = spread(roles.values(batch, positions), mask)
-        loss, measured = mathematics.value_loss(
-            values, rollout.values[pick], returns[pick], mask, self.rl.clip_range_value
-        )
-        figures = {
-            "value_loss": float(loss.detach()),
-            "value_clip_fraction": float(measured["clip_fraction"]),
-        }
-        yield self.rl.value_coefficient * loss, figures
+        with roles.acting_as("value"):
+            values = spread(roles.values(batch, positions), mask)
+            loss, measured = mathematics.value_loss(
+                values, rollout.values[pick], returns[pick], mask, self.rl.clip_range_value, count
+            )
+            figures = {
+                "value_loss": float(loss.detach()),
+                "value_clip_fraction": float(measured["clip_fraction"]),
+            }
+            yield self.rl.value_coefficient * loss, figures
 
     def _policy_part(
         self,
         logp: torch.Tensor,
         entropy: torch.Tensor | None,
         mask: torch.Tensor,
+        count: torch.Tensor,
         rollout: Rollout,
         pick: torch.Tensor,
         advantages: torch.Tensor,
@@ -310,7 +331,7 @@ class PPOTrainer(MedgptTrainer):
         """The policy's loss and what it measures, of the answers' tokens: log p and entropy, (tokens,)."""
         logp = spread(logp, mask)
         loss, measured = mathematics.policy_loss(
-            logp, rollout.logp[pick], advantages, mask, self.rl.clip_range
+            logp, rollout.logp[pick], advantages, mask, self.rl.clip_range, count
         )
         figures = {
             "policy_loss": float(loss.detach()),
@@ -319,9 +340,10 @@ class PPOTrainer(MedgptTrainer):
         }
         if self.rl.algorithm == "grpo":
             kl = mathematics.kl_k3(logp, rollout.ref_logp[pick], mask)
-            loss = loss + self.price.coefficient * mathematics.masked_mean(kl, mask)
+            loss = loss + self.price.coefficient * mathematics.masked_mean(kl, mask, count)
         if entropy is not None:
-            loss = loss - self.rl.entropy_coefficient * mathematics.masked_mean(spread(entropy, mask), mask)
+            uncertainty = mathematics.masked_mean(spread(entropy, mask), mask, count)
+            loss = loss - self.rl.entropy_coefficient * uncertainty
         return loss, figures
 
     # -- what is watched ---------------------------------------------------------------------------------------
