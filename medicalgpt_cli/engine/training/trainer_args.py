@@ -134,7 +134,8 @@ def training_arguments(
         lr_scheduler_type=settings.schedule if settings.schedule != "constant" else "constant_with_warmup",
         warmup_steps=plan.warmup,
         weight_decay=settings.weight_decay,
-        max_grad_norm=settings.max_grad_norm,
+        # rl clips policy and value function apart, in its trainer.
+        max_grad_norm=0.0 if isinstance(settings, RlSettings) else settings.max_grad_norm,
         neftune_noise_alpha=settings.neftune_alpha,
         optim=_OPTIMIZERS[settings.optimizer],
         bf16=cuda and dtype == torch.bfloat16,

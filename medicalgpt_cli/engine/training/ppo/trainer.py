@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -68,6 +69,7 @@ class PPOTrainer(MedgptTrainer):
             self.price = AdaptiveKL(settings.kl_coefficient, settings.kl_target, settings.kl_horizon)
         self.moments = RunningMoments()
         self.has_started_values = False
+        self.clips_apart = False
         self.alike = 0
         self.measures: list[dict[str, float]] = []  # of the steps since the last log step
         super().__init__(**options)
@@ -224,6 +226,7 @@ class PPOTrainer(MedgptTrainer):
         self, roles: Roles, rollout: Rollout, advantages: torch.Tensor, returns: torch.Tensor | None
     ) -> dict[str, float]:
         """All gradient steps on a rollout; the means of what they measured."""
+        self._clip_apart_from_now_on()
         generator = torch.Generator().manual_seed(self.rl.seed * 1_000_003 + self.state.global_step)
         batches = [
             piece.tolist()
@@ -254,11 +257,32 @@ class PPOTrainer(MedgptTrainer):
             if not self.spread:
                 together.sum_gradients([*roles.learning["policy"], *roles.learning["value"]])
                 if number < len(batches):  # the last one is made by the loop, which also counts it
-                    self.accelerator.clip_grad_norm_(roles.parameters(), self.args.max_grad_norm)
                     self.optimizer.step()
                     self.optimizer.zero_grad()
         parts = together.from_all(totals)
         return {name: sum(part[name] for part in parts) for name in totals}
+
+    def _clip_apart_from_now_on(self) -> None:
+        """Let the optimizer clip before each step: the loop's own steps, ours and DeepSpeed's go through it alike."""
+        if not self.clips_apart:
+            shares.inner_optimizer(self.optimizer).register_step_pre_hook(self._clip)
+            self.clips_apart = True
+
+    def _clip(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        """Hold the gradient of the policy and that of the value function within --max-grad-norm, each by its own norm.
+
+        By a common norm the value function's errors, which are large while it begins to learn, would shrink the
+        policy's steps. DeepSpeed hands over the groups one by one, and of each the part that this process keeps.
+        """
+        for group in optimizer.param_groups:
+            gradients = [weight.grad for weight in group["params"] if weight.grad is not None]
+            squares = sum(float(torch.linalg.vector_norm(one)) ** 2 for one in gradients)
+            if self.spread:
+                squares = together.total(squares, self.args.device)
+            too_large = math.sqrt(squares) / self.rl.max_grad_norm
+            if too_large > 1:
+                for one in gradients:
+                    one.div_(too_large)
 
     def _micro_batches(self, chosen: list[int]) -> list[list[int]]:
         """This process' part of a minibatch in pieces of the micro-batch's size, as many in every process."""

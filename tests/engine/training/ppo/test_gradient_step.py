@@ -1,4 +1,4 @@
-"""A gradient step in pieces is the gradient step: micro-batches, and layers that are computed anew."""
+"""The gradient step: in pieces it is the same, and the value function does not shrink the policy's."""
 
 from __future__ import annotations
 
@@ -96,3 +96,32 @@ def test_a_plan_knows_that_layers_are_computed_anew(place: Path) -> None:
     plain = case_of(stage_of(place, "ppo"))[0]
     again = replace(plain, checkpointing=True)
     assert again.rehearsed.peak < plain.rehearsed.peak
+
+
+def test_the_weight_of_the_value_loss_leaves_the_policys_step_as_it_is(place: Path, tmp_path: Path) -> None:
+    """Both gradients are far above what they are clipped to."""
+
+    def stepped(value_coefficient: float) -> dict[str, torch.Tensor]:
+        stage = stage_of(place, "ppo", value_coefficient=value_coefficient, max_grad_norm=1e-3)
+        roles = moved(roles_of(stage))
+        trainer = trainer_of(stage, roles, tmp_path)
+        with attention.for_batches(roles, stage.padding_free):
+            trainer.training_step(roles, {"asked": stage.data.training[:6]})
+        trainer.optimizer.step()
+        for name in ("policy", "value"):
+            norm = sum(float(weight.grad.square().sum()) for weight in roles.learning[name]) ** 0.5
+            assert norm == pytest.approx(1e-3, rel=1e-5)
+        return {name: weight.detach() for name, weight in roles.policy.named_parameters()}
+
+    one, ten = stepped(0.1), stepped(1.0)
+    assert all(torch.equal(one[name], ten[name]) for name in one if ".default." in name)
+
+
+def test_gradients_below_the_limit_are_left_alone(place: Path, tmp_path: Path) -> None:
+    stage = stage_of(place, "ppo", max_grad_norm=5.0)
+    trainer = trainer_of(stage, roles_of(stage), tmp_path)
+    small, large = (torch.nn.Parameter(torch.zeros(2)) for _ in range(2))
+    optimizer = torch.optim.SGD([{"params": [small]}, {"params": [large]}], lr=1.0)
+    small.grad, large.grad = torch.tensor([3.0, 2.0]), torch.tensor([30.0, 40.0])
+    trainer._clip(optimizer)
+    assert small.grad.tolist() == [3.0, 2.0] and large.grad.tolist() == pytest.approx([3.0, 4.0])
