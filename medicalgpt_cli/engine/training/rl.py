@@ -36,10 +36,11 @@ from medicalgpt_cli.engine.training.ppo.rollout import draw, look_back
 from medicalgpt_cli.engine.training.ppo.trainer import PPOTrainer
 from medicalgpt_cli.engine.training.reward_data import laid_end_to_end, padded_right
 from medicalgpt_cli.engine.training.rl_data import RlData, load_rl_data
+from medicalgpt_cli.engine.training.trainer_args import learning_rate
 from medicalgpt_cli.engine.training.tuning import load_trainable, save_result
 from medicalgpt_cli.errors import UsageError
 from medicalgpt_cli.settings.groups import ModelSettings, SamplingSettings
-from medicalgpt_cli.settings.stages import RlSettings
+from medicalgpt_cli.settings.stages import RlSettings, TrainSettings
 
 _UNPLANNED = 8  # answers of a pass where it is not known what a model needs
 _HELD_OUT_NUMBERS = 10**12  # draws on held-out prompts never meet those of training
@@ -56,6 +57,11 @@ class RlStage(Stage):
     answers: list[str]  # of the last measure
 
     # -- before weights ----------------------------------------------------------------------------------------
+
+    def complete(self, settings: TrainSettings) -> TrainSettings:
+        assert isinstance(settings, RlSettings)
+        count = max(settings.wanted_processes, processes.size())  # torchrun says how many
+        return settings.completed(count, learning_rate(settings, settings))
 
     def resolve(self) -> ResolvedModel:
         resolved = resolve_models(self.settings)
@@ -82,7 +88,13 @@ class RlStage(Stage):
             self.reward_tokenizer = load_tokenizer(self._reward_settings(), self.reward_resolved, observer)
             record = read_record(self.reward_resolved.adapter or self.reward_resolved.base)
             seen = record.get("trained_on", [])
-        return load_rl_data(self.settings, self.tokenizer, frozenset(seen), self._context(), observer)
+        data = load_rl_data(self.settings, self.tokenizer, frozenset(seen), self._context(), observer)
+        asked = self.settings.batch_size * max(self.settings.wanted_processes, processes.size())
+        if len(data.training) < asked:
+            observer.on_notice(
+                f"the {len(data.training):,} prompts are fewer than a rollout of {asked:,}: each has all of them"
+            )
+        return data
 
     def _context(self) -> int:
         limit = self.tokenizer.model_max_length
@@ -102,6 +114,8 @@ class RlStage(Stage):
             "prompts": len(self.data.training),
             "held_out_prompts": len(self.data.held_out),
             "algorithm": self.settings.algorithm,
+            "rollout_prompts": self.settings.batch_size * processes.size(),
+            "minibatch": self.settings.minibatch_size,
             "answers": self.schedule.updates
             * min(self.settings.batch_size * processes.size(), len(self.data.training))
             * self.settings.answers_a_prompt,

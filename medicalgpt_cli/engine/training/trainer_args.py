@@ -6,6 +6,7 @@ import importlib.util
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import TrainingArguments
@@ -111,6 +112,15 @@ def schedule(optim: OptimSettings, examples: int, count: int = 1) -> Schedule:
     )
 
 
+def _course(settings: TrainSettings) -> dict[str, Any]:
+    """The library's name of a schedule. In rl, whose rewards go on changing with the policy, cosine ends at a tenth."""
+    if settings.schedule == "cosine" and isinstance(settings, RlSettings):
+        return {"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr_rate": 0.1}}
+    return {
+        "lr_scheduler_type": settings.schedule if settings.schedule != "constant" else "constant_with_warmup"
+    }
+
+
 def training_arguments(
     settings: TrainSettings,
     plan: Schedule,
@@ -131,7 +141,7 @@ def training_arguments(
         gradient_accumulation_steps=settings.gradient_accumulation,
         max_steps=plan.updates,
         learning_rate=learning_rate(settings, settings),
-        lr_scheduler_type=settings.schedule if settings.schedule != "constant" else "constant_with_warmup",
+        **_course(settings),
         warmup_steps=plan.warmup,
         weight_decay=settings.weight_decay,
         # rl clips policy and value function apart, in its trainer.

@@ -78,10 +78,9 @@ class PPOTrainer(MedgptTrainer):
         """`--optimizer` over policy and value function, each with its own learning rate."""
         if self.optimizer is None:
             roles: Roles = self.model
-            value_rate = self.rl.value_learning_rate or self.args.learning_rate
             groups = [{"params": roles.learning["policy"], "lr": self.args.learning_rate}]
             if roles.learning["value"]:
-                groups.append({"params": roles.learning["value"], "lr": value_rate})
+                groups.append({"params": roles.learning["value"], "lr": self.rl.value_learning_rate})
             kind, options = self.get_optimizer_cls_and_kwargs(self.args)
             self.optimizer = kind(groups, **{**options, "weight_decay": self.args.weight_decay})
         return self.optimizer
@@ -382,6 +381,7 @@ class PPOTrainer(MedgptTrainer):
             "reward_shaped": float(shaped.mean()),
             "kl": float(rollout.kl().mean()),
             "kl_k3": float(mathematics.kl_k3(rollout.logp, rollout.ref_logp, rollout.mask).sum(1).mean()),
+            "kl_per_token": rollout.kl_per_token(),
             "kl_coefficient": self.price.coefficient,
             "entropy": float(mathematics.masked_mean(rollout.entropy, rollout.mask)),
             "answer_tokens": sum(lengths) / len(lengths),
@@ -399,10 +399,10 @@ class PPOTrainer(MedgptTrainer):
         step = self.state.global_step + 1
         if not torch.isfinite(scores).all() or not torch.isfinite(rollout.logp).all():
             raise TrainingFailed(f"a score or probability is no number at step {step}", self._last_good())
-        kl = float(rollout.kl().mean())
+        kl = rollout.kl_per_token()
         if kl > self.rl.kl_limit:
             raise TrainingFailed(
-                f"the KL to the start reached {kl:.1f} nats an answer at step {step} (--kl-limit {self.rl.kl_limit:g})",
+                f"the KL to the start reached {kl:.2f} nats a token at step {step} (--kl-limit {self.rl.kl_limit:g})",
                 f"raise --kl-coefficient or lower --learning-rate; {self._last_good()}",
             )
         different_prompts = len({tuple(one.ids) for one in rollout.asked})
