@@ -266,7 +266,11 @@ class OptimSettings(Settings):
         choices=("adamw", "adamw-8bit", "paged-adamw", "paged-adamw-8bit"),
     )
     weight_decay: float = opt(0.0, "AdamW's weight decay.", min=0)
-    max_grad_norm: float = opt(1.0, "Clip the gradient's norm to this.", above=0)
+    max_grad_norm: float = opt(
+        1.0,
+        "Clip the gradient's norm to this; in rl the policy's and the value function's, each by itself.",
+        above=0,
+    )
     neftune_alpha: float | None = opt(None, "Noise on the embeddings (NEFTune); 5 is usual.", above=0)
     gradient_checkpointing: bool = opt(False, "Recompute activations: less memory, about a third slower.")
     eval_steps: int | None = opt(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -223,7 +223,7 @@ class RlSettings(RewardModelSettings, TrainSettings):
         "ppo learns a value function; rloo and grpo compare several answers to one prompt instead.",
         choices=("ppo", "rloo", "grpo"),
     )
-    group_size: int = opt(4, "Answers to one prompt, for rloo and grpo.", min=2)
+    group_size: int = opt(8, "Answers to one prompt, for rloo and grpo.", min=2)
     reward_weight: float = opt(1.0, "What the reward model's score is multiplied by.")
     reward_rule: tuple[str, ...] = opt(
         (),
@@ -231,13 +231,34 @@ class RlSettings(RewardModelSettings, TrainSettings):
         metavar="RULE",
     )
     length_target: int = opt(128, "Tokens up to which the rule `length` gives the whole reward.", min=1)
-    batch_size: int = opt(32, "Prompts answered before the policy learns from the answers.", min=1)
-    minibatch_size: int = opt(8, "Answers of a gradient step, of all processes together.", min=1)
+    batch_size: int | None = opt(  # type: ignore[assignment]
+        None,
+        "Prompts of a rollout, which are answered before the policy learns from the answers, in each process; "
+        "where not given, 128 for ppo and 32 for rloo and grpo, of all processes together.",
+        min=1,
+    )
+    minibatch_size: int | None = opt(
+        None,
+        "Answers of a gradient step, of all processes together; where not given, 32 for ppo and 64 for rloo and grpo, "
+        "or the whole rollout where it is smaller.",
+        min=1,
+    )
+    micro_batch_size: int | None = opt(
+        None,
+        "Answers of a forward and backward pass in each process, whose gradients are added up; "
+        "a whole minibatch, or as many as fit into memory, where not given.",
+        min=1,
+    )
     rollout_size: int = opt(16, "Prompts answered at one time.", min=1)
-    ppo_epochs: int = opt(4, "Passes over the answers of a batch.", min=1)
+    ppo_epochs: int = opt(1, "Passes over the answers of a rollout.", min=1)
     learning_rate: float | None = opt(None, "Peak learning rate; 5e-5 for LoRA where not given.", above=0)
     value_learning_rate: float | None = opt(
-        None, "Learning rate of the value function; the policy's where not given.", above=0
+        None, "Peak learning rate of the value function; ten times the policy's where not given.", above=0
+    )
+    schedule: str = opt(
+        "cosine",
+        "Course of the learning rate after warm-up; cosine ends at a tenth of the peak.",
+        choices=("cosine", "linear", "constant"),
     )
     max_prompt_length: int = opt(512, "Longest prompt in tokens; longer ones are skipped and counted.", min=8)
     max_new_tokens: int = opt(128, "Longest answer in tokens.", min=1)
@@ -249,13 +270,19 @@ class RlSettings(RewardModelSettings, TrainSettings):
         None, "Adapt the price so that the KL of an answer comes to this many nats.", above=0
     )
     kl_horizon: int = opt(2000, "Answers over which an adapted price changes.", min=1)
-    kl_limit: float = opt(50.0, "Stop when the KL of an answer exceeds this many nats.", above=0)
+    kl_limit: float = opt(2.0, "Stop when the KL exceeds this many nats a token, in the mean.", above=0)
     clip_range: float = opt(0.2, "How far the ratio of new to old probability counts.", above=0, max=1)
-    clip_range_value: float = opt(0.2, "How far a value may move from its old one.", above=0)
+    clip_range_value: float = opt(0.5, "How far a value may move from its old one.", above=0)
     value_coefficient: float = opt(0.1, "Weight of the value function's loss.", min=0)
     entropy_coefficient: float = opt(0.0, "Reward for uncertainty about the next token.", min=0)
     gamma: float = opt(1.0, "Discount of later rewards.", above=0, max=1)
-    gae_lambda: float = opt(0.95, "Balance of bias and variance in the advantages.", min=0, max=1)
+    gae_lambda: float | None = opt(
+        None,
+        "Balance of bias and variance in the advantages; where not given, 0.95 if a reward model is among the rewards, "
+        "else 1.",
+        min=0,
+        max=1,
+    )
     score_clip: float | None = opt(
         10.0, "Scores are held within plus and minus this, once they are normalised.", above=0
     )
@@ -278,18 +305,15 @@ class RlSettings(RewardModelSettings, TrainSettings):
             )
         for flag, off in (
             ("neftune_alpha", None), ("early_stopping", None), ("gradient_accumulation", 1),
-            ("gradient_checkpointing", False), ("tuning", "lora"),
+            ("tuning", "lora"),
         ):  # fmt: skip
             if getattr(self, flag) != off:
-                hint = {"gradient_accumulation": "--minibatch-size says what a gradient step is made of"}
+                hint = {
+                    "gradient_accumulation": "--micro-batch-size says how much of a gradient step is one pass"
+                }
                 raise UsageError(f"{flag_of(flag)} is not for rl", hint.get(flag, "leave it out"))
         if self.embeddings not in ("auto", "frozen"):
             raise UsageError("--embeddings: rl leaves them as they are", "leave it out")
-        if self.minibatch_size > self.batch_size * self.answers_a_prompt * self.wanted_processes:
-            raise UsageError(
-                f"--minibatch-size {self.minibatch_size} is larger than --batch-size {self.batch_size}",
-                "a minibatch is a part of the batch",
-            )
         for name in ("group_size",) if self.algorithm == "ppo" else OF_THE_VALUE_FUNCTION:
             if self.chosen(name):
                 raise UsageError(f"{flag_of(name)} is not for {self.algorithm}", "leave it out")
@@ -300,6 +324,46 @@ class RlSettings(RewardModelSettings, TrainSettings):
                     f"--reward-rule {rule}: no such rule",
                     f"one of {', '.join(RULES)}, perhaps with a weight: {RULES[0]}:0.5",
                 )
+
+    def sizes(self, processes: int) -> tuple[int, int]:
+        """Prompts of a rollout in each of so many processes, and answers of a gradient step, of all together."""
+        prompts = self.batch_size or -(-(128 if self.algorithm == "ppo" else 32) // processes)
+        answers = prompts * processes * self.answers_a_prompt
+        return prompts, self.minibatch_size or min(32 if self.algorithm == "ppo" else 64, answers)
+
+    def completed(self, processes: int, learning_rate: float) -> RlSettings:
+        """The settings with the defaults spelled out that depend on others.
+
+        Args:
+            learning_rate: the policy's.
+
+        Raises:
+            UsageError: a minibatch is larger than the rollout.
+        """
+        prompts, minibatch = self.sizes(processes)
+        if minibatch > prompts * processes * self.answers_a_prompt:
+            raise UsageError(
+                f"--minibatch-size {minibatch} is larger than --batch-size {prompts}"
+                + (f" times --group-size {self.group_size}" if self.answers_a_prompt > 1 else ""),
+                "a minibatch is a part of the batch",
+            )
+        found = replace(self, batch_size=prompts, minibatch_size=minibatch)
+        if self.algorithm != "ppo":
+            return found
+        gae_lambda = self.gae_lambda
+        if gae_lambda is None:
+            gae_lambda = 0.95 if self.reward_model else 1.0
+        return replace(
+            found,
+            gae_lambda=gae_lambda,
+            value_learning_rate=self.value_learning_rate or 10 * learning_rate,
+        )
+
+    @property
+    def answers_a_pass(self) -> int:
+        """How many answers a forward and backward pass of a process has at most."""
+        count = self.wanted_processes
+        return self.micro_batch_size or -(-self.sizes(count)[1] // count)
 
     @property
     def answers_a_prompt(self) -> int:

@@ -71,6 +71,7 @@ def settings_of(shape: dict, place: Path, model: Path, seed: int, steps: int):
         dtype="fp32",
         seed=seed,
         max_steps=steps,
+        value_learning_rate=shape["learning_rate"],
         schedule="constant",
         warmup_ratio=0.0,
         max_grad_norm=1e9,

@@ -33,7 +33,6 @@ class Roles:
     apart: Outline | None  # a reward model with weights of its own
     drawn: Rows  # the prompts that are answered at one time
     new_tokens: int
-    looked_at: Rows  # answers whose probabilities are computed at one time
 
 
 @dataclass(frozen=True)
@@ -134,9 +133,9 @@ class Case(Planned):
         found = rehearse(self.outline, self.rows, manner)
         if self.roles is None:
             return found
-        value = Manner("value", False, self.autocast, spread=self.spread)
+        value = Manner("value", self.checkpointing, self.autocast, spread=self.spread)
         acts = [found, rehearse(self.outline, self.rows, value)] if self.roles.has_value else [found]
-        acts.append(rehearse(self.outline, self.roles.looked_at, Manner("look back")))
+        acts.append(rehearse(self.outline, self.rows, Manner("look back")))
         return max(acts, key=lambda one: one.peak)
 
     @cached_property

@@ -52,8 +52,8 @@ def case_of(stage: Any) -> tuple[Case, Amount]:
     autocast = dtype if on_gpu and dtype != torch.float32 else None
     roles, batch_size = None, settings.batch_size
     if isinstance(settings, RlSettings):
-        roles = _roles(stage, settings, dtype, padded, count)
-        batch_size = -(-settings.minibatch_size // count)
+        roles = _roles(stage, settings, dtype)
+        batch_size = min(settings.answers_a_pass, -(-settings.minibatch_size // count))
         rows = largest_possible(items, batch_size, padded)
     case = Case(
         plan,
@@ -83,7 +83,7 @@ def _padded(stage: Any, plan: Any, on_gpu: bool) -> bool:
     return on_gpu and plan.quantization == "8bit"  # texts influence one another there (docs/quantization.md)
 
 
-def _roles(stage: Any, settings: RlSettings, dtype: torch.dtype, padded: bool, count: int) -> Roles:
+def _roles(stage: Any, settings: RlSettings, dtype: torch.dtype) -> Roles:
     from medicalgpt_cli.engine.training.ppo.roles import shares_base
 
     reward: ResolvedModel | None = stage.reward_resolved
@@ -102,7 +102,6 @@ def _roles(stage: Any, settings: RlSettings, dtype: torch.dtype, padded: bool, c
         apart=apart,
         drawn=Rows(tuple(prompts[:together]), 0, True),
         new_tokens=settings.max_new_tokens,
-        looked_at=largest_possible(stage.batch_items(), settings.minibatch_size, padded),
     )
 
 
@@ -122,10 +121,10 @@ def operations(case: Case, amount: Amount, settings: TrainSettings) -> float:
     body = work.Shape(shape.linear, shape.learnt, shape.adapter, 0, False, shape.attention)
     drawn = work.forward(shape, tokens, pairs, targets)
     back = 2 * work.forward(shape, tokens, pairs, targets)  # policy and reference
-    learn = work.training(shape, tokens, pairs, targets)
+    learn = work.training(shape, tokens, pairs, targets, checkpointing=settings.gradient_checkpointing)
     if settings.algorithm == "ppo":
         back += work.forward(body, tokens, pairs, 0)
-        learn += work.training(body, tokens, pairs, 0)
+        learn += work.training(body, tokens, pairs, 0, checkpointing=settings.gradient_checkpointing)
     if settings.reward_model:
         back += work.forward(body, tokens, pairs, 0)
     return drawn + back + settings.ppo_epochs * learn
@@ -173,7 +172,7 @@ def plan_of(stage: Any) -> dict[str, Any]:
         "device_memory": have,
         "fits": None if have is None else fits["peak"] <= have,
         "largest_batch": None if have is None else largest_batch(case, have),
-        "batch_flag": "--minibatch-size" if case.roles is not None else "--batch-size",
+        "batch_flag": "--micro-batch-size" if case.roles is not None else "--batch-size",
         "examples": len(case.items),
         **stage.plan(),
         "tokens": tokens,

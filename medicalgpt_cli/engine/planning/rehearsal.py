@@ -89,7 +89,8 @@ def _rehearse(plan: Outline, rows: Rows, manner: Manner, layers: int) -> Rehears
     if manner.checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     backward = manner.act not in ("look back", "answer")
-    model.train(manner.act in ("next token", "next token at once", "score"))  # rl switches dropout off
+    # rl switches dropout off; the library computes layers anew in training mode alone.
+    model.train(manner.act in ("next token", "next token at once", "score") or manner.checkpointing)
     try:
         with FakeTensorMode(allow_non_fake_inputs=True):
             _make_fake(model)

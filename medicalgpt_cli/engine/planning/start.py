@@ -21,12 +21,14 @@ def before_loading(stage: Any, observer: Observer) -> dict[str, Any] | None:
     """
     try:
         case, amount = case_of(stage)
+        have = device_memory(stage.settings, case.on_gpu)
+        case = stage.fitted(case, have)
         need = needs(case)["peak"]
         flops = operations(case, amount, stage.settings)
     except UNKNOWN:  # a plan that cannot be made is no reason not to run
         observer.on_notice("no plan: what this model needs is not known from its shapes")
+        stage.fitted(None, None)
         return None
-    have = device_memory(stage.settings, case.on_gpu)
     tokens = amount.tokens
     observer.on_notice(
         f"plan: {_gib(need)} of {_gib(have)} at most, {stage.schedule.updates:,} updates, {tokens:,} tokens"
@@ -43,7 +45,7 @@ def before_loading(stage: Any, observer: Observer) -> dict[str, Any] | None:
 
 def what_fits(case: Case, have: int) -> str:
     """What to do about a run that does not fit into `have` bytes."""
-    flag = "--minibatch-size" if case.roles is not None else "--batch-size"
+    flag = "--micro-batch-size" if case.roles is not None else "--batch-size"
     states = case.states
     if case.program + states.frozen + states.weights + states.moments > have:
         if case.outline.full:
@@ -59,7 +61,7 @@ def what_fits(case: Case, have: int) -> str:
     batch = largest_batch(case, have)
     if batch is not None:
         return f"{flag} {batch} fits"
-    if not case.checkpointing and case.roles is None:
+    if not case.checkpointing:
         return "not even one example fits: --gradient-checkpointing, or a shorter --max-length"
     return "not even one example fits: a shorter --max-length"
 

@@ -11,6 +11,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, ClassVar
 
+import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainingArguments, set_seed
 
@@ -22,6 +23,7 @@ from medicalgpt_cli.engine.model.tokenizer import fingerprint
 from medicalgpt_cli.engine.observer import Observer
 from medicalgpt_cli.engine.planning.batches import Item
 from medicalgpt_cli.engine.planning.device import for_gpu
+from medicalgpt_cli.engine.planning.needs import Case
 from medicalgpt_cli.engine.planning.start import before_loading
 from medicalgpt_cli.engine.run import checkpoints, metrics, processes
 from medicalgpt_cli.engine.run.allocation import LARGEST, give_back_freed_memory, keep_freed_memory
@@ -97,6 +99,17 @@ class Stage(ABC):
     @abstractmethod
     def load_data(self, observer: Observer) -> Any:
         """Read the data. The result has `report` (counts) and `fingerprints` (name to hash)."""
+
+    def fitted(self, case: Case | None, have: int | None) -> Case | None:
+        """Settle what the settings leave to the memory that there is; gives the case as it will then be.
+
+        Args:
+            case: what the stage needs, None where that is not known. have: bytes of the device, where known.
+        """
+        return case
+
+    def agree(self, device: torch.device) -> None:  # noqa: B027 - most stages have nothing to settle
+        """Settle the same in all processes."""
 
     @property
     @abstractmethod
@@ -187,6 +200,7 @@ def run(stage: Stage, observer: Observer) -> dict[str, Any]:
     planned = before_loading(stage, observer)
     sharding.prepare_environment(stage.settings, device)
     together.join(device, sharding.uses_deepspeed(stage.settings))
+    stage.agree(device)
     with _open_folder(stage) as folder:
         folder.update(plan=planned)
         try:

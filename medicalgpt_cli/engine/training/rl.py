@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -15,6 +16,7 @@ from medicalgpt_cli.engine.model.references import ResolvedModel, resolve_models
 from medicalgpt_cli.engine.model.reward_model import check_head, load_reward_model, read_record
 from medicalgpt_cli.engine.observer import Observer
 from medicalgpt_cli.engine.planning.batches import Item
+from medicalgpt_cli.engine.planning.needs import Case, largest_batch, needs
 from medicalgpt_cli.engine.rewards.sources import (
     Reward,
     WeightedReward,
@@ -24,7 +26,7 @@ from medicalgpt_cli.engine.rewards.sources import (
 )
 from medicalgpt_cli.engine.run import processes
 from medicalgpt_cli.engine.run.folder import RunFolder
-from medicalgpt_cli.engine.training import attention
+from medicalgpt_cli.engine.training import attention, together
 from medicalgpt_cli.engine.training.batches import EpochSampler, ExampleDataset
 from medicalgpt_cli.engine.training.callbacks import StopOnSignal
 from medicalgpt_cli.engine.training.loop import Stage
@@ -34,11 +36,13 @@ from medicalgpt_cli.engine.training.ppo.rollout import draw, look_back
 from medicalgpt_cli.engine.training.ppo.trainer import PPOTrainer
 from medicalgpt_cli.engine.training.reward_data import laid_end_to_end, padded_right
 from medicalgpt_cli.engine.training.rl_data import RlData, load_rl_data
+from medicalgpt_cli.engine.training.trainer_args import learning_rate
 from medicalgpt_cli.engine.training.tuning import load_trainable, save_result
 from medicalgpt_cli.errors import UsageError
 from medicalgpt_cli.settings.groups import ModelSettings, SamplingSettings
-from medicalgpt_cli.settings.stages import RlSettings
+from medicalgpt_cli.settings.stages import RlSettings, TrainSettings
 
+_UNPLANNED = 8  # answers of a pass where it is not known what a model needs
 _HELD_OUT_NUMBERS = 10**12  # draws on held-out prompts never meet those of training
 
 
@@ -53,6 +57,11 @@ class RlStage(Stage):
     answers: list[str]  # of the last measure
 
     # -- before weights ----------------------------------------------------------------------------------------
+
+    def complete(self, settings: TrainSettings) -> TrainSettings:
+        assert isinstance(settings, RlSettings)
+        count = max(settings.wanted_processes, processes.size())  # torchrun says how many
+        return settings.completed(count, learning_rate(settings, settings))
 
     def resolve(self) -> ResolvedModel:
         resolved = resolve_models(self.settings)
@@ -79,7 +88,13 @@ class RlStage(Stage):
             self.reward_tokenizer = load_tokenizer(self._reward_settings(), self.reward_resolved, observer)
             record = read_record(self.reward_resolved.adapter or self.reward_resolved.base)
             seen = record.get("trained_on", [])
-        return load_rl_data(self.settings, self.tokenizer, frozenset(seen), self._context(), observer)
+        data = load_rl_data(self.settings, self.tokenizer, frozenset(seen), self._context(), observer)
+        asked = self.settings.batch_size * max(self.settings.wanted_processes, processes.size())
+        if len(data.training) < asked:
+            observer.on_notice(
+                f"the {len(data.training):,} prompts are fewer than a rollout of {asked:,}: each has all of them"
+            )
+        return data
 
     def _context(self) -> int:
         limit = self.tokenizer.model_max_length
@@ -99,6 +114,8 @@ class RlStage(Stage):
             "prompts": len(self.data.training),
             "held_out_prompts": len(self.data.held_out),
             "algorithm": self.settings.algorithm,
+            "rollout_prompts": self.settings.batch_size * processes.size(),
+            "minibatch": self.settings.minibatch_size,
             "answers": self.schedule.updates
             * min(self.settings.batch_size * processes.size(), len(self.data.training))
             * self.settings.answers_a_prompt,
@@ -109,6 +126,24 @@ class RlStage(Stage):
                 ]
             ),
         }
+
+    def fitted(self, case: Case | None, have: int | None) -> Case | None:
+        """Where --micro-batch-size is not given: a process' part of a minibatch, or as much of it as fits."""
+        if self.settings.micro_batch_size is not None:
+            return case
+        size = self.settings.answers_a_pass
+        if case is None:
+            size = min(size, _UNPLANNED)
+        elif have is not None and needs(case)["peak"] > have:
+            size = min(largest_batch(case, have) or 1, size)
+            case = case.with_batch(size)
+        self.settings = replace(self.settings, micro_batch_size=size)
+        return case
+
+    def agree(self, device: torch.device) -> None:
+        if self.settings.micro_batch_size is not None:
+            smallest = -together.largest(-self.settings.micro_batch_size, device)
+            self.settings = replace(self.settings, micro_batch_size=smallest)
 
     # -- model and rewards -------------------------------------------------------------------------------------
 
@@ -123,6 +158,11 @@ class RlStage(Stage):
             reward=self.reward_resolved.adapter if shared else None,
             has_value=self.settings.algorithm == "ppo",
         )
+        if self.settings.gradient_checkpointing and not roles.can_recompute:
+            raise UsageError(
+                f"--gradient-checkpointing: the layers of {self.resolved.label} cannot be computed anew",
+                "leave it out and take a smaller --micro-batch-size",
+            )
         self.rewards = self._rewards(roles, shared, observer)
         return roles
 
@@ -144,7 +184,7 @@ class RlStage(Stage):
             found = [0.0] * len(rows)
             order = sorted(range(len(rows)), key=lambda index: len(rows[index]))
             device = roles.device
-            size = self.settings.minibatch_size
+            size = self.settings.answers_a_pass
             with attention.for_batches(roles.policy, self.padding_free):
                 for start in range(0, len(order), size):
                     piece = order[start : start + size]
@@ -161,7 +201,7 @@ class RlStage(Stage):
         dtype = choose_dtype(self.settings, device)
         model = load_reward_model(self.reward_resolved, dtype, device, self.settings.quantization)
         return separate_scorer(
-            model, attention.is_exact(model), self.reward_tokenizer.pad_token_id, self.settings.minibatch_size
+            model, attention.is_exact(model), self.reward_tokenizer.pad_token_id, self.settings.answers_a_pass
         )
 
     def keeps_apart(self, model: Roles, observer: Observer) -> bool:
@@ -247,7 +287,7 @@ class RlStage(Stage):
                 answers,
                 self._lay,
                 temperature=self.settings.temperature,
-                batch_size=self.settings.minibatch_size,
+                batch_size=self.settings.answers_a_pass,
             )
             rewards = self.rewards([one.prompt for one in held], rollout.texts, rollout.answers)
         if observer:

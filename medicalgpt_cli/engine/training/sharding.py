@@ -23,7 +23,7 @@ from medicalgpt_cli.engine.run import processes
 from medicalgpt_cli.engine.training.shares import of_this_process
 from medicalgpt_cli.errors import EnvironmentFailure, UsageError
 from medicalgpt_cli.settings.fields import flag_of
-from medicalgpt_cli.settings.stages import TrainSettings
+from medicalgpt_cli.settings.stages import RlSettings, TrainSettings
 
 _INSTALL = "pip install 'medicalgpt-cli[deepspeed]'"
 
@@ -152,6 +152,9 @@ def _check_spread_weights(settings: TrainSettings, stage: str, resolved: Resolve
 
 def _check_environment(settings: TrainSettings, device: torch.device) -> None:
     """See that the file of `--accelerate-config` does not overrule a flag."""
+    clipping = ("auto", "none", str(settings.max_grad_norm))
+    if isinstance(settings, RlSettings):
+        clipping = ("0", "0.0", "auto", "none")  # its trainer clips policy and value function apart
     ours = {
         "MIXED_PRECISION": (
             ("no", {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(choose_dtype(settings, device), "no")),
@@ -161,7 +164,7 @@ def _check_environment(settings: TrainSettings, device: torch.device) -> None:
             ("auto", str(settings.gradient_accumulation)),
             "--gradient-accumulation",
         ),
-        "GRADIENT_CLIPPING": (("auto", "none", str(settings.max_grad_norm)), "--max-grad-norm"),
+        "GRADIENT_CLIPPING": (clipping, "--max-grad-norm"),
     }
     for name, (allowed, flag) in ours.items():
         value = os.environ.get(f"ACCELERATE_{name}", "no" if name == "MIXED_PRECISION" else "auto")

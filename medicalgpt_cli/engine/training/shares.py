@@ -60,7 +60,7 @@ def save_learning(model: Any, optimizer: Any, folder: Path) -> None:
 
 def _learning_state(model: Any, optimizer: Any) -> Iterator[tuple[str, torch.Tensor]]:
     _link_moments(optimizer)
-    steps = [int(state["step"]) for state in _inner(optimizer).state.values() if "step" in state]
+    steps = [int(state["step"]) for state in inner_optimizer(optimizer).state.values() if "step" in state]
     yield "step", torch.tensor(max(steps, default=0))
     for name, weight in _learning(model):
         yield f"weight/{name}", _get(weight, None, optimizer)
@@ -101,7 +101,7 @@ def _learning(model: Any) -> list[tuple[str, Any]]:
     return [(name, weight) for name, weight in model.named_parameters() if weight.requires_grad]
 
 
-def _inner(optimizer: Any) -> Any:
+def inner_optimizer(optimizer: Any) -> Any:
     """torch's optimizer inside the wrappers of accelerate and DeepSpeed."""
     while hasattr(optimizer, "optimizer"):
         optimizer = optimizer.optimizer
@@ -110,7 +110,7 @@ def _inner(optimizer: Any) -> Any:
 
 def _make_moments(optimizer: Any, steps: int) -> None:
     """Moments of zero for each share, which AdamW would make in its first step."""
-    inner = _inner(optimizer)
+    inner = inner_optimizer(optimizer)
     as_number = not isinstance(inner, torch.optim.AdamW)  # DeepSpeed's own, for moments on the host
     for share in of_this_process(optimizer):
         inner.state[share] = {
@@ -126,20 +126,20 @@ def of_this_process(optimizer: Any) -> list[torch.Tensor]:
     for name in ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups"):  # ZeRO-3, ZeRO-2
         if hasattr(zero, name):
             return list(getattr(zero, name))
-    return [weight for group in _inner(optimizer).param_groups for weight in group["params"]]
+    return [weight for group in inner_optimizer(optimizer).param_groups for weight in group["params"]]
 
 
 def _link_moments(optimizer: Any) -> None:
     """Let ZeRO-2 find each weight's moments: by itself it looks once, when only the first group has any."""
     zero = optimizer.optimizer
-    if hasattr(zero, "_lazy_init_hp_params_optimizer_state") and _inner(optimizer).state:
+    if hasattr(zero, "_lazy_init_hp_params_optimizer_state") and inner_optimizer(optimizer).state:
         zero._hp_optimizer_states_linked = False
         zero._lazy_init_hp_params_optimizer_state()
 
 
 def _get(weight: Any, part: str | None, optimizer: Any) -> torch.Tensor:
     if isinstance(weight, DTensor):
-        tensor = weight if part is None else _inner(optimizer).state[weight][part]
+        tensor = weight if part is None else inner_optimizer(optimizer).state[weight][part]
         return tensor.detach().full_tensor().float().cpu()
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
@@ -161,7 +161,7 @@ def set_weight(weight: Any, value: torch.Tensor, optimizer: Any) -> None:
 @torch.no_grad()
 def _set(weight: Any, part: str | None, value: torch.Tensor, optimizer: Any) -> None:
     if isinstance(weight, DTensor):
-        _copy_share(_inner(optimizer).state[weight][part], value)
+        _copy_share(inner_optimizer(optimizer).state[weight][part], value)
         return
     from deepspeed.utils import (
         safe_set_full_fp32_param,

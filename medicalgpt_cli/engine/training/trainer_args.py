@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import TrainingArguments
@@ -134,6 +135,15 @@ def warmed_up(factor: Callable[[int], float], warmup: int) -> Callable[[int], fl
     return lambda step: (step + 1) / warmup if step < warmup else factor(step)
 
 
+def _course(settings: TrainSettings) -> dict[str, Any]:
+    """The library's name of a schedule. In rl, whose rewards go on changing with the policy, cosine ends at a tenth."""
+    if settings.schedule == "cosine" and isinstance(settings, RlSettings):
+        return {"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr_rate": 0.1}}
+    return {
+        "lr_scheduler_type": settings.schedule if settings.schedule != "constant" else "constant_with_warmup"
+    }
+
+
 def training_arguments(
     settings: TrainSettings,
     plan: Schedule,
@@ -145,22 +155,26 @@ def training_arguments(
 ) -> TrainingArguments:
     """TrainingArguments for our loop. Everything that a library would switch on by itself is set explicitly."""
     cuda = torch_device.type == "cuda"
+    recomputes = settings.gradient_checkpointing and not isinstance(
+        settings, RlSettings
+    )  # it does so by itself
     return TrainingArguments(
         output_dir=str(folder),
         per_device_train_batch_size=settings.batch_size,
         gradient_accumulation_steps=settings.gradient_accumulation,
         max_steps=plan.updates,
         learning_rate=learning_rate(settings, settings),
-        lr_scheduler_type=settings.schedule if settings.schedule != "constant" else "constant_with_warmup",
+        **_course(settings),
         warmup_steps=plan.warmup,
         weight_decay=settings.weight_decay,
-        max_grad_norm=settings.max_grad_norm,
+        # rl clips policy and value function apart, in its trainer.
+        max_grad_norm=0.0 if isinstance(settings, RlSettings) else settings.max_grad_norm,
         neftune_noise_alpha=settings.neftune_alpha,
         optim=_OPTIMIZERS[settings.optimizer],
         bf16=cuda and dtype == torch.bfloat16,
         fp16=cuda and dtype == torch.float16,
-        gradient_checkpointing=settings.gradient_checkpointing,
-        gradient_checkpointing_kwargs={"use_reentrant": False} if settings.gradient_checkpointing else None,
+        gradient_checkpointing=recomputes,
+        gradient_checkpointing_kwargs={"use_reentrant": False} if recomputes else None,
         # DeepSpeed finds the processor by itself; told to use it, accelerate would leave DeepSpeed out
         use_cpu=torch_device.type == "cpu" and not sharding.uses_deepspeed(settings),
         **sharding.library_options(settings),

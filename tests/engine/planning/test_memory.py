@@ -111,8 +111,8 @@ def test_the_largest_batch_fits_and_the_next_does_not() -> None:
 
 def test_four_roles_over_one_base_by_hand() -> None:
     plain = case(qwen_7b())
-    drawn, looked = Rows((100,) * 4, 0, True), Rows((200,) * 4, 400)
-    roles = Roles(True, adapters=4, apart=None, drawn=drawn, new_tokens=100, looked_at=looked)
+    drawn = Rows((100,) * 4, 0, True)
+    roles = Roles(True, adapters=4, apart=None, drawn=drawn, new_tokens=100)
     rl = dataclasses.replace(plain, stage="rl", roles=roles)
     adapter = plain.parameters.adapter_bytes
     assert rl.states.frozen == plain.states.frozen + 2 * adapter  # reference and reward

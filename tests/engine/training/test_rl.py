@@ -92,6 +92,27 @@ def test_a_dry_run_shows_prompts_and_rewards(place: Path) -> None:
     assert not (place / "never").exists()
 
 
+def test_defaults_that_depend_on_others_are_shown_and_fit_a_small_data_set(place: Path) -> None:
+    """36 prompts are fewer than a rollout: each has all of them."""
+    flags = (
+        *("rl", "--base-model", "model", "--reward-rule", "length", "--train-data", "prompts.jsonl"),
+        *("--max-new-tokens", "4", "--max-steps", "2", "--eval-fraction", "0"),
+    )
+    shown = medgpt(*flags, "--algorithm", "grpo", "--output-dir", "never", "--dry-run", "--json", cwd=place)
+    assert shown.returncode == 0, shown.stderr
+    settings = {name: one["value"] for name, one in json.loads(shown.stdout)["settings"].items()}
+    assert (settings["batch_size"], settings["group_size"], settings["minibatch_size"]) == (32, 8, 64)
+    assert settings["value_learning_rate"] is settings["gae_lambda"] is None
+    done = medgpt(*flags, "--output-dir", "small", cwd=place)
+    assert done.returncode == 0, done.stderr
+    assert "the 36 prompts are fewer than a rollout of 128: each has all of them" in done.stderr
+    run = json.loads((place / "small" / "run.json").read_text())
+    found = {name: one["value"] for name, one in run["settings"].items()}
+    assert (found["batch_size"], found["minibatch_size"], found["micro_batch_size"]) == (128, 32, 32)
+    assert (found["gae_lambda"], found["value_learning_rate"]) == (1.0, pytest.approx(5e-4))
+    assert "batch-size: 128" in (place / "small" / "recipe.yaml").read_text()
+
+
 def killed_and_resumed(place: Path, name: str, moment: random.Random) -> Path:
     """Kill a run at a random moment behind its start, as often as it takes to see it end."""
     process = start(*arguments(name, "--kl-target", "3"), cwd=place)
@@ -198,7 +219,6 @@ def test_a_reward_model_over_other_weights(place: Path, tmp_path: Path) -> None:
         (("--reward-rule", "length", "--max-prompt-length", "8"), "no prompt is left"),
         (("--reward-rule", "length", "--gradient-accumulation", "2"), "not for rl"),
         (("--reward-rule", "length", "--minibatch-size", "64"), "larger than --batch-size"),
-        (("--reward-rule", "length", "--gradient-checkpointing"), "--gradient-checkpointing is not for rl"),
         (("--reward-rule", "length", "--group-size", "8"), "--group-size is not for ppo"),
         (("--reward-rule", "length", "--algorithm", "rloo", "--gamma", "0.9"), "--gamma is not for rloo"),
     ],

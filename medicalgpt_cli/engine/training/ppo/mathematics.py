@@ -32,9 +32,9 @@ def _tokens(mask: Tensor) -> Tensor:
 # ---- means over tokens
 
 
-def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
-    """Mean over all masked entries of the batch, a scalar; 0 where there is none."""
-    return _kept(x, mask).sum() / _tokens(mask)
+def masked_mean(x: Tensor, mask: Tensor, denominator: float | Tensor | None = None) -> Tensor:
+    """Mean over all masked entries of the batch, a scalar; 0 where there is none. denominator: as in `policy_loss`."""
+    return _kept(x, mask).sum() / (_tokens(mask) if denominator is None else denominator)
 
 
 def masked_variance(x: Tensor, mask: Tensor) -> Tensor:

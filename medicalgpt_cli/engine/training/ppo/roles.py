@@ -9,13 +9,16 @@ reward      the reward model's adapter and head, frozen; a reward model over oth
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file
+from torch.utils.checkpoint import checkpoint
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from medicalgpt_cli.engine.model.references import ModelReference, ResolvedModel
 from medicalgpt_cli.engine.model.reward_model import HEAD
@@ -73,7 +76,8 @@ class Roles(torch.nn.Module):
         for weight in self.learning["policy"] + self.learning["value"]:
             weight.data = weight.data.float()
         _no_dropout(policy)
-        self._activate(POLICY)
+        self.role = "policy"
+        self._activate(self.role)
 
     @property
     def config(self) -> Any:
@@ -90,29 +94,58 @@ class Roles(torch.nn.Module):
     def set_attn_implementation(self, name: str) -> None:
         self.policy.set_attn_implementation(name)
 
-    def _activate(self, name: str) -> None:
+    def _activate(self, role: str) -> None:
         """Switch the adapter. PEFT then marks the others as frozen; what learns is marked again."""
-        self.policy.set_adapter(name)
+        self.policy.set_adapter(POLICY if role == "policy" else role)
         self.requires_grad_(False)
         for weight in self.learning["policy"] + self.learning["value"]:
             weight.requires_grad_(True)
 
     @contextmanager
     def acting_as(self, role: str) -> Iterator[Any]:
-        """Inside, the base computes as "policy", "reference", "value" or "reward"."""
-        if role == "reference" and not self.has_reference:
-            with self.policy.disable_adapter():
-                yield self.policy
-            self._activate(POLICY)
-            return
-        if role == "policy":
-            yield self.policy
-            return
-        self._activate(role)
+        """Inside, the base computes as "policy", "reference", "value" or "reward"; afterwards as before.
+
+        A backward pass belongs inside, too: it may compute layers anew (`recomputing`).
+        """
+        before, self.role = self.role, role
         try:
-            yield self.policy
+            if role == before:
+                yield self.policy
+            elif role == "reference" and not self.has_reference:
+                with self.policy.disable_adapter():
+                    yield self.policy
+            else:
+                self._activate(role)
+                yield self.policy
         finally:
-            self._activate(POLICY)
+            self.role = before
+            if role != before:
+                self._activate(before)
+
+    @property
+    def can_recompute(self) -> bool:
+        return bool(self._recomputable)
+
+    @property
+    def _recomputable(self) -> list[Any]:
+        return [layer for layer in self.policy.modules() if isinstance(layer, GradientCheckpointingLayer)]
+
+    @contextmanager
+    def recomputing(self) -> Iterator[None]:
+        """Inside, layers keep nothing for the backward pass but their inputs, and are computed anew in it.
+
+        The library does so in training mode alone, which switches a model's own dropout on, too. Here a layer is in
+        that mode only when the library asks, not while it computes.
+        """
+        layers = self._recomputable
+        for layer in layers:
+            layer.gradient_checkpointing = layer.training = True
+            layer._gradient_checkpointing_func = partial(_recompute, layer)
+        try:
+            yield
+        finally:
+            for layer in layers:
+                layer.gradient_checkpointing = layer.training = False
 
     @property
     def _body(self) -> Any:
@@ -159,6 +192,17 @@ class Roles(torch.nn.Module):
         """The shared reward model's score at each row's end."""
         last = self.hidden("reward", batch)[batch["ends"]]
         return self.reward_head(last.to(self.reward_head.weight.dtype)).squeeze(-1).tolist()
+
+
+def _recompute(layer: Any, run: Callable[..., Any], *inputs: Any) -> Any:
+    def without_dropout(*again: Any) -> Any:
+        layer.training = False
+        try:
+            return run(*again)
+        finally:
+            layer.training = True
+
+    return checkpoint(without_dropout, *inputs, use_reentrant=False)
 
 
 def shares_base(resolved: ResolvedModel, reward: ResolvedModel) -> bool:

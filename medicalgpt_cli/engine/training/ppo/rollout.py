@@ -50,6 +50,10 @@ class Rollout:
         """KL to the reference of each answer, (answers,), in nats: the sum of k1 over its tokens."""
         return mathematics.kl_k1(self.logp, self.ref_logp, self.mask).sum(1)
 
+    def kl_per_token(self) -> float:
+        """The same as a mean over all tokens of all answers."""
+        return float(mathematics.masked_mean(self.logp - self.ref_logp, self.mask))
+
 
 def draw(
     backend: LocalBackend, asked: Sequence[Asked], rollout_size: int, numbers: Sequence[int]

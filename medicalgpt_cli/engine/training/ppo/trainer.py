@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +69,7 @@ class PPOTrainer(MedgptTrainer):
             self.price = AdaptiveKL(settings.kl_coefficient, settings.kl_target, settings.kl_horizon)
         self.moments = RunningMoments()
         self.has_started_values = False
+        self.clips_apart = False
         self.alike = 0
         self.measures: list[dict[str, float]] = []  # of the steps since the last log step
         super().__init__(**options)
@@ -75,10 +78,9 @@ class PPOTrainer(MedgptTrainer):
         """`--optimizer` over policy and value function, each with its own learning rate."""
         if self.optimizer is None:
             roles: Roles = self.model
-            value_rate = self.rl.value_learning_rate or self.args.learning_rate
             groups = [{"params": roles.learning["policy"], "lr": self.args.learning_rate}]
             if roles.learning["value"]:
-                groups.append({"params": roles.learning["value"], "lr": value_rate})
+                groups.append({"params": roles.learning["value"], "lr": self.rl.value_learning_rate})
             kind, options = self.get_optimizer_cls_and_kwargs(self.args)
             self.optimizer = kind(groups, **{**options, "weight_decay": self.args.weight_decay})
         return self.optimizer
@@ -98,7 +100,8 @@ class PPOTrainer(MedgptTrainer):
         self._check(scores, rollout)
         shaped, clipped = self._shaped(roles, scores, rollout)
         advantages, returns = self._advantages(shaped, rollout)
-        totals = self._learn(roles, rollout, advantages, returns)
+        with roles.recomputing() if self.rl.gradient_checkpointing else nullcontext():
+            totals = self._learn(roles, rollout, advantages, returns)
         self.seen += len(rollout.asked)
         figures = {**self._figures(scores, shaped, rollout), "score_clip_fraction": clipped}
         if returns is not None:
@@ -122,7 +125,7 @@ class PPOTrainer(MedgptTrainer):
             together.in_turn(answers),
             self.lay,
             temperature=self.rl.temperature,
-            batch_size=self.rl.minibatch_size,
+            batch_size=self.rl.answers_a_pass,
         )
 
     def _share(self, examples: list[Any]) -> dict[str, Any]:
@@ -175,7 +178,7 @@ class PPOTrainer(MedgptTrainer):
             return
         self._set_value_head(roles, *head)
         rollout.values = values_of(
-            roles, rollout.asked, rollout.answers, self.lay, batch_size=self.rl.minibatch_size
+            roles, rollout.asked, rollout.answers, self.lay, batch_size=self.rl.answers_a_pass
         )
 
     def _set_value_head(self, roles: Roles, weight: torch.Tensor, bias: torch.Tensor) -> None:
@@ -222,6 +225,7 @@ class PPOTrainer(MedgptTrainer):
         self, roles: Roles, rollout: Rollout, advantages: torch.Tensor, returns: torch.Tensor | None
     ) -> dict[str, float]:
         """All gradient steps on a rollout; the means of what they measured."""
+        self._clip_apart_from_now_on()
         generator = torch.Generator().manual_seed(self.rl.seed * 1_000_003 + self.state.global_step)
         batches = [
             piece.tolist()
@@ -230,28 +234,60 @@ class PPOTrainer(MedgptTrainer):
         ]
         totals: dict[str, float] = {}
         for number, chosen in enumerate(batches, 1):
-            mine = together.share(chosen)
-            weight = float(rollout.mask[mine].sum() / rollout.mask[chosen].sum())  # of the minibatch's tokens
-            # Where there are fewer answers than processes, one counts for nothing: DeepSpeed adds gradients up in the
-            # order in which they come, so that every process has to come by the same ones.
-            losses = self.minibatch_losses(roles, rollout, mine or chosen[:1], advantages, returns)
-            for part, (loss, measured) in enumerate(losses, 1):
-                if not torch.isfinite(loss):
-                    raise TrainingFailed(
-                        f"the loss became {float(loss)} at step {self.state.global_step + 1}",
-                        "lower --learning-rate, or raise --kl-coefficient",
-                    )
-                self._backward(loss * weight, last=part == (1 if returns is None else 2))
-                for name, value in measured.items():
-                    totals[name] = totals.get(name, 0.0) + value * weight / len(batches)
+            tokens = rollout.mask[chosen].sum()
+            parts = self._micro_batches(chosen)
+            for part in parts:
+                # One that has no answers counts for nothing: DeepSpeed adds gradients up in the order in which they
+                # come, so that every process has to come by the same ones.
+                share = 1.0 if part else 0.0
+                losses = self.minibatch_losses(
+                    roles, rollout, part or chosen[:1], advantages, returns, tokens
+                )
+                for which, (loss, measured) in enumerate(losses, 1):
+                    if not torch.isfinite(loss):
+                        raise TrainingFailed(
+                            f"the loss became {float(loss)} at step {self.state.global_step + 1}",
+                            "lower --learning-rate, or raise --kl-coefficient",
+                        )
+                    is_last = part is parts[-1] and which == (1 if returns is None else 2)
+                    self._backward(loss * share, last=is_last)
+                    for name, value in measured.items():
+                        totals[name] = totals.get(name, 0.0) + value * share / len(batches)
             if not self.spread:
                 together.sum_gradients([*roles.learning["policy"], *roles.learning["value"]])
                 if number < len(batches):  # the last one is made by the loop, which also counts it
-                    self.accelerator.clip_grad_norm_(roles.parameters(), self.args.max_grad_norm)
                     self.optimizer.step()
                     self.optimizer.zero_grad()
         parts = together.from_all(totals)
         return {name: sum(part[name] for part in parts) for name in totals}
+
+    def _clip_apart_from_now_on(self) -> None:
+        """Let the optimizer clip before each step: the loop's own steps, ours and DeepSpeed's go through it alike."""
+        if not self.clips_apart:
+            shares.inner_optimizer(self.optimizer).register_step_pre_hook(self._clip)
+            self.clips_apart = True
+
+    def _clip(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        """Hold the gradient of the policy and that of the value function within --max-grad-norm, each by its own norm.
+
+        By a common norm the value function's errors, which are large while it begins to learn, would shrink the
+        policy's steps. DeepSpeed hands over the groups one by one, and of each the part that this process keeps.
+        """
+        for group in optimizer.param_groups:
+            gradients = [weight.grad for weight in group["params"] if weight.grad is not None]
+            squares = sum(float(torch.linalg.vector_norm(one)) ** 2 for one in gradients)
+            if self.spread:
+                squares = together.total(squares, self.args.device)
+            too_large = math.sqrt(squares) / self.rl.max_grad_norm
+            if too_large > 1:
+                for one in gradients:
+                    one.div_(too_large)
+
+    def _micro_batches(self, chosen: list[int]) -> list[list[int]]:
+        """This process' part of a minibatch in pieces of the micro-batch's size, as many in every process."""
+        size, mine = self.rl.answers_a_pass, together.share(chosen)
+        most = -(-len(chosen) // processes.size())
+        return [mine[start : start + size] for start in range(0, most, size)]
 
     def _backward(self, loss: torch.Tensor, *, last: bool) -> None:
         """Add the gradient of a part of a minibatch's loss. DeepSpeed makes the gradient step with the last one."""
@@ -269,40 +305,48 @@ class PPOTrainer(MedgptTrainer):
         chosen: Sequence[int],
         advantages: torch.Tensor,
         returns: torch.Tensor | None,
+        tokens_in_all: torch.Tensor | None = None,
     ) -> Iterator[tuple[torch.Tensor, dict[str, float]]]:
         """The clipped losses of some answers of a rollout, with gradient, and what they measure.
 
         First the policy's, then the value function's. They have no weight in common: taking the gradient of one
         before the other is computed keeps one set of activations at a time.
+
+        Args:
+            tokens_in_all: of the answers of the whole gradient step; the default is of those chosen. Losses and
+                measures are means over these, so that those of a step's micro-batches add up to the step's.
         """
         prompts = [rollout.asked[index].ids for index in chosen]
         answers = [rollout.answers[index] for index in chosen]
         batch, positions, tokens = prepared(prompts, answers, self.lay, rollout.mask.device)
         pick = torch.tensor(list(chosen), device=rollout.mask.device)
         mask = rollout.mask[pick]
+        count = mask.sum() if tokens_in_all is None else tokens_in_all
         where = positions, tokens, self.rl.temperature
         logp, entropy = roles.log_probabilities(
             "policy", batch, *where, entropy=self.rl.entropy_coefficient > 0
         )
-        yield self._policy_part(logp, entropy, mask, rollout, pick, advantages[pick])
+        yield self._policy_part(logp, entropy, mask, count, rollout, pick, advantages[pick])
         if returns is None:
             return
         del logp, entropy
-        values = spread(roles.values(batch, positions), mask)
-        loss, measured = mathematics.value_loss(
-            values, rollout.values[pick], returns[pick], mask, self.rl.clip_range_value
-        )
-        figures = {
-            "value_loss": float(loss.detach()),
-            "value_clip_fraction": float(measured["clip_fraction"]),
-        }
-        yield self.rl.value_coefficient * loss, figures
+        with roles.acting_as("value"):
+            values = spread(roles.values(batch, positions), mask)
+            loss, measured = mathematics.value_loss(
+                values, rollout.values[pick], returns[pick], mask, self.rl.clip_range_value, count
+            )
+            figures = {
+                "value_loss": float(loss.detach()),
+                "value_clip_fraction": float(measured["clip_fraction"]),
+            }
+            yield self.rl.value_coefficient * loss, figures
 
     def _policy_part(
         self,
         logp: torch.Tensor,
         entropy: torch.Tensor | None,
         mask: torch.Tensor,
+        count: torch.Tensor,
         rollout: Rollout,
         pick: torch.Tensor,
         advantages: torch.Tensor,
@@ -310,7 +354,7 @@ class PPOTrainer(MedgptTrainer):
         """The policy's loss and what it measures, of the answers' tokens: log p and entropy, (tokens,)."""
         logp = spread(logp, mask)
         loss, measured = mathematics.policy_loss(
-            logp, rollout.logp[pick], advantages, mask, self.rl.clip_range
+            logp, rollout.logp[pick], advantages, mask, self.rl.clip_range, count
         )
         figures = {
             "policy_loss": float(loss.detach()),
@@ -319,9 +363,10 @@ class PPOTrainer(MedgptTrainer):
         }
         if self.rl.algorithm == "grpo":
             kl = mathematics.kl_k3(logp, rollout.ref_logp[pick], mask)
-            loss = loss + self.price.coefficient * mathematics.masked_mean(kl, mask)
+            loss = loss + self.price.coefficient * mathematics.masked_mean(kl, mask, count)
         if entropy is not None:
-            loss = loss - self.rl.entropy_coefficient * mathematics.masked_mean(spread(entropy, mask), mask)
+            uncertainty = mathematics.masked_mean(spread(entropy, mask), mask, count)
+            loss = loss - self.rl.entropy_coefficient * uncertainty
         return loss, figures
 
     # -- what is watched ---------------------------------------------------------------------------------------
@@ -336,6 +381,7 @@ class PPOTrainer(MedgptTrainer):
             "reward_shaped": float(shaped.mean()),
             "kl": float(rollout.kl().mean()),
             "kl_k3": float(mathematics.kl_k3(rollout.logp, rollout.ref_logp, rollout.mask).sum(1).mean()),
+            "kl_per_token": rollout.kl_per_token(),
             "kl_coefficient": self.price.coefficient,
             "entropy": float(mathematics.masked_mean(rollout.entropy, rollout.mask)),
             "answer_tokens": sum(lengths) / len(lengths),
@@ -353,10 +399,10 @@ class PPOTrainer(MedgptTrainer):
         step = self.state.global_step + 1
         if not torch.isfinite(scores).all() or not torch.isfinite(rollout.logp).all():
             raise TrainingFailed(f"a score or probability is no number at step {step}", self._last_good())
-        kl = float(rollout.kl().mean())
+        kl = rollout.kl_per_token()
         if kl > self.rl.kl_limit:
             raise TrainingFailed(
-                f"the KL to the start reached {kl:.1f} nats an answer at step {step} (--kl-limit {self.rl.kl_limit:g})",
+                f"the KL to the start reached {kl:.2f} nats a token at step {step} (--kl-limit {self.rl.kl_limit:g})",
                 f"raise --kl-coefficient or lower --learning-rate; {self._last_good()}",
             )
         different_prompts = len({tuple(one.ids) for one in rollout.asked})

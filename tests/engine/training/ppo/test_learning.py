@@ -89,9 +89,12 @@ def test_learns_the_task_whose_optimum_is_known(
         seed=seed,
         max_steps=70,
         batch_size=32 if algorithm == "ppo" else 8,  # prompts; the answers are as many
+        group_size=8 if algorithm == "ppo" else 4,
         minibatch_size=16,
+        ppo_epochs=4,
         max_new_tokens=8,
         learning_rate=1e-2,
+        value_learning_rate=1e-2 if algorithm == "ppo" else None,
         eval_fraction=0.25,
         warmup_ratio=0.0,
         kl_coefficient=0.0,
