@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from medicalgpt_cli.engine.data.formats import Message
 from medicalgpt_cli.engine.data.rendering import encode_prompt, encode_raw, fit_history, stop_token_ids
 from medicalgpt_cli.engine.generation.decoding import Answer, Batch, Row, Sampler, answer_of, certain
+from medicalgpt_cli.engine.model.base_record import known_base
 from medicalgpt_cli.engine.model.loading import load_model
 from medicalgpt_cli.engine.model.references import ResolvedModel
 from medicalgpt_cli.engine.observer import Observer
@@ -26,10 +27,11 @@ def load_to_answer(settings: EndpointSettings, resolved: ResolvedModel, observer
     """The model of a command that answers, if it fits into memory.
 
     Raises:
-        EnvironmentFailure: it does not, and there is no --force. What `load_model` raises.
+        EnvironmentFailure: it does not, and there is no --force. What `load_model` and `check_base` raise.
     """
     must_fit(settings, resolved, force=settings.force)
-    return load_model(settings, resolved, observer=observer)
+    with known_base(resolved, observer, accept=settings.accept_other_base):
+        return load_model(settings, resolved, observer=observer)
 
 
 class LocalBackend:
