@@ -136,6 +136,19 @@ class ModelSettings(DeviceSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
+class OtherBaseSettings(Settings):
+    """Whether an adapter or an interrupted run may meet another base than it was made over."""
+
+    panel: ClassVar[str] = "Model"
+
+    accept_other_base: bool = opt(
+        False,
+        "Take a base whose files are not those that the adapter or run was made over, "
+        "such as a converted or re-sharded copy.",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class AdapterSettings(Settings):
     panel: ClassVar[str] = "Tuning"
 
@@ -361,7 +374,9 @@ class SamplingSettings(Settings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class EndpointSettings(SamplingSettings, QuantizationSettings, ModelSettings, MemorySettings):
+class EndpointSettings(
+    SamplingSettings, QuantizationSettings, OtherBaseSettings, ModelSettings, MemorySettings
+):
     """A model of one's own, or one behind a server."""
 
     panel: ClassVar[str] = "Endpoint"
@@ -387,7 +402,7 @@ class EndpointSettings(SamplingSettings, QuantizationSettings, ModelSettings, Me
             raise UsageError(
                 f"--endpoint {self.endpoint}: not an address", "for example http://127.0.0.1:8000/v1"
             )
-        groups = (ModelSettings, DeviceSettings, QuantizationSettings, MemorySettings)
+        groups = (ModelSettings, OtherBaseSettings, DeviceSettings, QuantizationSettings, MemorySettings)
         own = {name for group in groups for name in group.__annotations__} & options_of(self).keys()
         for name in sorted(own | {"repetition_penalty", "no_repeat_ngram", "max_context"}):
             if self.chosen(name):

@@ -19,6 +19,7 @@ from medicalgpt_cli.settings.groups import (
     MemorySettings,
     ModelSettings,
     OptimSettings,
+    OtherBaseSettings,
     OutputSettings,
     QuantizationSettings,
     RewardModelSettings,
@@ -29,7 +30,13 @@ from medicalgpt_cli.settings.groups import (
 
 @dataclass(frozen=True, kw_only=True)
 class TrainSettings(
-    RunSettings, OptimSettings, AdapterSettings, DataSettings, QuantizationSettings, ModelSettings
+    RunSettings,
+    OptimSettings,
+    AdapterSettings,
+    DataSettings,
+    QuantizationSettings,
+    OtherBaseSettings,
+    ModelSettings,
 ):
     """What all training commands share."""
 
@@ -385,7 +392,9 @@ def _is_number(text: str) -> bool:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ScoreSettings(OutputSettings, RewardModelSettings, QuantizationSettings, MemorySettings):
+class ScoreSettings(
+    OutputSettings, RewardModelSettings, OtherBaseSettings, QuantizationSettings, MemorySettings
+):
     """Score answers with a reward model."""
 
     panel: ClassVar[str] = "Scores"
@@ -413,7 +422,7 @@ class ScoreSettings(OutputSettings, RewardModelSettings, QuantizationSettings, M
 
 
 @dataclass(frozen=True, kw_only=True)
-class MergeLoraSettings(OutputSettings, ModelSettings):
+class MergeLoraSettings(OutputSettings, OtherBaseSettings, ModelSettings):
     """Fold an adapter into its base model."""
 
     panel: ClassVar[str] = "Merge"

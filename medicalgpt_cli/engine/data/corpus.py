@@ -113,7 +113,12 @@ def tokenise(
     files, _ = expand_sources([source.name])
     tokens = cache / "tokens"
     tokens.mkdir(parents=True, exist_ok=True, mode=0o700)
-    folder = tokens / _key(files, tokenizer, text_unit)
+    try:
+        folder = tokens / _key(files, tokenizer, text_unit)
+    except OSError as problem:
+        raise DataError(
+            f"{problem.strerror or type(problem).__name__}", "check the path", at=str(problem.filename)
+        ) from None
     damage = _damage(folder) if folder.is_dir() else None  # outside the lock: several processes look at once
     with FileLock(f"{folder}.lock"):
         if damage and (damage := _damage(folder)):  # unless another process has mended it

@@ -496,7 +496,7 @@ def rows_of(
     sources: Sequence[str], counts: Counts, observer: Observer, *, text_unit: str = "line"
 ) -> Iterator[Row]:
     """The rows of all sources in order."""
-    files, ignored = expand_sources(sources)
+    files, ignored = expand_sources(sources, counts.notices)
     if ignored:
         counts.notices.append(
             f"{len(ignored)} files of unknown kind in the folders are left out, such as {ignored[0]}"

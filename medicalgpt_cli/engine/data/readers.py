@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from medicalgpt_cli.engine.data.folders import FolderFiles
 from medicalgpt_cli.engine.data.known_keys import KEYS
 from medicalgpt_cli.engine.run import bounded
 from medicalgpt_cli.errors import DataError, UnsafeRefused, UsageError
@@ -56,23 +57,30 @@ class HubDataset:
     split: str
 
 
-def expand_sources(sources: Sequence[str]) -> tuple[list[Path | HubDataset], list[str]]:
+def expand_sources(
+    sources: Sequence[str], notices: list[str] | None = None
+) -> tuple[list[Path | HubDataset], list[str]]:
     """Files of the named files, folders and hub data sets, in a fixed order.
+
+    Args:
+        notices: takes a line for each thing worth knowing about a folder (`FolderFiles`).
 
     Returns:
         The files, and the names of files in folders that are of no known kind.
 
     Raises:
-        DataError: a path does not exist, or a folder holds nothing that can be read.
+        DataError: a path does not exist, a folder holds nothing that can be read, or a part of it cannot be.
     """
     found: list[Path | HubDataset] = []
     ignored: list[str] = []
     for source in sources:
         path = Path(source)
-        if path.is_dir():
-            inside = sorted(file for file in path.rglob("*") if file.is_file() and not _is_hidden(file, path))
-            known = [file for file in inside if _kind(file)]
-            ignored += [str(file) for file in inside if not _kind(file)]
+        if _access(path) and path.is_dir():
+            inside = FolderFiles(path)
+            known = [file for file in inside.files if _kind(file)]
+            ignored += [str(file) for file in inside.files if not _kind(file)]
+            if notices is not None:
+                notices += inside.notices(_kind)
             if not known:
                 raise DataError(
                     f"{source}: no data file in this folder", f"known endings: {', '.join(SUFFIXES)}"
@@ -458,9 +466,9 @@ def _open(path: Path) -> Iterator[IO[bytes]]:
         word = "is cut short" if isinstance(problem, EOFError) else "is not a gzip file, or a damaged one"
         raise DataError(f"the file {word}", "was the download complete?", at=str(path)) from None
     except OSError as problem:
-        if isinstance(problem, FileNotFoundError | PermissionError | IsADirectoryError):
-            raise DataError(f"{problem.strerror}", "check the path", at=str(path)) from None
-        raise
+        raise DataError(
+            f"{problem.strerror or type(problem).__name__}", "check the path", at=str(path)
+        ) from None
 
 
 class _Unpacked(io.RawIOBase):
@@ -677,8 +685,18 @@ def _kind(path: Path) -> str | None:
     return suffixes[-1] if suffixes and suffixes[-1] in SUFFIXES else None
 
 
-def _is_hidden(file: Path, root: Path) -> bool:
-    return any(part.startswith(".") for part in file.relative_to(root).parts)
+def _access(path: Path) -> bool:
+    """Whether something is there.
+
+    Raises:
+        DataError: a folder on the way to it does not let us see.
+    """
+    try:
+        return path.exists()
+    except OSError as problem:
+        raise DataError(
+            f"{problem.strerror or type(problem).__name__}", "check the path", at=str(path)
+        ) from None
 
 
 def _looks_like_hub_name(source: str) -> bool:

@@ -12,6 +12,7 @@ from medicalgpt_cli.engine.data.formats import Counts, first_format, load_conver
 from medicalgpt_cli.engine.data.preferences import load_pairs
 from medicalgpt_cli.engine.data.rendering import render_answer
 from medicalgpt_cli.engine.evaluation.preferences import judge, score_pairs, score_rows
+from medicalgpt_cli.engine.model.base_record import known_base
 from medicalgpt_cli.engine.model.loading import choose_device, choose_dtype, load_tokenizer
 from medicalgpt_cli.engine.model.quantization import check_quantization
 from medicalgpt_cli.engine.model.references import resolve_models
@@ -63,7 +64,8 @@ def score(settings: ScoreSettings, observer: Observer) -> dict[str, Any]:
         )
     must_fit(settings, resolved, force=settings.force, kind="reward")
     device = choose_device(settings)
-    model = load_reward_model(resolved, choose_dtype(settings, device), device, settings.quantization)
+    with known_base(resolved, observer, accept=settings.accept_other_base):
+        model = load_reward_model(resolved, choose_dtype(settings, device), device, settings.quantization)
     apart = attention.is_exact(model)
     options = {"batch_size": settings.batch_size, "observer": observer}
     report: dict[str, Any] = {"reward_model": resolved.label, "rows": len(lines), "data": counts.as_dict()}

@@ -20,9 +20,10 @@ from medicalgpt_cli.engine.generation.helpers import Helpers, even_batch_size, h
 from medicalgpt_cli.engine.generation.local import LocalBackend, load_to_answer
 from medicalgpt_cli.engine.generation.predictions import PredictionFile, StandardOutput
 from medicalgpt_cli.engine.generation.questions import Question, read_questions
+from medicalgpt_cli.engine.model.base_record import describe
 from medicalgpt_cli.engine.model.loading import load_tokenizer
 from medicalgpt_cli.engine.model.quantization import check_quantization
-from medicalgpt_cli.engine.model.references import ModelReference, resolve_models
+from medicalgpt_cli.engine.model.references import resolve_models
 from medicalgpt_cli.engine.model.tokenizer import fingerprint
 from medicalgpt_cli.engine.observer import Observer
 from medicalgpt_cli.engine.run import processes
@@ -182,7 +183,7 @@ class LocalModel:
     def identity(self) -> dict[str, str]:
         models = [one for one in (self.resolved.base, self.resolved.adapter) if one is not None]
         return {
-            "the model": _hash([_files_of(one) for one in models]),
+            "the model": _hash([describe(one, self.observer) or one.path for one in models]),
             "the tokenizer or template": fingerprint(self.tokenizer),
         }
 
@@ -275,15 +276,6 @@ def _identity(settings: InferSettings, questions: list[Question], model: dict[st
     }
     asked = _hash([(question.id, question.messages) for question in questions])
     return {"the questions": asked, **model, **chosen}
-
-
-def _files_of(model: ModelReference) -> list[tuple[str, int, int]] | str:
-    """Name, size and time of each weight and settings file: another training leaves other ones."""
-    if model.folder is None:
-        return model.path
-    files = [Path(model.path)] if model.kind == "gguf" else sorted(model.folder.iterdir())
-    kept = [file for file in files if file.suffix in (".safetensors", ".json", ".gguf")]
-    return [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in kept]
 
 
 def _hash(value: Any) -> str:

@@ -22,6 +22,7 @@ from medicalgpt_cli.engine.generation.decoding import (
     caches_exactly,
     certain,
 )
+from medicalgpt_cli.engine.model.base_record import known_base
 from medicalgpt_cli.engine.model.loading import load_model
 from medicalgpt_cli.engine.model.references import ResolvedModel
 from medicalgpt_cli.engine.observer import Observer
@@ -35,10 +36,11 @@ def load_to_answer(settings: EndpointSettings, resolved: ResolvedModel, observer
     """The model of a command that answers, if it fits into memory.
 
     Raises:
-        EnvironmentFailure: it does not, and there is no --force. What `load_model` raises.
+        EnvironmentFailure: it does not, and there is no --force. What `load_model` and `check_base` raise.
     """
     must_fit(settings, resolved, force=settings.force)
-    return load_model(settings, resolved, observer=observer)
+    with known_base(resolved, observer, accept=settings.accept_other_base):
+        return load_model(settings, resolved, observer=observer)
 
 
 class LocalBackend:

@@ -12,6 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerBase
 from transformers.utils import GENERATION_CONFIG_NAME
 
+from medicalgpt_cli.engine.model.base_record import known_base
 from medicalgpt_cli.engine.model.loading import (
     DTYPES,
     attach_adapter,
@@ -61,7 +62,10 @@ def merge(settings: MergeLoraSettings, observer: Observer) -> dict[str, Any]:
     stored = torch.float32 if settings.dtype == "auto" else DTYPES[settings.dtype]
 
     with staged(output) as new:
-        with task(observer, "loading weights"):
+        with (
+            known_base(resolved, observer, accept=settings.accept_other_base) as accepted,
+            task(observer, "loading weights"),
+        ):
             model = _together(resolved, adapter, device)
         _check_vocabulary(model, tokenizer)
         ids = _sample(tokenizer, device)
@@ -84,6 +88,7 @@ def merge(settings: MergeLoraSettings, observer: Observer) -> dict[str, Any]:
         "base": resolved.base.name,
         "adapter": adapter.name,
         "adapter_kind": kind,
+        "accepted_other_base": accepted,
         "dtype": str(stored).removeprefix("torch."),
         "tokens_compared": ids.shape[1],
         "in_memory": _difference(merged, expected),

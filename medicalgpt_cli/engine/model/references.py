@@ -6,7 +6,7 @@ import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from medicalgpt_cli.engine import starter
 from medicalgpt_cli.engine.run import manifest
@@ -61,12 +61,9 @@ class ResolvedModel:
             return path.resolve().parent.name
         return path.stem if chosen.kind == "gguf" else path.resolve().name if path.name == "" else path.name
 
-    def parents(self) -> dict[str, Any]:
-        """What a run that starts here records about its origin."""
-        found = {"base": manifest.parent(self.base.name, self.base.folder)}
-        if self.adapter:
-            found["adapter"] = manifest.parent(self.adapter.name, self.adapter.folder)
-        return found
+    def parts(self) -> dict[str, ModelReference]:
+        """The base and, where there is one, the adapter, under these names."""
+        return {"base": self.base, **({"adapter": self.adapter} if self.adapter else {})}
 
 
 def pulled_models() -> Path:

@@ -31,7 +31,7 @@ from medicalgpt_cli.engine.run.folder import Onlooker, RunFolder
 from medicalgpt_cli.engine.run.manifest import read as read_manifest
 from medicalgpt_cli.engine.run.manifest import resumed_settings
 from medicalgpt_cli.engine.run.report import write_report
-from medicalgpt_cli.engine.training import attention, sharding, speed, together
+from medicalgpt_cli.engine.training import attention, origins, sharding, speed, together
 from medicalgpt_cli.engine.training.callbacks import Beginning, EarlyStopping, Reporting, StopOnSignal
 from medicalgpt_cli.engine.training.trainer import MedgptTrainer
 from medicalgpt_cli.engine.training.trainer_args import (
@@ -144,6 +144,10 @@ class Stage(ABC):
     def measure(self, model: Any, observer: Observer, known: dict[str, Any] | None = None) -> dict[str, Any]:
         """{"metrics": …, …}: held-out figures, measured anew unless `known`, and what else is compared."""
 
+    def models(self) -> dict[str, ResolvedModel]:
+        """The models that the run is built on, under what the names of their parts begin with in run.json."""
+        return {"": self.resolved}
+
     def keeps_apart(self, model: Any, observer: Observer) -> bool:
         """Whether batches lie end to end, their items kept apart by attention: where asked for and exact."""
         if getattr(self.settings, "layout", None) == "padded":
@@ -160,6 +164,10 @@ class Stage(ABC):
     def load(self, observer: Observer) -> Any:
         """The model with the weights that are to be trained requiring gradients."""
         return load_trainable(self.settings, self.resolved, observer)
+
+    def tokenizers(self) -> dict[str, str]:
+        """Fingerprints of the tokenizers with their templates."""
+        return {"tokenizer": fingerprint(self.tokenizer)}
 
     def save(self, model: Any, folder: RunFolder, after: dict[str, Any]) -> None:
         """Write the result into `folder.new_model` and publish it."""
@@ -201,7 +209,7 @@ def run(stage: Stage, observer: Observer) -> dict[str, Any]:
     sharding.prepare_environment(stage.settings, device)
     together.join(device, sharding.uses_deepspeed(stage.settings))
     stage.agree(device)
-    with _open_folder(stage) as folder:
+    with _open_folder(stage, observer) as folder:
         folder.update(plan=planned)
         try:
             summary = _train_in(folder, stage, observer)
@@ -228,23 +236,24 @@ def _how_to_go_on(folder: RunFolder, stage: Stage) -> str:
     return f"go on with: medgpt {stage.name} --resume {folder.path}"
 
 
-def _open_folder(stage: Stage) -> RunFolder:
+def _open_folder(stage: Stage, observer: Observer) -> RunFolder:
     """The run folder; the first process makes it, the others look on."""
-    folder = _make_folder(stage) if processes.rank() == 0 else None
+    folder = _make_folder(stage, observer) if processes.rank() == 0 else None
     path = together.from_first(folder.path if folder else None)
     return folder or Onlooker(path)
 
 
-def _make_folder(stage: Stage) -> RunFolder:
-    """A new run folder, or the interrupted one of `--resume` if its data is the same as then."""
+def _make_folder(stage: Stage, observer: Observer) -> RunFolder:
+    """A new run folder, or the interrupted one of `--resume` if its data and models are the same as then."""
     settings, data = stage.settings, stage.data
-    now = {**data.fingerprints, "tokenizer": fingerprint(stage.tokenizer)}
+    now = {**data.fingerprints, **stage.tokenizers()}
     if settings.resume is None:
+        origin = origins.begin(stage.models(), observer, accept=settings.accept_other_base)
         folder = RunFolder.create(stage.name, stage.resolved.label, settings)
         folder.update(
             data=data.report,
             fingerprints=now,
-            parents=stage.resolved.parents(),
+            **origin,
             processes=processes.size(),
             parallel=sharding.kind_of(settings),
         )
@@ -256,13 +265,18 @@ def _make_folder(stage: Stage) -> RunFolder:
             "go on with the --accelerate-config that it began with, or start a new run",
         )
     before = recorded.get("fingerprints", {})
-    changed = [name for name in now if before.get(name) != now[name]]
+    changed = [name for name in now if before.get(name, now[name]) != now[name]]
     if changed:
         raise UsageError(
             f"{settings.resume} cannot go on: {', '.join(changed)} changed since it began",
             "put the same files back, or start a new run",
         )
-    return RunFolder.open_for_resume(settings.resume, stage.name)
+    origin = origins.go_on(
+        recorded, stage.models(), observer, settings.resume, accept=settings.accept_other_base
+    )
+    folder = RunFolder.open_for_resume(settings.resume, stage.name)
+    folder.update(**origin)
+    return folder
 
 
 def _train_in(folder: RunFolder, stage: Stage, observer: Observer) -> dict[str, Any]:
@@ -271,6 +285,9 @@ def _train_in(folder: RunFolder, stage: Stage, observer: Observer) -> dict[str, 
     arguments = _arguments(stage, folder)
     set_seed(settings.seed)
     model = stage.load(observer)
+    if processes.rank() == 0:  # a hub model is here now, if it was not before
+        accept = settings.accept_other_base
+        folder.update(**origins.go_on(folder.read(), stage.models(), observer, folder.path, accept=accept))
     experts = expert_weights(model).values()
     if experts and not any(weight.requires_grad for weight in experts):
         observer.on_notice("experts and their router stay as they are: the adapter lies over attention")

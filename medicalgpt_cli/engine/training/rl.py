@@ -14,6 +14,7 @@ from medicalgpt_cli.engine.model.loading import choose_device, choose_dtype, loa
 from medicalgpt_cli.engine.model.quantization import check_quantization
 from medicalgpt_cli.engine.model.references import ResolvedModel, resolve_models
 from medicalgpt_cli.engine.model.reward_model import check_head, load_reward_model, read_record
+from medicalgpt_cli.engine.model.tokenizer import fingerprint
 from medicalgpt_cli.engine.observer import Observer
 from medicalgpt_cli.engine.planning.batches import Item
 from medicalgpt_cli.engine.planning.needs import Case, largest_batch, needs
@@ -71,6 +72,17 @@ class RlStage(Stage):
             check_head(self.reward_resolved.adapter or self.reward_resolved.base)
             check_quantization(self.reward_resolved, self.settings.quantization)
         return resolved
+
+    def models(self) -> dict[str, ResolvedModel]:
+        reward = self.reward_resolved
+        return {**super().models(), **({"reward_model_": reward} if reward else {})}
+
+    def tokenizers(self) -> dict[str, str]:
+        reward = self.reward_tokenizer
+        return {
+            **super().tokenizers(),
+            **({"reward model's tokenizer": fingerprint(reward)} if reward else {}),
+        }
 
     def _reward_settings(self) -> ModelSettings:
         settings = self.settings

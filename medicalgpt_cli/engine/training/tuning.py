@@ -11,6 +11,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from medicalgpt_cli.engine.data.rendering import stop_token_ids
 from medicalgpt_cli.engine.model.adapters import add_adapter, different_shape, save_adapter
+from medicalgpt_cli.engine.model.base_record import write_record
 from medicalgpt_cli.engine.model.dropout import use_fast_dropout
 from medicalgpt_cli.engine.model.loading import choose_device, load_model
 from medicalgpt_cli.engine.model.references import VOCABULARY, ResolvedModel
@@ -91,6 +92,9 @@ def save_result(
     folder.new_model.mkdir(exist_ok=True)
     if settings.tuning == "lora":
         save_adapter(model, folder.new_model, resolved.base.path)
+        files = folder.read().get("parents", {}).get("base", {}).get("files")
+        if files:
+            write_record(folder.new_model, files)
         record = resolved.base.folder / VOCABULARY if resolved.base.folder else None
         if record and record.is_file():
             shutil.copyfile(record, folder.new_model / VOCABULARY)

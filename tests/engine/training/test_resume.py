@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 import shutil
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from tests.cli import medgpt
 from tests.engine.training.several import STAGES, make_place
@@ -135,6 +138,112 @@ def test_a_measurement_that_a_signal_has_skipped_is_made_up_for(place: Path, ste
     assert [line["step"] for line in figures(place / f"stopped-{steps}")] == [1]
     result = resumed(place, "sft", f"stopped-{steps}")
     assert_as_if_nothing_had_happened(place / f"stopped-{steps}", place / f"all-{steps}", result)
+
+
+# -- what may not have changed ------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def built(place: Path, whole: Path) -> Path:
+    """A run of rl on everything that a run can be built on, as it stood before its model was published."""
+    done = train(place, "rl", "rl", "--base-model", "model", "--lora-model", "whole")
+    assert done.returncode == 0, done.stderr
+    return as_it_died(place / "rl", "built")
+
+
+def nudge(file: Path) -> None:
+    """One number of one weight."""
+    weights = load_file(file)
+    next(iter(weights.values())).view(-1)[0] += 1e-3
+    save_file(weights, file, metadata={"format": "pt"})
+
+
+def put(file: Path, **values: object) -> None:
+    file.write_text(json.dumps({**json.loads(file.read_text()), **values}))
+
+
+def append(file: Path, text: str) -> None:
+    file.write_text(file.read_text() + text)
+
+
+# What is changed, in which file, how, and what the refusal names; nothing is refused where nothing is named.
+CHANGES = {
+    "nothing": (None, None, None),
+    "base weights": ("model/model.safetensors", nudge, "base: model.safetensors changed"),
+    "base config": (
+        "model/config.json",
+        lambda file: put(file, rms_norm_eps=0.01),
+        "base: config.json changed",
+    ),
+    "adapter": (
+        "whole/model/adapter_model.safetensors",
+        nudge,
+        "adapter: adapter_model.safetensors changed",
+    ),
+    "reward model": (
+        "rm/model/adapter_model.safetensors",
+        nudge,
+        "the reward model's adapter: adapter_model.safetensors changed",
+    ),
+    "data": ("prompts.jsonl", lambda file: append(file, '{"prompt": "New?"}\n'), "training"),
+    "template": ("whole/model/chat_template.jinja", lambda file: append(file, " "), "template"),
+    "settings": (None, None, "--learning-rate 0.01 → 0.02"),
+}
+
+
+@contextmanager
+def changed(file: Path | None, change) -> Iterator[None]:
+    """A file of the place, otherwise for a while; its times tell."""
+    if file is None:
+        yield
+        return
+    before = file.read_bytes()
+    try:
+        change(file)
+        yield
+    finally:
+        file.write_bytes(before)
+
+
+@pytest.mark.parametrize("what", CHANGES)
+def test_a_run_goes_on_with_nothing_that_has_changed(place: Path, built: Path, what: str) -> None:
+    """The table of what a resume refuses: `pytest -v -k goes_on_with_nothing`."""
+    name, change, word = CHANGES[what]
+    run = place / f"built-{what.replace(' ', '-')}"
+    shutil.copytree(built, run)
+    more = ("--learning-rate", "0.02") if what == "settings" else ()
+    with changed(place / name if name else None, change):
+        done = medgpt("rl", "--resume", run.name, "--json", *more, cwd=place)
+    said = " ".join(done.stderr.split())
+    if word is None:
+        assert done.returncode == 0, said
+        assert_as_if_nothing_had_happened(run, place / "rl", json.loads(done.stdout))
+    else:
+        assert done.returncode == 2, said
+        assert word in said
+        assert not (run / "model").exists()
+
+
+def test_a_copy_of_the_base_in_other_files_can_be_accepted(place: Path, built: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    run, base = place / "built-resharded", place / "model"
+    shutil.copytree(built, run)
+    whole = (base / "model.safetensors").read_bytes()
+    try:
+        model = AutoModelForCausalLM.from_pretrained(base)
+        (base / "model.safetensors").unlink()
+        model.save_pretrained(base, max_shard_size="200KB")
+        assert medgpt("rl", "--resume", run.name, cwd=place).returncode == 2
+        result = resumed(place, "rl", run.name, "--accept-other-base")
+        assert_as_if_nothing_had_happened(run, place / "rl", result)
+    finally:
+        for file in base.glob("model*.safetensors*"):
+            file.unlink()
+        (base / "model.safetensors").write_bytes(whole)
+    [accepted] = json.loads((run / "run.json").read_text())["accepted_other_base"]
+    assert accepted["base"][0] == "model.safetensors is missing"
+    assert accepted["reward_model_base"] == accepted["base"]
 
 
 @pytest.mark.slow
