@@ -15,12 +15,18 @@ from jinja2.exceptions import TemplateError
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from medicalgpt_cli.engine.data.formats import Conversation, Counts, Message
+from medicalgpt_cli.engine.model.template_check import check_rendered
 from medicalgpt_cli.errors import UsageError
 
 IGNORED = -100
 # A character that no text should hold (Unicode noncharacter); stands inside a defused special token.
 _GUARD = "\ufdd0"
 _OWN = "\ufdd1"  # behind a guard: the text itself held the guard's character
+# What a template may raise: of its own, and where a conversation is not what it was written for.
+_TEMPLATE_ERRORS = (
+    *(TemplateError, TypeError, LookupError, AttributeError, ValueError, ArithmeticError),
+    *(RecursionError, SyntaxError),
+)
 # Ends of text of the families whose chat models have another end-of-sequence token.
 _ENDS_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "<｜end▁of▁sentence｜>")
 
@@ -327,12 +333,14 @@ def _render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], *, 
         messages = _fold_system(messages)
     plain = [{"role": one["role"], "content": _defuse(tokenizer, one["content"])} for one in messages]
     try:
-        return tokenizer.apply_chat_template(plain, tokenize=False, add_generation_prompt=generation)
-    except (TemplateError, TypeError, IndexError, KeyError):
+        text = tokenizer.apply_chat_template(plain, tokenize=False, add_generation_prompt=generation)
+    except _TEMPLATE_ERRORS:
         roles = ", ".join(one["role"] for one in messages[:6])
         raise UsageError(
             f"the chat template refuses the roles {roles}", "user and assistant have to take turns"
         ) from None
+    check_rendered(text, sum(len(one["content"]) for one in plain))
+    return text
 
 
 def _folds_system(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> bool:
@@ -383,7 +391,7 @@ def _find_out(tokenizer: PreTrainedTokenizerBase) -> _Known:
             return tokenizer.apply_chat_template(
                 [{"role": role, "content": content} for role, content in messages], tokenize=False
             )
-        except (TemplateError, TypeError, IndexError, KeyError):
+        except _TEMPLATE_ERRORS:
             return ""
 
     takes_system = "Zq7" in render(("system", "Zq7"), ("user", "a"))

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
+from medicalgpt_cli.engine.model.template_check import check_template
 from medicalgpt_cli.errors import UsageError
 from medicalgpt_cli.settings.fields import did_you_mean
 
@@ -48,6 +49,7 @@ def apply_template(
 
     Raises:
         UsageError: the tokenizer has another template already, or `template` names nothing.
+        UnsafeRefused: the template does an unbounded amount of work.
     """
     begin = "{{ bos_token }}" if _begins_with_bos(tokenizer) else ""
     wanted = None if template is None else _source(template)
@@ -59,15 +61,27 @@ def apply_template(
                 f"--template {template}: the model has a chat template of its own",
                 "leave --template out; a model answers well only in the template that it learnt",
             )
+        _check_bounds(tokenizer, tokenizer.name_or_path)
         return None
     if wanted is None and not fallback:
         return None
     tokenizer.chat_template = wanted or begin + TEMPLATES[FALLBACK]
     if wanted:
+        if template not in TEMPLATES:
+            _check_bounds(tokenizer, f"--template {template}")
         return None
     return (
         f"the model has no chat template; using {FALLBACK!r} (choose with --template {'|'.join(TEMPLATES)})"
     )
+
+
+def _check_bounds(tokenizer: PreTrainedTokenizerBase, place: str) -> None:
+    given = tokenizer.chat_template
+    tokens = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
+    for template in given.values() if isinstance(given, dict) else [given]:
+        if not isinstance(template, str):
+            raise UsageError(f"{place}: the chat template is no text", "was the file changed by hand?")
+        check_template(template, tokens, place)
 
 
 def _begins_with_bos(tokenizer: PreTrainedTokenizerBase) -> bool:

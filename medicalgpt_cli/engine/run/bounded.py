@@ -5,6 +5,8 @@ For what a library builds from a file without a bound of its own: a template, a 
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
 import signal
 import subprocess
@@ -13,7 +15,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from medicalgpt_cli import __version__
 from medicalgpt_cli.engine.run import limited
+from medicalgpt_cli.engine.run.environment import cache_folder
 
 _WAIT = 60  # seconds on the clock beside those of the processor: the machine may be busy
 
@@ -51,6 +55,23 @@ def ask(script: Path, question: Any, *, memory: int, seconds: int) -> Any:
     if child.returncode != 0:
         raise OutOfBounds(why_ended(child.returncode, memory=memory, seconds=seconds))
     return json.loads(said)
+
+
+def passed_before(kind: str, question: Any) -> bool:
+    """Whether this was found to be within bounds before, by this version: the answer is kept as a file's name."""
+    return _mark(kind, question).is_file()
+
+
+def remember(kind: str, question: Any) -> None:
+    mark = _mark(kind, question)
+    with contextlib.suppress(OSError):  # it is only asked again
+        mark.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        mark.touch()
+
+
+def _mark(kind: str, question: Any) -> Path:
+    asked = json.dumps([kind, __version__, question], sort_keys=True)
+    return cache_folder() / "checked" / hashlib.sha256(asked.encode()).hexdigest()
 
 
 def why_ended(code: int, *, memory: int, seconds: int = 0) -> str:
