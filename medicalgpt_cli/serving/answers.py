@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Sequence
+import queue
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +17,10 @@ from medicalgpt_cli.settings.groups import SamplingSettings
 if TYPE_CHECKING:
     from medicalgpt_cli.engine.generation.decoding import Answer
     from medicalgpt_cli.engine.generation.scheduler import Scheduler
+
+
+_SHORT = 8192  # characters of a prompt that is read at once
+_LONG_READERS = 2  # threads for those that are longer
 
 
 class Listening:
@@ -62,8 +68,41 @@ class Listening:
             self._scheduler.cancel(self.ticket)
 
 
+class Readers:
+    """Threads that make prompts: one for short ones, which never wait for a long one, and some for long ones."""
+
+    def __init__(self, backend: Any):
+        self._short, self._backend = ThreadPoolExecutor(1, "tokenizer"), backend
+        self._long = ThreadPoolExecutor(_LONG_READERS, "tokenizer-long")
+        self._of_long: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        for _ in range(_LONG_READERS):
+            self._of_long.put(backend.for_another_thread())
+
+    async def read(self, asked: Sequence[Message] | str, make: Callable[[Any], Any]) -> Any:
+        """What `make` returns for a backend whose tokenizer no other thread uses meanwhile."""
+        loop = asyncio.get_running_loop()
+        if isinstance(asked, str):
+            length = len(asked)
+        else:
+            length = sum(len(one["content"]) for one in asked)
+        if length <= _SHORT:
+            return await loop.run_in_executor(self._short, make, self._backend)
+        return await loop.run_in_executor(self._long, self._read_long, make)
+
+    def _read_long(self, make: Callable[[Any], Any]) -> Any:
+        backend = self._of_long.get()
+        try:
+            return make(backend)
+        finally:
+            self._of_long.put(backend)
+
+    def close(self) -> None:
+        for pool in (self._short, self._long):
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
 class Answers:
-    """The model for everybody in this process: one scheduler, one thread that reads prompts.
+    """The model for everybody in this process: one scheduler, and threads that read prompts.
 
     Args:
         reader: the backend that makes prompts; its tokenizer is not the scheduler's.
@@ -76,7 +115,8 @@ class Answers:
             **{name: getattr(settings, name) for name in options_of(SamplingSettings)}
         )
         self._of_pages: dict[str, set[Listening]] = {}
-        self._readers = ThreadPoolExecutor(1, "tokenizer")  # one: tokenizers are not made for two threads
+        self._readers = Readers(reader)
+        self._reading: Counter[str] = Counter()  # prompts of each client that are being read
 
     @property
     def default_model(self) -> str:
@@ -105,16 +145,20 @@ class Answers:
             ValueError: the prompt fills the context.
             UsageError: the chat template refuses the conversation.
         """
-        loop = asyncio.get_running_loop()
         listening = Listening(self.scheduler)
-        if isinstance(asked, str):
-            prompt = await loop.run_in_executor(self._readers, self.reader.raw_prompt, asked)
-        elif fit:
-            prompt, listening.dropped = await loop.run_in_executor(
-                self._readers, self.reader.fitted_prompt, asked, sampling.max_new_tokens
-            )
-        else:
-            prompt = await loop.run_in_executor(self._readers, self.reader.prompt, asked)
+        self._must_have_room(client)
+        self._reading[client] += 1
+        try:
+            if fit:
+                prompt, listening.dropped = await self._readers.read(
+                    asked, lambda reader: reader.fitted_prompt(asked, sampling.max_new_tokens)
+                )
+            else:
+                prompt = await self._readers.read(asked, lambda reader: reader.bounded_prompt(asked))
+        finally:
+            self._reading[client] -= 1
+            if not self._reading[client]:
+                del self._reading[client]
         listening.ticket = self.scheduler.submit(
             prompt,
             sampling,
@@ -126,6 +170,16 @@ class Answers:
         if page:
             self._of_pages.setdefault(page, set()).add(listening)
         return listening
+
+    def _must_have_room(self, client: str) -> None:
+        """What waits to be read is bounded as what waits to be answered: reading takes time, too."""
+        from medicalgpt_cli.engine.generation.scheduler import Busy
+
+        limits, mine = self.scheduler.limits, self._reading[client]
+        if mine >= limits.client:
+            raise Busy(f"{mine} requests of this client are not read yet", mine=True)
+        if self._reading.total() >= limits.queue + limits.batch:
+            raise Busy(f"{self._reading.total()} requests are waiting")
 
     def page_closed(self, page: str) -> None:
         """Nobody listens to the answers of this page any more."""
@@ -141,4 +195,4 @@ class Answers:
 
     def close(self) -> None:
         self.scheduler.close()
-        self._readers.shutdown(wait=False, cancel_futures=True)
+        self._readers.close()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import copy
 import logging
 import socket
 from collections.abc import Callable
@@ -118,10 +117,9 @@ def open_model(settings: ServeSettings, observer: Observer) -> Served:
         variants["base"] = model.disable_adapter
         models[base if base != resolved.label else f"{base}-base"] = "base"
         about = f"LoRA adapter over {base}, {about}"
-    scheduler = Scheduler(LocalBackend(model, tokenizer, settings, observer), limits, variants)
-    reader = LocalBackend(model, copy.deepcopy(tokenizer), settings)
-    starter = resolved.is_starter
-    return Served(Answers(scheduler, reader, settings, models), resolved.label, about, starter)
+    backend = LocalBackend(model, tokenizer, settings, observer)
+    answers = Answers(Scheduler(backend, limits, variants), backend.for_another_thread(), settings, models)
+    return Served(answers, resolved.label, about, resolved.is_starter)
 
 
 def build_app(settings: ServeSettings, served: Served, access: Access, *, page: bool = True) -> Guard:

@@ -99,6 +99,12 @@ class EndpointBackend:
     def raw_prompt(self, text: str) -> RemotePrompt:
         return RemotePrompt(text=text)
 
+    def bounded_prompt(self, asked: Sequence[Message] | str) -> RemotePrompt:
+        return self.raw_prompt(asked) if isinstance(asked, str) else self.prompt(asked)
+
+    def for_another_thread(self) -> EndpointBackend:
+        return self
+
     def refusal(self, prompt: RemotePrompt) -> str | None:
         return None if len(prompt) else "empty prompt"
 

@@ -5,6 +5,7 @@ Both, and the server's scheduler, take the steps of `decoding.py`.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -12,7 +13,13 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from medicalgpt_cli.engine.data.formats import Message
-from medicalgpt_cli.engine.data.rendering import encode_prompt, encode_raw, fit_history, stop_token_ids
+from medicalgpt_cli.engine.data.rendering import (
+    encode_prompt,
+    encode_raw,
+    encode_within,
+    fit_history,
+    stop_token_ids,
+)
 from medicalgpt_cli.engine.generation.decoding import (
     Answer,
     Batch,
@@ -142,12 +149,30 @@ class LocalBackend:
         wanted = self.sampling.max_new_tokens if max_new_tokens is None else max_new_tokens
         room = max(self.context - wanted, self.context // 2)
         kept, dropped = fit_history(self.tokenizer, messages, room)
-        prompt = self.prompt(kept)
-        if len(prompt) >= self.context:
+        prompt = encode_within(self.tokenizer, kept, self.context - 1)
+        if prompt is None:
             raise UsageError(
-                f"the question has {len(prompt)} tokens, the context {self.context}", "ask a shorter one"
+                f"the question has no room in the context of {self.context} tokens", "ask a shorter one"
             )
         return prompt, dropped
+
+    def bounded_prompt(self, asked: Sequence[Message] | str) -> list[int]:
+        """Token ids of a conversation, or of raw text to continue, if they fit the context.
+
+        Raises:
+            ValueError: they do not. What that costs is bounded by the context, not by the text.
+            UsageError: the template refuses the conversation.
+        """
+        prompt = encode_within(self.tokenizer, asked, self.context - 1)
+        if prompt is None:
+            raise ValueError(f"the prompt has {self.context} tokens or more, the context {self.context}")
+        return prompt
+
+    def for_another_thread(self) -> LocalBackend:
+        """The same with a tokenizer of its own: tokenizers are not made for two threads."""
+        other = copy.copy(self)
+        other.tokenizer = copy.deepcopy(self.tokenizer)
+        return other
 
     def raw_prompt(self, text: str) -> list[int]:
         """Token ids of text that is to be continued as it is."""

@@ -10,11 +10,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from medicalgpt_cli.engine.data import rendering
 from medicalgpt_cli.engine.data.formats import Conversation, Counts, load_conversations
 from medicalgpt_cli.engine.data.rendering import (
     IGNORED,
     encode_prompt,
     encode_raw,
+    encode_within,
     fit_history,
     render_conversation,
     stop_token_ids,
@@ -347,6 +349,34 @@ def test_fit_history(style):
     assert dropped == 2 and kept == [messages[0], *messages[3:]]
     kept, dropped = fit_history(tokenizer, messages, 1)
     assert kept == [messages[0], messages[-1]] and dropped == 4
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_fit_history_leaves_out_what_leaving_out_one_by_one_does(style, monkeypatch):
+    """Also where texts are long enough to be counted in pieces first."""
+    tokenizer = tokenizer_of(style)
+    messages = long(6)[:-1]
+    starts = [1, *(at for at in range(2, len(messages)) if messages[at]["role"] == "user")]
+    tokens = [len(encode_prompt(tokenizer, [messages[0], *messages[start:]])) for start in starts]
+    for piece in (rendering._PIECE, 40):
+        monkeypatch.setattr(rendering, "_PIECE", piece)
+        for budget in {one + more for one in tokens for more in (-1, 0, 1)} | {0, 1}:
+            fitting = (start for start, count in zip(starts, tokens, strict=True) if count <= budget)
+            start = next(fitting, starts[-1])
+            assert fit_history(tokenizer, messages, budget) == ([messages[0], *messages[start:]], start - 1)
+
+
+def test_a_prompt_within_a_number_of_tokens_is_the_whole_prompt_or_none(monkeypatch):
+    monkeypatch.setattr(rendering, "_PIECE", 50)
+    tokenizer = tokenizer_of("chatml")
+    text = "fever <|im_end|> thirst \ufdd0 体温 " * 40
+    for asked, right in (
+        (text, encode_raw(tokenizer, text)),
+        (long(2)[:-1], encode_prompt(tokenizer, long(2)[:-1])),
+    ):
+        assert encode_within(tokenizer, asked, len(right)) == right
+        for less in (1, 20, len(right)):
+            assert encode_within(tokenizer, asked, len(right) - less) is None
 
 
 # -- stop tokens and raw text ------------------------------------------------------------------------------
