@@ -16,7 +16,7 @@ from medicalgpt_cli.engine.planning import work
 from medicalgpt_cli.engine.planning.batches import Amount, largest_possible, over_the_run
 from medicalgpt_cli.engine.planning.device import device_memory, dtype_for, file_bytes, for_gpu, program_bytes
 from medicalgpt_cli.engine.planning.needs import Case, Roles, largest_batch, needs
-from medicalgpt_cli.engine.planning.rehearsal import Rows
+from medicalgpt_cli.engine.planning.rehearsal import Rows, lies_end_to_end
 from medicalgpt_cli.engine.planning.skeleton import UNKNOWN, outline
 from medicalgpt_cli.engine.run import environment, processes
 from medicalgpt_cli.engine.training.sharding import check_combination, kind_of
@@ -80,7 +80,9 @@ def _padded(stage: Any, plan: Any, on_gpu: bool) -> bool:
     settings = stage.settings
     if getattr(settings, "layout", None) == "padded" or settings.neftune_alpha is not None:
         return True
-    return on_gpu and plan.quantization == "8bit"  # texts influence one another there (docs/quantization.md)
+    if on_gpu and plan.quantization == "8bit":  # texts influence one another there (docs/quantization.md)
+        return True
+    return not lies_end_to_end(plan)
 
 
 def _roles(stage: Any, settings: RlSettings, dtype: torch.dtype) -> Roles:

@@ -84,6 +84,16 @@ def rehearse(plan: Outline, rows: Rows, manner: Manner) -> Rehearsed:
     return Rehearsed(further(short.kept, long.kept), further(short.peak, long.peak))
 
 
+def lies_end_to_end(plan: Outline) -> bool:
+    """Whether our attention computes what the model asks of it; where it does not, batches will be padded."""
+    manner = Manner("score" if plan.kind == "reward" else "next token")
+    try:
+        _rehearse(plan, Rows((3, 2), 2), manner, min(depth(plan.config), _SHORT))
+    except NotImplementedError as problem:
+        return not isinstance(problem.__cause__, attention.NotKept)
+    return True
+
+
 def _rehearse(plan: Outline, rows: Rows, manner: Manner, layers: int) -> Rehearsed:
     model = build(plan, layers)
     if manner.checkpointing:

@@ -9,13 +9,53 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from transformers import AttentionInterface, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 NAME = "medgpt_padding_free"
+# Keywords that travel to the attention function without changing what it computes. Any other one may: a cap on the
+# scores, sinks, a bias, chosen tokens.
+_WITHOUT_EFFECT = frozenset(
+    {
+        "cu_seq_lens_k",
+        "max_length_q",
+        "max_length_k",
+        "position_ids",
+        "deterministic",
+        "num_items_in_batch",
+        "use_cache",
+        "output_attentions",
+        "output_hidden_states",
+        "output_router_logits",
+        "return_dict",
+    }
+)
+
+
+class NotKept(ValueError):
+    """What a model's attention does beyond what ours computes. The message is a phrase: "its attention ..."."""
+
+
+@dataclass(frozen=True)
+class LocalMask:
+    """What the library would make a mask of, in the place of the mask: attention that does not see all before it."""
+
+    size: int | None  # tokens of the window or chunk; None where it is more than that
+
+
+def _mask(*, local_size: int | None = None, use_vmap: bool = False, **_: object) -> LocalMask | None:
+    """The library asks for a mask of a whole row; ours is causal inside each example and needs none.
+
+    Args:
+        local_size: of a sliding window or a chunk. use_vmap: set where a model has added a mask function of its own.
+    """
+    if use_vmap:
+        return LocalMask(None)
+    return None if local_size is None else LocalMask(local_size)
 
 
 def padding_free_attention(
@@ -23,14 +63,15 @@ def padding_free_attention(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
+    attention_mask: LocalMask | torch.Tensor | None,
     *,
     cu_seq_lens_q: torch.Tensor,
     prefixes: torch.Tensor | None = None,
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
-    **_: object,
+    is_causal: bool | None = None,
+    **others: object,
 ) -> tuple[torch.Tensor, None]:
     """Causal attention inside each example, and from there to the prefix that it borrows.
 
@@ -45,8 +86,10 @@ def padding_free_attention(
         (1, total, heads, head_dim) and no attention weights.
 
     Raises:
+        NotKept: the model asks for what is not computed here.
         ValueError: prefixes in a layer with a sliding window.
     """
+    _must_compute(attention_mask, sliding_window, is_causal, others)
     if prefixes is not None and sliding_window is not None:
         raise ValueError("no prefixes in layers with a sliding window")
     bounds = cu_seq_lens_q.tolist()
@@ -75,6 +118,25 @@ def padding_free_attention(
             )
         )
     return torch.cat(pieces, dim=2).transpose(1, 2).contiguous(), None
+
+
+def _must_compute(
+    mask: LocalMask | torch.Tensor | None,
+    sliding_window: int | None,
+    is_causal: bool | None,
+    others: dict[str, object],
+) -> None:
+    """Refuse what a short row would not show: caps, sinks, and what only the mask of a long row knows."""
+    asked = [name for name, value in others.items() if value is not None and name not in _WITHOUT_EFFECT]
+    if asked:
+        raise NotKept(f"its attention takes {', '.join(asked)}")
+    if is_causal is False:
+        raise NotKept("its attention is not causal")
+    size = mask.size if isinstance(mask, LocalMask) else None
+    if isinstance(mask, torch.Tensor) or (isinstance(mask, LocalMask) and size is None):
+        raise NotKept("its attention has a mask of its own")
+    if size != sliding_window:
+        raise NotKept(f"only a mask knows that its attention ends {size or sliding_window} tokens back")
 
 
 def _behind(
@@ -106,6 +168,7 @@ def _behind(
 
 
 AttentionInterface.register(NAME, padding_free_attention)
+AttentionMaskInterface.register(NAME, _mask)
 
 
 @contextmanager
@@ -182,13 +245,18 @@ def _for_flash(model: PreTrainedModel, compute: torch.dtype) -> Iterator[None]:
 
 
 def is_exact(model: PreTrainedModel, tolerance: float = 1e-3) -> bool:
-    """Whether `model` makes the same of two examples laid end to end as of each alone.
+    """Whether `model` makes the same of two examples laid end to end as of each alone."""
+    return hindrance(model, tolerance) is None
 
-    False for models with a state that runs along the row (Mamba, convolutions), with positions that do not
-    come from `position_ids` (ALiBi), or with an attention of their own. Asked of the model itself, because
-    no list of architectures stays complete.
+
+def hindrance(model: PreTrainedModel, tolerance: float = 1e-3) -> str | None:
+    """Why `model` does not make the same of two examples laid end to end as of each alone; None where it does.
+
+    A state that runs along the row (Mamba, convolutions), positions that do not come from `position_ids` (ALiBi), an
+    attention of its own, or one that takes more than ours computes, which holds for rows of any length. Asked of the
+    model itself, because no list of architectures stays complete.
     """
-    return _same(model, tolerance, shared=0)
+    return _difference(model, tolerance, shared=0)
 
 
 def borrows_prefixes(model: PreTrainedModel, tolerance: float = 1e-3) -> bool:
@@ -196,12 +264,12 @@ def borrows_prefixes(model: PreTrainedModel, tolerance: float = 1e-3) -> bool:
 
     False for what `is_exact` refuses, for models with sliding windows, and for the library's own attention.
     """
-    return _chosen(model)[0] == NAME and _same(model, tolerance, shared=4)
+    return _chosen(model)[0] == NAME and _difference(model, tolerance, shared=4) is None
 
 
 @torch.no_grad()
-def _same(model: PreTrainedModel, tolerance: float, shared: int) -> bool:
-    """Two rows of tokens with their first `shared` ones in common: alone, and end to end without the second copy."""
+def _difference(model: PreTrainedModel, tolerance: float, shared: int) -> str | None:
+    """Why two rows of tokens differ alone, and end to end without the second copy of their first `shared` ones."""
     device = model.get_input_embeddings().weight.device
     # A table that processes share does not show its shape.
     vocabulary = model.config.get_text_config().vocab_size
@@ -225,8 +293,10 @@ def _same(model: PreTrainedModel, tolerance: float, shared: int) -> bool:
                 use_cache=False,
                 **borrowed,
             ).logits[0]
+    except NotKept as reason:
+        return str(reason)
     except (TypeError, ValueError, AttributeError, RuntimeError):
-        return False
+        return "it does not take rows laid end to end"
     finally:
         model.train(training)
     expected = torch.cat([alone[0], alone[1][shared:]])
@@ -234,4 +304,6 @@ def _same(model: PreTrainedModel, tolerance: float, shared: int) -> bool:
     # Half precision rounds differently for another order of the same sums.
     half = expected.dtype != torch.float32 or "flash" in _chosen(model)[0]
     slack = 50 * tolerance if half else tolerance
-    return bool(((together - expected).abs().max() / scale) < slack)
+    if (together - expected).abs().max() / scale < slack:
+        return None
+    return "its examples see each other"

@@ -154,10 +154,11 @@ class Stage(ABC):
             return False
         if self.settings.neftune_alpha is not None:
             why = "NEFTune scales its noise by the length of a row"
-        elif not attention.is_exact(model):
-            why = f"this model cannot keep the {self.items} of one row apart"
         else:
-            return True
+            reason = attention.hindrance(model)
+            if reason is None:
+                return True
+            why = f"this model cannot keep the {self.items} of one row apart ({reason})"
         observer.on_notice(f"{self.otherwise}: {why}")
         return False
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3MoeConfig
+from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, Qwen2Config, Qwen3MoeConfig
 
 from medicalgpt_cli.engine.data.rendering import Example
 from medicalgpt_cli.engine.model.adapters import add_adapter
@@ -122,3 +122,12 @@ def test_gradients_that_are_given_away_are_not_counted() -> None:
     given = rehearse(outline, short, Manner("next token", spread=True)).peak
     weights = 4 * sum(weight.numel() for weight in AutoModelForCausalLM.from_config(config).parameters())
     assert kept > weights > 2 * given
+
+
+@pytest.mark.parametrize("kind", ["language", "reward"])
+def test_batches_are_planned_padded_where_they_will_be(kind: str) -> None:
+    """Gemma 2's attention takes a cap on its scores, which ours does not compute."""
+    assert rehearsal.lies_end_to_end(Outline(LlamaConfig(**SMALL), torch.float32, kind=kind))
+    assert not rehearsal.lies_end_to_end(
+        Outline(Gemma2Config(**SMALL, head_dim=16), torch.float32, kind=kind)
+    )
