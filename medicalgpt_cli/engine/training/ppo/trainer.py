@@ -136,14 +136,14 @@ class PPOTrainer(MedgptTrainer):
         return look_back(
             roles,
             asked,
-            together.in_turn(answers),
+            answers,
             self.lay,
             temperature=self.rl.temperature,
             batch_size=self.rl.answers_a_pass,
         )
 
     def _share(self, examples: list[Any]) -> dict[str, Any]:
-        """Every process knows all prompts of a step; the answers are drawn in shares (`roll_out`)."""
+        """Every process knows all prompts of a step; the answers are drawn and looked at in shares (`roll_out`)."""
         return self.data_collator(examples)
 
     def _shaped(self, roles: Roles, scores: torch.Tensor, rollout: Rollout) -> tuple[torch.Tensor, float]:
