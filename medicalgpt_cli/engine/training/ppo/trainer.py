@@ -48,6 +48,7 @@ _WEIGHTS, _STATE = "learning.safetensors", "ppo.json"
 _ALIKE = 3  # batches in a row in which every prompt gets the same answer
 _MANY_CLIPPED = 0.1  # share of a step's scores
 _MANY_ALIKE = 0.5  # share of a step's prompts
+_MANY_CUT = 0.9  # share of a step's answers
 
 
 @dataclass(frozen=True)
@@ -214,11 +215,10 @@ class PPOTrainer(MedgptTrainer):
 
     def _watch_for_nothing(self, scores: torch.Tensor, rollout: Rollout) -> dict[str, float]:
         """Warn of answers that teach nothing: all to a prompt, or all of a rollout of ppo, have one reward."""
-        if not rollout.ended.any():
-            self._warn_once(
-                "cut",
-                f"every answer was cut off at --max-new-tokens {self.rl.max_new_tokens}: none ended by itself",
-            )
+        cut = 1 - float(rollout.ended.double().mean())
+        if cut >= _MANY_CUT:
+            who = "every answer was" if cut == 1 else f"{cut:.0%} of the answers were"
+            self._warn_once("cut", f"{who} cut off at --max-new-tokens {self.rl.max_new_tokens}")
         # A penalty that only some of them got tells equal scores apart.
         penalty = self.rl.missing_end_penalty * ~rollout.ended.cpu()
         each = self.rl.answers_a_prompt
