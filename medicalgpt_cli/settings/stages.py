@@ -279,6 +279,28 @@ class RlSettings(RewardModelSettings, TrainSettings):
     kl_horizon: int = opt(2000, "Answers over which an adapted price changes.", min=1)
     kl_limit: float = opt(2.0, "Stop when the KL exceeds this many nats a token, in the mean.", above=0)
     clip_range: float = opt(0.2, "How far the ratio of new to old probability counts.", above=0, max=1)
+    clip_range_high: float | None = opt(
+        None,
+        "How far above 1 that ratio counts, for grpo; --clip-range where not given (DAPO: 0.28).",
+        above=0,
+    )
+    importance_sampling_level: str = opt(
+        "token",
+        "Whether that ratio is each token's or its whole answer's (GSPO, with a --clip-range of 0.0004), for grpo.",
+        choices=("token", "sequence"),
+    )
+    loss_normalisation: str | None = opt(
+        None,
+        "What counts alike in the loss, for grpo: each token (DAPO), each answer (sequence), or each token over "
+        "--max-new-tokens (constant; Dr. GRPO). Where not given, as --importance-sampling-level.",
+        choices=("token", "sequence", "constant"),
+    )
+    scale_advantages: bool = opt(
+        True,
+        "Divide by the standard deviation of a prompt's scores, for grpo (Dr. GRPO does not).",
+        negative="--no-scale-advantages",
+    )
+    mask_truncated: bool = opt(False, "Leave answers that were cut off out of the loss, for grpo (DAPO).")
     clip_range_value: float = opt(0.5, "How far a value may move from its old one.", above=0)
     value_coefficient: float = opt(0.1, "Weight of the value function's loss.", min=0)
     entropy_coefficient: float = opt(0.0, "Reward for uncertainty about the next token.", min=0)
@@ -321,7 +343,8 @@ class RlSettings(RewardModelSettings, TrainSettings):
                 raise UsageError(f"{flag_of(flag)} is not for rl", hint.get(flag, "leave it out"))
         if self.embeddings not in ("auto", "frozen"):
             raise UsageError("--embeddings: rl leaves them as they are", "leave it out")
-        for name in ("group_size",) if self.algorithm == "ppo" else OF_THE_VALUE_FUNCTION:
+        others = ("group_size",) if self.algorithm == "ppo" else OF_THE_VALUE_FUNCTION
+        for name in others if self.algorithm == "grpo" else (*others, *OF_GRPO):
             if self.chosen(name):
                 raise UsageError(f"{flag_of(name)} is not for {self.algorithm}", "leave it out")
         for rule in self.reward_rule:
@@ -355,6 +378,8 @@ class RlSettings(RewardModelSettings, TrainSettings):
                 "a minibatch is a part of the batch",
             )
         found = replace(self, batch_size=prompts, minibatch_size=minibatch)
+        if self.algorithm == "grpo" and self.loss_normalisation is None:
+            return replace(found, loss_normalisation=self.importance_sampling_level)
         if self.algorithm != "ppo":
             return found
         gae_lambda = self.gae_lambda
@@ -380,6 +405,9 @@ class RlSettings(RewardModelSettings, TrainSettings):
 
 OF_THE_VALUE_FUNCTION = (
     "value_learning_rate", "clip_range_value", "value_coefficient", "gamma", "gae_lambda",
+)  # fmt: skip
+OF_GRPO = (
+    "clip_range_high", "importance_sampling_level", "loss_normalisation", "scale_advantages", "mask_truncated",
 )  # fmt: skip
 RULES = ("right-option", "answer-format", "length")
 

@@ -14,6 +14,7 @@ from medicalgpt_cli.engine.data.prompts import Prompt
 from medicalgpt_cli.engine.data.rendering import render_answer
 from medicalgpt_cli.engine.evaluation.preferences import score_rows
 from medicalgpt_cli.engine.rewards.rules import answer_format, length_rule, right_option
+from medicalgpt_cli.engine.training import together
 from medicalgpt_cli.engine.training.reward_data import laid_end_to_end, padded_right
 from medicalgpt_cli.errors import UsageError
 from medicalgpt_cli.settings.stages import RlSettings
@@ -24,7 +25,10 @@ Reward = Callable[[Sequence[Prompt], Sequence[str], Sequence[Sequence[int]]], li
 
 @dataclass(frozen=True)
 class WeightedReward:
-    """The sum of named rewards, each with its weight; remembers the parts of the last call."""
+    """The sum of named rewards, each with its weight; remembers the parts of the last call.
+
+    All processes of a run call together with the same answers. Each scores its share of them, and all get all scores.
+    """
 
     parts: dict[str, tuple[float, Reward]]
     last: dict[str, list[float]] = field(default_factory=dict)
@@ -33,8 +37,9 @@ class WeightedReward:
         self, prompts: Sequence[Prompt], answers: Sequence[str], tokens: Sequence[Sequence[int]]
     ) -> list[float]:
         total = [0.0] * len(answers)
+        mine = [together.share(list(one)) for one in (prompts, answers, tokens)]
         for name, (weight, reward) in self.parts.items():
-            self.last[name] = reward(prompts, answers, tokens)
+            self.last[name] = together.in_turn(reward(*mine) if mine[0] else [])
             total = [one + weight * more for one, more in zip(total, self.last[name], strict=True)]
         return total
 

@@ -129,6 +129,7 @@ def _curves(manifest: Mapping[str, Any], records: Sequence[Mapping[str, Any]]) -
             chart("Value loss", noisy("", records, "value_loss")),
             chart("Explained variance", noisy("", records, "explained_variance"), "of the returns"),
             chart("Clipped", noisy("", records, "clip_fraction"), "share of tokens"),
+            chart("One reward", noisy("", records, "frac_reward_zero_std"), "share of prompts"),
             chart("Clipped scores", noisy("", records, "score_clip_fraction"), "share of answers"),
             chart("Speed", noisy("", records, "answers_per_second"), "answers a second"),
         ]

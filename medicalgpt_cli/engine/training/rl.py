@@ -291,8 +291,9 @@ class RlStage(Stage):
             observer.on_task_start(task, None, "")
         roles.eval()
         with attention.for_batches(roles.policy, self.padding_free):
-            numbers = [_HELD_OUT_NUMBERS + index for index in range(len(held))]
-            answers = draw(self._backend(roles), held, self.settings.rollout_size, numbers)
+            numbers = together.share([_HELD_OUT_NUMBERS + index for index in range(len(held))])
+            mine = together.share(list(held))
+            answers = draw(self._backend(roles), mine, self.settings.rollout_size, numbers)
             rollout = look_back(
                 roles,
                 held,

@@ -32,9 +32,32 @@ def _tokens(mask: Tensor) -> Tensor:
 # ---- means over tokens
 
 
-def masked_mean(x: Tensor, mask: Tensor, denominator: float | Tensor | None = None) -> Tensor:
-    """Mean over all masked entries of the batch, a scalar; 0 where there is none. denominator: as in `policy_loss`."""
-    return _kept(x, mask).sum() / (_tokens(mask) if denominator is None else denominator)
+def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
+    """Mean over all masked entries of the batch, a scalar; 0 where there is none."""
+    return _kept(x, mask).sum() / _tokens(mask)
+
+
+def weighted_sum(x: Tensor, mask: Tensor, weights: Tensor) -> Tensor:
+    """Sum over all masked entries of the batch, each times its weight, a scalar."""
+    return (_kept(x, mask) * weights).sum()
+
+
+def token_weights(mask: Tensor, normalisation: str, longest: int) -> Tensor:
+    """What each token counts in the loss of a gradient step, whose answers `mask` has: (answers, length).
+
+    A loss of the step is the sum of its tokens' losses times these, so that the sums of its parts add up to it.
+
+    Args:
+        normalisation: "token": each token as much as each other (Yu et al. 2025, DAPO); "sequence": each answer as much
+            as each other, its tokens by its length (Shao et al. 2024, GRPO); "constant": each token 1 / `longest`,
+            and each answer 1 / their number (Liu et al. 2025, Dr. GRPO).
+        longest: tokens that an answer may have.
+    """
+    if normalisation == "sequence":
+        return mask / mask.sum(1, keepdim=True).clamp(min=1) / len(mask)
+    if normalisation == "constant":
+        return mask / (len(mask) * longest)
+    return mask / _tokens(mask)
 
 
 def masked_variance(x: Tensor, mask: Tensor) -> Tensor:
@@ -185,19 +208,27 @@ def rloo_advantages(scores: Tensor, group_size: int) -> Tensor:
     return (groups - others).flatten()
 
 
-def group_advantages(scores: Tensor, group_size: int) -> Tensor:
+def group_advantages(scores: Tensor, group_size: int, scale: bool = True) -> Tensor:
     """Each score less the mean of its prompt's scores, over their standard deviation (n - 1) plus 1e-4, (batch,).
 
     Shao et al. 2024, "DeepSeekMath" (GRPO); the constant is TRL's, and keeps a group of equal scores at 0.
 
     Args:
         scores: as in `rloo_advantages`.
+        scale: False leaves the division out: it makes much of prompts that are nearly all right or all wrong
+            (Liu et al. 2025, "Understanding R1-Zero-Like Training", Dr. GRPO).
     """
     if group_size < 2:
         raise ValueError("a group has at least two responses")
     groups = scores.reshape(-1, group_size)
     centred = groups - groups.mean(1, keepdim=True)
-    return (centred / (groups.std(1, keepdim=True) + 1e-4)).flatten()
+    return (centred / (groups.std(1, keepdim=True) + 1e-4) if scale else centred).flatten()
+
+
+def alike(scores: Tensor, group_size: int) -> Tensor:
+    """Which prompts' answers all got one score, as far as single precision can tell: (prompts,) of bool."""
+    groups = scores.reshape(-1, group_size)
+    return groups.amax(1) - groups.amin(1) <= SINGLE_PRECISION * groups.abs().amax(1)
 
 
 # ---- losses
@@ -210,12 +241,19 @@ def policy_loss(
     mask: Tensor,
     clip_range: float,
     denominator: float | Tensor | None = None,
+    *,
+    weights: Tensor | None = None,
+    clip_range_high: float | None = None,
+    of_sequences: bool = False,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The clipped surrogate of Schulman et al. 2017, "Proximal Policy Optimization", as a token mean to minimise.
 
     Args:
         denominator: the number of tokens of the whole update where this is one micro-batch of it (default: of
             this mask). The losses and measures of the micro-batches then add up to the whole batch's.
+        weights: what each token counts in the loss (`token_weights`) instead; the measures stay token means.
+        clip_range_high: how far above 1 the ratio counts, where that is not `clip_range` (Yu et al. 2025, DAPO).
+        of_sequences: a token's ratio is its answer's, the geometric mean over the answer (Zheng et al. 2025, GSPO).
 
     Returns:
         The loss, and without gradient clip_fraction (share of tokens where the clip decides, which have no
@@ -223,11 +261,16 @@ def policy_loss(
     """
     logp, old_logp, advantages = _kept(logp, mask), _kept(old_logp, mask), _kept(advantages, mask)
     log_ratio = (logp - old_logp).clamp(max=MAX_LOG_RATIO)
-    ratio = log_ratio.exp()
+    importance = log_ratio
+    if of_sequences:
+        importance = (log_ratio.sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1)).expand_as(mask)
+    ratio = importance.exp()
     free = -advantages * ratio
-    clipped = -advantages * ratio.clamp(1 - clip_range, 1 + clip_range)
+    high = clip_range if clip_range_high is None else clip_range_high
+    clipped = -advantages * ratio.clamp(1 - clip_range, 1 + high)
     count = _tokens(mask) if denominator is None else denominator
-    loss = torch.maximum(free, clipped).sum() / count  # padding adds 0: its advantage is 0
+    worse = torch.maximum(free, clipped)  # 0 at padding: its advantage is 0
+    loss = worse.sum() / count if weights is None else (worse * weights).sum()
     with torch.no_grad():
         measures = {
             "clip_fraction": (clipped > free).sum() / count,

@@ -13,6 +13,8 @@ from medicalgpt_cli.engine.data.prompts import Prompt
 from medicalgpt_cli.engine.generation.batching import batches_by_length
 from medicalgpt_cli.engine.generation.decoding import Answer
 from medicalgpt_cli.engine.generation.local import LocalBackend
+from medicalgpt_cli.engine.run import processes
+from medicalgpt_cli.engine.training import together
 from medicalgpt_cli.engine.training.ppo import mathematics
 from medicalgpt_cli.engine.training.ppo.roles import Roles, rows_of
 
@@ -105,12 +107,21 @@ def look_back(
     temperature: float,
     batch_size: int,
 ) -> Rollout:
-    """Log-probabilities under policy and reference, and the values if any, of answers that were drawn."""
-    said = [token_ids(answer) for answer in answers]
+    """Log-probabilities under policy and reference, and the values if any, of answers that were drawn.
+
+    Args:
+        asked: the prompts of all answers, the same in every process.
+        answers: those to this process' share of the prompts (`together.share`): it looks back over them alone.
+
+    Returns:
+        The rollout of all answers, the same in every process.
+    """
+    mine, said = together.share(list(asked)), [token_ids(answer) for answer in answers]
     device = roles.device
-    parts: dict[str, list[Tensor]] = {"logp": [], "ref_logp": [], "values": [], "entropy": []}
-    for start in range(0, len(asked), batch_size):
-        prompts = [one.ids for one in asked[start : start + batch_size]]
+    names = ("logp", "ref_logp", "entropy", *(("values",) if roles.value_head is not None else ()))
+    parts: dict[str, list[Tensor]] = {name: [] for name in names}
+    for start in range(0, len(mine), batch_size):
+        prompts = [one.ids for one in mine[start : start + batch_size]]
         piece = said[start : start + batch_size]
         batch, positions, tokens = prepared(prompts, piece, lay, device)
         where = positions, tokens, temperature
@@ -120,15 +131,19 @@ def look_back(
         parts["ref_logp"].append(roles.log_probabilities("reference", batch, *where)[0])
         if roles.value_head is not None:
             parts["values"].append(roles.values(batch, positions))
-    mask = mask_of(said, device)
-    tensors = {name: spread(torch.cat(found), mask) if found else None for name, found in parts.items()}
+    drawn = together.in_turn(
+        [(answer.text, ids, answer.end is not None) for answer, ids in zip(answers, said, strict=True)]
+    )
+    everything = [ids for _, ids, _ in drawn]
+    mask = mask_of(everything, device)
+    tensors = {name: spread(_of_all(found, said, device), mask) for name, found in parts.items()}
     return Rollout(
         list(asked),
-        [answer.text for answer in answers],
-        said,
-        torch.tensor([answer.end is not None for answer in answers], device=device),
+        [text for text, _, _ in drawn],
+        everything,
+        torch.tensor([ended for _, _, ended in drawn], device=device),
         mask,
-        **tensors,
+        **{"values": None, **tensors},
     )
 
 
@@ -141,13 +156,25 @@ def values_of(
     *,
     batch_size: int,
 ) -> Tensor:
-    """The value function at each token of answers that were drawn: (answers, longest), 0 at padding."""
+    """The value function at each token of answers that were drawn: (answers, longest), 0 at padding.
+
+    Every process has all the answers, and computes those of its share.
+    """
+    mine, said = together.share(list(asked)), together.share(list(answers))
     found = []
-    for start in range(0, len(asked), batch_size):
-        prompts = [one.ids for one in asked[start : start + batch_size]]
-        batch, positions, _ = prepared(prompts, answers[start : start + batch_size], lay, roles.device)
+    for start in range(0, len(mine), batch_size):
+        prompts = [one.ids for one in mine[start : start + batch_size]]
+        batch, positions, _ = prepared(prompts, said[start : start + batch_size], lay, roles.device)
         found.append(roles.values(batch, positions))
-    return spread(torch.cat(found), mask_of(answers, roles.device))
+    return spread(_of_all(found, said, roles.device), mask_of(answers, roles.device))
+
+
+def _of_all(found: list[Tensor], said: Sequence[Sequence[int]], device: Any) -> Tensor:
+    """Numbers of all answers' tokens, flat and in their order, of those that each process found for its share."""
+    if processes.size() == 1:
+        return torch.cat(found)
+    rows = torch.cat(found).cpu().split([len(one) for one in said]) if found else ()
+    return torch.cat(together.in_turn(list(rows))).to(device)
 
 
 def prepared(

@@ -15,6 +15,7 @@ import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,16 @@ from medicalgpt_cli.settings.stages import RlSettings
 _WEIGHTS, _STATE = "learning.safetensors", "ppo.json"
 _ALIKE = 3  # batches in a row in which every prompt gets the same answer
 _MANY_CLIPPED = 0.1  # share of a step's scores
+_MANY_ALIKE = 0.5  # share of a step's prompts
+_MANY_CUT = 0.9  # share of a step's answers
+
+
+@dataclass(frozen=True)
+class GradientStep:
+    """A minibatch, of which each process and pass has a part."""
+
+    weights: torch.Tensor  # (answers of the rollout, longest): what each token counts in the policy's loss
+    tokens: torch.Tensor  # how many tokens its answers have
 
 
 class PPOTrainer(MedgptTrainer):
@@ -103,7 +114,11 @@ class PPOTrainer(MedgptTrainer):
         with roles.recomputing() if self.rl.gradient_checkpointing else nullcontext():
             totals = self._learn(roles, rollout, advantages, returns)
         self.seen += len(rollout.asked)
-        figures = {**self._figures(scores, shaped, rollout), "score_clip_fraction": clipped}
+        figures = {
+            **self._figures(scores, shaped, rollout),
+            "score_clip_fraction": clipped,
+            **self._watch_for_nothing(scores, rollout),
+        }
         if returns is not None:
             variance = mathematics.explained_variance(rollout.values, returns, rollout.mask)
             figures["explained_variance"] = 0.0 if variance is None else variance
@@ -122,14 +137,14 @@ class PPOTrainer(MedgptTrainer):
         return look_back(
             roles,
             asked,
-            together.in_turn(answers),
+            answers,
             self.lay,
             temperature=self.rl.temperature,
             batch_size=self.rl.answers_a_pass,
         )
 
     def _share(self, examples: list[Any]) -> dict[str, Any]:
-        """Every process knows all prompts of a step; the answers are drawn in shares (`roll_out`)."""
+        """Every process knows all prompts of a step; the answers are drawn and looked at in shares (`roll_out`)."""
         return self.data_collator(examples)
 
     def _shaped(self, roles: Roles, scores: torch.Tensor, rollout: Rollout) -> tuple[torch.Tensor, float]:
@@ -198,6 +213,30 @@ class PPOTrainer(MedgptTrainer):
             "one number cannot be told apart",
         )
 
+    def _watch_for_nothing(self, scores: torch.Tensor, rollout: Rollout) -> dict[str, float]:
+        """Warn of answers that teach nothing: all to a prompt, or all of a rollout of ppo, have one reward."""
+        cut = 1 - float(rollout.ended.double().mean())
+        if cut >= _MANY_CUT:
+            who = "every answer was" if cut == 1 else f"{cut:.0%} of the answers were"
+            self._warn_once("cut", f"{who} cut off at --max-new-tokens {self.rl.max_new_tokens}")
+        # A penalty that only some of them got tells equal scores apart.
+        penalty = self.rl.missing_end_penalty * ~rollout.ended.cpu()
+        each = self.rl.answers_a_prompt
+        size = each if each > 1 else len(scores)
+        same = mathematics.alike(scores, size) & mathematics.alike(penalty.double(), size)
+        share = float(same.double().mean())
+        if each == 1:
+            if len(scores) > 1 and share:
+                self._warn_once("alike", "every answer got the same reward: nothing is learnt from it")
+            return {}
+        if share >= _MANY_ALIKE:
+            self._warn_once(
+                "alike",
+                f"{share:.0%} of the prompts got one reward for all their answers: nothing is learnt from these "
+                "(easier prompts, a larger --group-size or a reward that tells answers apart would)",
+            )
+        return {"frac_reward_zero_std": share}
+
     def _warn_once(self, what: str, text: str) -> None:
         """A warning that would come with every step comes with the first."""
         if what not in self.warned and processes.rank() == 0:
@@ -218,7 +257,7 @@ class PPOTrainer(MedgptTrainer):
             rewards = shaped - self.price.coefficient * rollout.kl()
             of_answers = mathematics.rloo_advantages(rewards, self.rl.group_size)
         else:
-            of_answers = mathematics.group_advantages(shaped, self.rl.group_size)
+            of_answers = mathematics.group_advantages(shaped, self.rl.group_size, self.rl.scale_advantages)
         return of_answers[:, None] * rollout.mask, None
 
     def _learn(
@@ -234,15 +273,12 @@ class PPOTrainer(MedgptTrainer):
         ]
         totals: dict[str, float] = {}
         for number, chosen in enumerate(batches, 1):
-            tokens = rollout.mask[chosen].sum()
-            parts = self._micro_batches(chosen)
+            parts, step = self._micro_batches(chosen), self._gradient_step(rollout, chosen)
             for part in parts:
                 # One that has no answers counts for nothing: DeepSpeed adds gradients up in the order in which they
                 # come, so that every process has to come by the same ones.
                 share = 1.0 if part else 0.0
-                losses = self.minibatch_losses(
-                    roles, rollout, part or chosen[:1], advantages, returns, tokens
-                )
+                losses = self.minibatch_losses(roles, rollout, part or chosen[:1], advantages, returns, step)
                 for which, (loss, measured) in enumerate(losses, 1):
                     if not torch.isfinite(loss):
                         raise TrainingFailed(
@@ -298,6 +334,16 @@ class PPOTrainer(MedgptTrainer):
         # It takes the mean over the processes, and the loss is this one's part of a sum.
         self.accelerator.backward(loss * processes.size(), scale_wrt_gas=False)
 
+    def _gradient_step(self, rollout: Rollout, chosen: Sequence[int]) -> GradientStep:
+        """What the answers of a gradient step count: with --mask-truncated those that were cut off nothing."""
+        mask = rollout.mask[list(chosen)]
+        learnt = mask & rollout.ended[list(chosen), None] if self.rl.mask_truncated else mask
+        weights = torch.zeros_like(rollout.logp)
+        weights[list(chosen)] = mathematics.token_weights(
+            learnt, self.rl.loss_normalisation or "token", self.rl.max_new_tokens
+        ).to(weights)
+        return GradientStep(weights, mask.sum())
+
     def minibatch_losses(
         self,
         roles: Roles,
@@ -305,7 +351,7 @@ class PPOTrainer(MedgptTrainer):
         chosen: Sequence[int],
         advantages: torch.Tensor,
         returns: torch.Tensor | None,
-        tokens_in_all: torch.Tensor | None = None,
+        step: GradientStep | None = None,
     ) -> Iterator[tuple[torch.Tensor, dict[str, float]]]:
         """The clipped losses of some answers of a rollout, with gradient, and what they measure.
 
@@ -313,27 +359,27 @@ class PPOTrainer(MedgptTrainer):
         before the other is computed keeps one set of activations at a time.
 
         Args:
-            tokens_in_all: of the answers of the whole gradient step; the default is of those chosen. Losses and
-                measures are means over these, so that those of a step's micro-batches add up to the step's.
+            step: the whole gradient step that they are a part of, whose parts' losses and measures add up to its
+                own; not given, they are all of it.
         """
         prompts = [rollout.asked[index].ids for index in chosen]
         answers = [rollout.answers[index] for index in chosen]
         batch, positions, tokens = prepared(prompts, answers, self.lay, rollout.mask.device)
         pick = torch.tensor(list(chosen), device=rollout.mask.device)
         mask = rollout.mask[pick]
-        count = mask.sum() if tokens_in_all is None else tokens_in_all
+        step = step or self._gradient_step(rollout, chosen)
         where = positions, tokens, self.rl.temperature
         logp, entropy = roles.log_probabilities(
             "policy", batch, *where, entropy=self.rl.entropy_coefficient > 0
         )
-        yield self._policy_part(logp, entropy, mask, count, rollout, pick, advantages[pick])
+        yield self._policy_part(logp, entropy, mask, step, rollout, pick, advantages[pick])
         if returns is None:
             return
         del logp, entropy
         with roles.acting_as("value"):
             values = spread(roles.values(batch, positions), mask)
             loss, measured = mathematics.value_loss(
-                values, rollout.values[pick], returns[pick], mask, self.rl.clip_range_value, count
+                values, rollout.values[pick], returns[pick], mask, self.rl.clip_range_value, step.tokens
             )
             figures = {
                 "value_loss": float(loss.detach()),
@@ -346,15 +392,23 @@ class PPOTrainer(MedgptTrainer):
         logp: torch.Tensor,
         entropy: torch.Tensor | None,
         mask: torch.Tensor,
-        count: torch.Tensor,
+        step: GradientStep,
         rollout: Rollout,
         pick: torch.Tensor,
         advantages: torch.Tensor,
     ) -> tuple[torch.Tensor, dict[str, float]]:
         """The policy's loss and what it measures, of the answers' tokens: log p and entropy, (tokens,)."""
-        logp = spread(logp, mask)
+        logp, weights = spread(logp, mask), step.weights[pick]
         loss, measured = mathematics.policy_loss(
-            logp, rollout.logp[pick], advantages, mask, self.rl.clip_range, count
+            logp,
+            rollout.logp[pick],
+            advantages,
+            mask,
+            self.rl.clip_range,
+            step.tokens,
+            weights=weights,
+            clip_range_high=self.rl.clip_range_high,
+            of_sequences=self.rl.importance_sampling_level == "sequence",
         )
         figures = {
             "policy_loss": float(loss.detach()),
@@ -363,9 +417,9 @@ class PPOTrainer(MedgptTrainer):
         }
         if self.rl.algorithm == "grpo":
             kl = mathematics.kl_k3(logp, rollout.ref_logp[pick], mask)
-            loss = loss + self.price.coefficient * mathematics.masked_mean(kl, mask, count)
+            loss = loss + self.price.coefficient * mathematics.weighted_sum(kl, mask, weights)
         if entropy is not None:
-            uncertainty = mathematics.masked_mean(spread(entropy, mask), mask, count)
+            uncertainty = mathematics.weighted_sum(spread(entropy, mask), mask, weights)
             loss = loss - self.rl.entropy_coefficient * uncertainty
         return loss, figures
 
