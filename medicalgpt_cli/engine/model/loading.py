@@ -231,6 +231,7 @@ def load_base(
     gpus: int = 1,
     *,
     kind: Any = AutoModelForCausalLM,
+    config: Any = None,
     may_lack: Collection[str] = (),
     quantization: str | None = None,
     kept: tuple[str, ...] = (),
@@ -239,7 +240,7 @@ def load_base(
     """The weights of a base model on `device`, or its layers spread over the first `gpus` GPUs.
 
     Args:
-        kind: the library's class; a reward model is an AutoModelForSequenceClassification.
+        kind: the class; a reward model's is found by `score_head.class_with_head`, with the `config` that it takes.
         may_lack: weights that the files need not have.
         quantization: "8bit" or "4bit"; the layers that are `kept`, and the output head, are not.
     """
@@ -270,7 +271,7 @@ def load_base(
         if kind is AutoModelForCausalLM:
             _refuse_reward_model(base)
         else:
-            options["num_labels"] = 1
+            options["config"] = config
         try:
             loaded, found = kind.from_pretrained(source, output_loading_info=True, **options)
         except RuntimeError as problem:
@@ -302,9 +303,17 @@ def read_config(resolved: ResolvedModel) -> Any:
     Raises:
         UsageError: it is none. EnvironmentFailure: the hub does not give it.
     """
-    base = resolved.base
-    if base.kind == "config":
+    if resolved.base.kind == "config":
         return config_of_new_model(resolved)
+    return config_of(resolved.base)
+
+
+def config_of(base: ModelReference) -> Any:
+    """The configuration of a base that has weights: a folder's, a hub model's or a GGUF file's.
+
+    Raises:
+        UsageError: it is none. EnvironmentFailure: the hub does not give it.
+    """
     with _explained(base):
         if base.kind == "gguf":
             path = Path(base.path)

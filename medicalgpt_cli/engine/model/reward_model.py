@@ -1,7 +1,8 @@
 """A reward model: a base, an adapter (or full weights) and one number read off an answer's last token.
 
-On disk it is an ordinary PEFT adapter of the kind SEQ_CLS with its `score` head, or an ordinary
-`…ForSequenceClassification` folder, with the tokenizer and template that it was trained with and reward.json.
+On disk it is an ordinary PEFT adapter of the kind SEQ_CLS with its `score` head, or a `…ForSequenceClassification`
+folder, with the tokenizer and template that it was trained with and reward.json. Where the library has no such class
+(`score_head.py`), only medgpt loads them.
 """
 
 from __future__ import annotations
@@ -15,12 +16,13 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
-from transformers import AutoModelForSequenceClassification
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from medicalgpt_cli.engine.model.adapters import target_layers
-from medicalgpt_cli.engine.model.loading import choose_device, choose_dtype, load_base
+from medicalgpt_cli.engine.model.loading import choose_device, choose_dtype, config_of, load_base
+from medicalgpt_cli.engine.model.parts import body_of
 from medicalgpt_cli.engine.model.references import ModelReference, ResolvedModel
+from medicalgpt_cli.engine.model.score_head import HEAD, class_with_head
 from medicalgpt_cli.engine.model.spread import written_to
 from medicalgpt_cli.engine.observer import Observer
 from medicalgpt_cli.errors import UsageError
@@ -28,7 +30,6 @@ from medicalgpt_cli.settings.groups import AdapterSettings
 from medicalgpt_cli.settings.stages import RewardSettings
 
 RECORD = "reward.json"
-HEAD = "score"
 
 
 def new_reward_model(settings: RewardSettings, resolved: ResolvedModel, observer: Observer) -> Any:
@@ -165,7 +166,7 @@ def score_at_ends(
         logits: (answers,).
     """
     layout = {"cu_seq_lens_q": cu_seq_lens_q, "cu_seq_lens_k": cu_seq_lens_k, "prefixes": prefixes}
-    hidden = self.base_model(
+    hidden = body_of(self)(
         input_ids=input_ids,
         attention_mask=attention_mask,
         position_ids=position_ids,
@@ -190,21 +191,19 @@ def _with_head(
     """A base with a scalar head in fp32, random where the files have none, and `score_at_ends` for its forward.
 
     Raises:
-        UsageError: its architecture has no such head, or it is to be `complete` and the files lack it.
+        UsageError: no such head can be put on it, or it is to be `complete` and the files lack it.
     """
+    kind, config = class_with_head(config_of(base))
     model = load_base(
         base,
         dtype,
         device,
-        kind=AutoModelForSequenceClassification,
+        kind=kind,
+        config=config,
         may_lack=() if complete else (f"{HEAD}.weight",),
         quantization=quantization,
         kept=(HEAD,),
     )
-    if not isinstance(getattr(model, HEAD, None), torch.nn.Linear):
-        raise UsageError(
-            f"{type(model).__name__} has no scalar head named {HEAD}", "take a base of another architecture"
-        )
     getattr(model, HEAD).float()
     model.forward = types.MethodType(score_at_ends, model)
     return model

@@ -16,7 +16,7 @@ from medicalgpt_cli.engine.observer import Observer
 from medicalgpt_cli.engine.planning import device, plan, work
 from medicalgpt_cli.engine.planning.needs import SLACK_ON_GPU, Planned, cache_of
 from medicalgpt_cli.engine.planning.rehearsal import Manner, Rows, rehearse
-from medicalgpt_cli.engine.planning.skeleton import build, depth, outline
+from medicalgpt_cli.engine.planning.skeleton import build, outline
 from medicalgpt_cli.errors import UsageError
 from medicalgpt_cli.settings.planning import PlanInferSettings
 
@@ -43,14 +43,14 @@ class Answers(Planned):
         weights = self.parameters.base_bytes + self.parameters.adapter_bytes
         drawn = Rows(tuple(rows), 0, True)
         cache = cache_of(self.outline, drawn, self.new_tokens(max(rows)))
-        growing = cache // (2 * depth(self.outline.config))  # one layer's keys are there twice as they grow
-        batch = max(rehearse(self.outline, drawn, Manner("answer")).peak, growing)
+        # One layer's keys are there twice as they grow.
+        batch = max(rehearse(self.outline, drawn, Manner("answer")).peak, cache.largest)
         found = {
             "program": self.program,
             "frozen": weights,
-            "cache": cache,
+            "cache": cache.total,
             "batch": batch,
-            "slack": round((SLACK_ON_GPU if self.on_gpu else _HOLES_ON_CPU) * (batch + cache)),
+            "slack": round((SLACK_ON_GPU if self.on_gpu else _HOLES_ON_CPU) * (batch + cache.total)),
         }
         loading = self.program + weights + (0 if self.on_gpu else self.file)
         return {**found, "peak": max(sum(found.values()), loading), "loading": loading}

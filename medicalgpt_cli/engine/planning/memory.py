@@ -45,11 +45,6 @@ def step_bytes(learnt: int, way: str, on_gpu: bool) -> int:
     return 8 * learnt if way.startswith("zero") else 0
 
 
-def cache_bytes(layers: int, key_value_heads: int, head_size: int, tokens: int, element: int) -> int:
-    """Keys and values of `tokens` positions, of all rows together. Pope et al. 2022, section 3.3."""
-    return 2 * layers * key_value_heads * head_size * tokens * element
-
-
 @dataclass(frozen=True)
 class States:
     """Bytes that a model in training holds from step to step, on one device."""

@@ -13,7 +13,7 @@ import torch
 from medicalgpt_cli.engine.planning import memory
 from medicalgpt_cli.engine.planning.batches import Item, largest_possible
 from medicalgpt_cli.engine.planning.memory import States
-from medicalgpt_cli.engine.planning.rehearsal import Manner, Rehearsed, Rows, rehearse
+from medicalgpt_cli.engine.planning.rehearsal import Cached, Manner, Rehearsed, Rows, cached, rehearse
 from medicalgpt_cli.engine.planning.skeleton import Outline, Parameters, build, count, depth
 from medicalgpt_cli.engine.planning.work import Shape, shape_of
 
@@ -143,7 +143,7 @@ class Case(Planned):
         """Keys and values of the answers that are drawn together, at their longest."""
         if self.roles is None:
             return 0
-        return cache_of(self.outline, self.roles.drawn, self.roles.new_tokens)
+        return cache_of(self.outline, self.roles.drawn, self.roles.new_tokens).total
 
     @cached_property
     def answering(self) -> int:
@@ -156,13 +156,9 @@ class Case(Planned):
 _ACT: dict[str, Any] = {"sft": "next token", "pretrain": "next token", "reward": "score", "rl": "policy"}
 
 
-def cache_of(outline: Outline, drawn: Rows, new_tokens: int) -> int:
-    """Bytes of the cache of rows that are answered together."""
-    config = outline.config.get_text_config()
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    positions = len(drawn.lengths) * (max(drawn.lengths) + new_tokens)
-    return memory.cache_bytes(depth(outline.config), heads, size, positions, outline.dtype.itemsize)
+def cache_of(outline: Outline, drawn: Rows, new_tokens: int) -> Cached:
+    """The cache of rows that are answered together, at their longest."""
+    return cached(outline, len(drawn.lengths), max(drawn.lengths) + new_tokens)
 
 
 def needs(case: Case, way: str | None = None, devices: int | None = None) -> dict[str, int]:

@@ -10,23 +10,25 @@ from __future__ import annotations
 import contextlib
 import logging
 import weakref
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
+from transformers import DynamicCache
 
-from medicalgpt_cli.engine.planning.skeleton import Outline, build, depth
+from medicalgpt_cli.engine.model.parts import body_of
+from medicalgpt_cli.engine.planning.skeleton import UNKNOWN, Outline, build, depth
 from medicalgpt_cli.engine.training import attention
 from medicalgpt_cli.engine.training.losses import in_pieces, of_logits
 
 logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)  # what fails is said by us
 
-# A pass over all layers takes seconds where there are many; they are alike, so two short models tell the rest.
-# Two is the period in which some models alternate kinds of layers.
-_SHORT, _LONG = 2, 4
+# A pass over all layers takes seconds where there are many: two short models tell the rest of a longer one than this.
+_LONG = 4
 
 Act = Literal["next token", "next token at once", "score", "policy", "value", "look back", "answer"]
 
@@ -73,28 +75,34 @@ def rehearse(plan: Outline, rows: Rows, manner: Manner) -> Rehearsed:
     Raises:
         NotImplementedError: the model does something that depends on numbers, or that fake tensors cannot do.
     """
+    return Rehearsed(*_of_all_layers(plan, lambda layers: _rehearse(plan, rows, manner, layers)))
+
+
+def _of_all_layers(plan: Outline, measure: Callable[[int | None], tuple[int, int]]) -> tuple[int, int]:
+    """What `measure` finds of a model with all its layers, told from two short ones where these can tell."""
     whole = depth(plan.config)
-    if whole <= _LONG:
-        return _rehearse(plan, rows, manner, whole)
-    short, long = (_rehearse(plan, rows, manner, layers) for layers in (_SHORT, _LONG))
-
-    def further(a: int, b: int) -> int:
-        return b + (b - a) * (whole - _LONG) // (_LONG - _SHORT)
-
-    return Rehearsed(further(short.kept, long.kept), further(short.peak, long.peak))
+    if whole <= _LONG or plan.stand_ins is None:
+        return measure(None)
+    few, more = plan.stand_ins
+    one, other = (
+        b + (b - a) * (whole - more) // (more - few) for a, b in zip(measure(few), measure(more), strict=True)
+    )
+    return one, other
 
 
 def lies_end_to_end(plan: Outline) -> bool:
     """Whether our attention computes what the model asks of it; where it does not, batches will be padded."""
     manner = Manner("score" if plan.kind == "reward" else "next token")
+    few = plan.stand_ins[0] if plan.stand_ins and depth(plan.config) > _LONG else None
     try:
-        _rehearse(plan, Rows((3, 2), 2), manner, min(depth(plan.config), _SHORT))
+        _rehearse(plan, Rows((3, 2), 2), manner, few)
     except NotImplementedError as problem:
         return not isinstance(problem.__cause__, attention.NotKept)
     return True
 
 
-def _rehearse(plan: Outline, rows: Rows, manner: Manner, layers: int) -> Rehearsed:
+def _rehearse(plan: Outline, rows: Rows, manner: Manner, layers: int | None) -> tuple[int, int]:
+    """Bytes kept for the backward pass, and the peak."""
     model = build(plan, layers)
     if manner.checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -119,9 +127,50 @@ def _rehearse(plan: Outline, rows: Rows, manner: Manner, layers: int) -> Rehears
                     if backward:
                         result.backward()
                     del result
-        return Rehearsed(kept, lifetimes.peak)
-    except (RuntimeError, TypeError, ValueError, AttributeError, LookupError, AssertionError) as problem:
+        return kept, lifetimes.peak
+    except UNKNOWN as problem:
         raise NotImplementedError(f"{type(problem).__name__}: {problem}") from problem
+
+
+@dataclass(frozen=True)
+class Cached:
+    """Bytes of what a model remembers of its rows: keys and values, and states that run along a row."""
+
+    total: int
+    largest: int  # of its tensors
+
+
+def cached(plan: Outline, rows: int, positions: int) -> Cached:
+    """What the model's own cache holds of `rows` rows of `positions` tokens each.
+
+    The model fills it: layers have heads of their own, some share theirs, some see a window only, some keep a state.
+
+    Raises:
+        NotImplementedError: the model does something that depends on numbers, or that fake tensors cannot do.
+    """
+    whole = replace(plan, tuning=None, adapter=None)
+    return Cached(*_of_all_layers(whole, lambda layers: _cached(whole, rows, positions, layers)))
+
+
+@torch.no_grad()
+def _cached(plan: Outline, rows: int, positions: int, layers: int | None) -> tuple[int, int]:
+    model = build(plan, layers).eval()
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            _make_fake(model)
+            batch = _batch(Rows((positions,) * rows, 0, True), answering=True)
+            cache = DynamicCache(config=model.config)
+            with _Lifetimes(model):
+                model(**batch, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            held = [
+                one.numel() * one.element_size()
+                for layer in cache.layers
+                for one in tree_iter(vars(layer))
+                if isinstance(one, torch.Tensor) and one.dim() > 0
+            ]
+    except UNKNOWN as problem:
+        raise NotImplementedError(f"{type(problem).__name__}: {problem}") from problem
+    return sum(held), max(held, default=0)
 
 
 def _give_gradients_away(model: torch.nn.Module) -> None:
@@ -168,7 +217,7 @@ def _inner(model: Any) -> Any:
 
 
 def _hidden(model: Any, batch: dict[str, Any]) -> torch.Tensor:
-    return _inner(model).base_model(**batch, use_cache=False).last_hidden_state
+    return body_of(model)(**batch, use_cache=False).last_hidden_state
 
 
 def _at(hidden: torch.Tensor, positions: int) -> torch.Tensor:
@@ -217,7 +266,7 @@ def _look_back(model: Any, batch: dict[str, Any], rows: Rows) -> Any:
 
 
 def _answer(model: Any, batch: dict[str, Any], rows: Rows) -> torch.Tensor:
-    """Reading the prompts; the cache itself is `memory.cache_bytes`."""
+    """Reading the prompts; the cache itself is `cached`."""
     return _inner(model)(**batch, use_cache=False, logits_to_keep=1).logits[:, -1].float()
 
 

@@ -9,26 +9,30 @@ import contextlib
 import copy
 import warnings
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoModelForCausalLM
 
 from medicalgpt_cli.engine.model.adapters import lora_config
 from medicalgpt_cli.engine.model.dropout import use_fast_dropout
 from medicalgpt_cli.engine.model.loading import read_config
 from medicalgpt_cli.engine.model.references import ResolvedModel
-from medicalgpt_cli.engine.model.reward_model import HEAD, score_adapter
+from medicalgpt_cli.engine.model.reward_model import score_adapter
+from medicalgpt_cli.engine.model.score_head import HEAD, class_with_head
 from medicalgpt_cli.engine.model.vocabulary import new_token_ids
 from medicalgpt_cli.engine.planning import memory
 from medicalgpt_cli.engine.planning.stand_ins import QuantisedLinear, quantise
-from medicalgpt_cli.errors import UsageError
 from medicalgpt_cli.settings.groups import AdapterSettings
 
 Kind = Literal["language", "reward"]
 
-# What a model raises that does something which depends on numbers, or has a configuration of its own kind.
-UNKNOWN = (NotImplementedError, ValueError, AttributeError, LookupError, TypeError)
+# What a model raises that does something which depends on numbers, or has a configuration of its own kind. Among the
+# RuntimeErrors is that of a setting which differs from layer to layer and is asked of the whole.
+UNKNOWN = (
+    RuntimeError, ValueError, AttributeError, LookupError, TypeError, AssertionError, ArithmeticError, ImportError,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -50,6 +54,35 @@ class Outline:
     def full(self) -> bool:
         """Whether all weights learn."""
         return self.tuning is not None and self.tuning.tuning == "full"
+
+    @cached_property
+    def stand_ins(self) -> tuple[int, int] | None:
+        """Numbers of layers of two short models that tell what a layer more costs; None where none tell.
+
+        The longer one has a period of layers more than the shorter, and the whole model some periods more than that.
+        All begin with what comes once (dense layers before those with experts). A period is at least two layers,
+        because some models alternate in what weights do not show.
+        """
+        kinds = kinds_of_layers(build(self._bare))
+        whole = len(kinds)
+        for ahead in range(whole // 2):
+            for period in range(2, (whole - ahead) // 2 + 1):
+                if kinds[ahead + period :] == kinds[ahead:-period]:
+                    short = ahead + period + (whole - ahead) % period
+                    long = short + period
+                    return (short, long) if long < whole and self._begins_as(kinds, long) else None
+        return None
+
+    @property
+    def _bare(self) -> Outline:
+        return Outline(self.config, self.dtype, self.kind)
+
+    def _begins_as(self, kinds: list[Any], layers: int) -> bool:
+        """Whether a configuration of fewer layers makes the first ones of the whole model."""
+        try:
+            return kinds_of_layers(build(self._bare, layers)) == kinds[:layers]
+        except UNKNOWN:
+            return False
 
 
 @dataclass(frozen=True)
@@ -101,25 +134,23 @@ def build(plan: Outline, layers: int | None = None) -> Any:
         layers: make only so many of its layers.
 
     Raises:
-        UsageError: transformers cannot make a model of the configuration.
+        NotImplementedError: transformers cannot make a model of the configuration without numbers.
     """
     config = copy.deepcopy(plan.config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config  # the stand-ins take its place
     if layers is not None:
         shorten(config, layers)
-    auto: Any = AutoModelForCausalLM
-    if plan.kind == "reward":
-        config.num_labels, auto = 1, AutoModelForSequenceClassification
     with torch.device("meta"), _quietly():
         try:
-            model = auto.from_config(config, dtype=plan.dtype, trust_remote_code=False)
-        except (ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError) as problem:
-            raise UsageError(
-                f"no model can be made of this configuration ({type(problem).__name__})",
-                "is it a causal language model that the installed transformers knows?",
-            ) from problem
-        if plan.kind == "reward" and isinstance(getattr(model, HEAD, None), torch.nn.Linear):
+            if plan.kind == "reward":
+                kind, config = class_with_head(config)
+                model = kind._from_config(config, dtype=plan.dtype)
+            else:
+                model = AutoModelForCausalLM.from_config(config, dtype=plan.dtype, trust_remote_code=False)
+        except UNKNOWN as problem:
+            raise NotImplementedError(f"{type(problem).__name__}: {problem}") from problem
+        if plan.kind == "reward":
             getattr(model, HEAD).float()
         if plan.quantization:
             quantise(model, plan.quantization)
@@ -147,15 +178,37 @@ def _with_adapter(model: Any, plan: Outline) -> Any:
 
 
 def shorten(config: Any, layers: int) -> None:
-    """Make a configuration one of fewer layers."""
+    """Make a configuration one of fewer layers, and every list in it that has an entry for each."""
     text = config.get_text_config()
+    whole = text.num_hidden_layers
+    for name, value in list(vars(text).items()):
+        if isinstance(value, list | tuple) and len(value) == whole:
+            vars(text)[name] = value[:layers]
     text.num_hidden_layers = layers
-    if getattr(text, "layer_types", None) and "layer_types" in vars(text):
-        text.layer_types = text.layer_types[:layers]
 
 
 def depth(config: Any) -> int:
     return config.get_text_config().num_hidden_layers
+
+
+def kinds_of_layers(model: Any) -> list[Any]:
+    """What tells each layer from the others: its kind by the configuration, and the names and shapes of its weights.
+
+    Raises:
+        NotImplementedError: the model has no list of as many layers as its configuration says.
+    """
+    whole = depth(model.config)
+    stacks = [one for one in model.modules() if isinstance(one, torch.nn.ModuleList) and len(one) == whole]
+    if not stacks:
+        raise NotImplementedError("no list of layers")
+    types = getattr(model.config.get_text_config(), "layer_types", None) or [None] * whole
+    return [
+        (
+            types[index],
+            *((name, weight.shape) for stack in stacks for name, weight in stack[index].named_parameters()),
+        )
+        for index in range(whole)
+    ]
 
 
 def count(model: Any) -> Parameters:

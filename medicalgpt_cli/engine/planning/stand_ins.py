@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from medicalgpt_cli.engine.model.reward_model import HEAD
+from medicalgpt_cli.engine.model.score_head import HEAD
 
 
 class _Product(torch.autograd.Function):

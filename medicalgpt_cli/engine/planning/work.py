@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from medicalgpt_cli.engine.model.experts import expert_weights, experts_a_token
+from medicalgpt_cli.engine.model.parts import text_modules
 
 _FORWARD, _ATTENTION_BACKWARD = 2, 2.5  # flash attention computes the scores anew: Dao 2023, section 4.1
 
@@ -28,7 +29,7 @@ class Shape:
     adapter: int
     head: int  # weights of the output head
     head_learns: bool
-    attention: int  # layers · heads · head size
+    attention: int  # heads · head size, of all layers
 
 
 def shape_of(model: Any) -> Shape:
@@ -36,7 +37,7 @@ def shape_of(model: Any) -> Shape:
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     head = inner.get_output_embeddings()
     linear = learnt = adapter = 0
-    for name, module in model.named_modules():
+    for name, module in text_modules(model):
         weight = getattr(module, "weight", None)
         if weight is None or weight.dim() != 2 or module is head:
             continue
@@ -52,15 +53,43 @@ def shape_of(model: Any) -> Shape:
         met = weight[0].numel() * experts_a_token(config)
         linear += met
         learnt += met if weight.requires_grad else 0
-    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return Shape(
         linear,
         learnt,
         adapter,
         0 if head is None else head.weight.numel(),
         head is not None and head.weight.requires_grad,
-        config.num_hidden_layers * config.num_attention_heads * size,
+        attention_width(config),
     )
+
+
+# Kinds of layers (`layer_types`) in which no token looks at each of the others.
+_WITHOUT_ATTENTION = ("linear_attention", "conv", "moe", "mlp")
+
+
+def attention_width(config: Any) -> int:
+    """Numbers that a pair of tokens is compared in, of all layers together: heads times their size.
+
+    Layers may have settings of their own, and some have no attention. Where scores and values have heads of different
+    sizes (multi-head latent attention, DeepSeek-V2 2024, section 2.1), their mean counts.
+
+    Args:
+        config: of the text model.
+    """
+    kinds = getattr(config, "layer_types", None) or [None] * config.num_hidden_layers
+    layers = zip(kinds, config.per_layer_config, strict=True)
+    return sum(_heads(layer) for kind, layer in layers if kind not in _WITHOUT_ATTENTION)
+
+
+def _heads(layer: Any) -> int:
+    """Heads times their size of one layer; 0 of a model without attention."""
+    heads = getattr(layer, "num_attention_heads", None)
+    if not heads:
+        return 0
+    if getattr(layer, "v_head_dim", None) and getattr(layer, "qk_rope_head_dim", None):
+        scores = layer.qk_nope_head_dim + layer.qk_rope_head_dim
+        return heads * (scores + layer.v_head_dim) // 2
+    return heads * (getattr(layer, "head_dim", None) or layer.hidden_size // heads)
 
 
 def forward(shape: Shape, tokens: int, pairs: int, projected: int) -> float:

@@ -101,7 +101,7 @@ def save_result(
     else:
         model.save_pretrained(folder.new_model, safe_serialization=True)
     save_tokenizer(tokenizer, folder.new_model)
-    if hasattr(model, "generation_config"):  # a reward model writes nothing
+    if getattr(model, "generation_config", None) is not None:  # a reward model writes nothing
         ends = stop_token_ids(tokenizer, model.generation_config)
         GenerationConfig(
             bos_token_id=tokenizer.bos_token_id, eos_token_id=ends, pad_token_id=tokenizer.pad_token_id

@@ -10,8 +10,8 @@ from transformers import LlamaConfig
 
 from medicalgpt_cli.engine.planning.batches import Item
 from medicalgpt_cli.engine.planning.device import CUDA_CONTEXT
-from medicalgpt_cli.engine.planning.memory import States, cache_bytes, exchange_bytes, sharded, step_bytes
-from medicalgpt_cli.engine.planning.needs import Case, Roles, largest_batch, needs
+from medicalgpt_cli.engine.planning.memory import States, exchange_bytes, sharded, step_bytes
+from medicalgpt_cli.engine.planning.needs import Case, Roles, cache_of, largest_batch, needs
 from medicalgpt_cli.engine.planning.rehearsal import Rows
 from medicalgpt_cli.engine.planning.skeleton import Outline
 from medicalgpt_cli.settings.groups import AdapterSettings
@@ -55,7 +55,8 @@ def test_what_is_gathered_by_hand() -> None:
 
 def test_a_cache_by_hand() -> None:
     """Llama 2 70B, 4,096 positions in 16 bits: 2 · 80 layers · 8 heads · 128 · 4,096 · 2 bytes."""
-    assert cache_bytes(80, 8, 128, 4096, 2) == 1_342_177_280
+    found = cache_of(Outline(llama("70B"), torch.bfloat16), Rows((4096,), 0, True), 0)
+    assert found.total == 1_342_177_280
 
 
 def case(config, tokens: int = 1024, rows: int = 1, tuning: str = "lora", bits=None, **more) -> Case:

@@ -20,8 +20,9 @@ from safetensors.torch import load_file
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from medicalgpt_cli.engine.model.parts import body_of
 from medicalgpt_cli.engine.model.references import ModelReference, ResolvedModel
-from medicalgpt_cli.engine.model.reward_model import HEAD
+from medicalgpt_cli.engine.model.score_head import HEAD
 from medicalgpt_cli.engine.training.losses import log_probabilities
 from medicalgpt_cli.errors import UsageError
 
@@ -147,15 +148,11 @@ class Roles(torch.nn.Module):
             for layer in layers:
                 layer.gradient_checkpointing = layer.training = False
 
-    @property
-    def _body(self) -> Any:
-        return self.policy.get_base_model().base_model
-
     def hidden(self, role: str, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         """Last hidden states (rows · length, width) of token rows as `laid_end_to_end` or `padded_right` lay them."""
         inputs = {name: value for name, value in batch.items() if name != "ends"}
         with self.acting_as(role):
-            return self._body(**inputs, use_cache=False).last_hidden_state.flatten(0, 1)
+            return body_of(self.policy)(**inputs, use_cache=False).last_hidden_state.flatten(0, 1)
 
     def log_probabilities(
         self,
