@@ -21,12 +21,17 @@ def show_result(result: Mapping[str, Any]) -> None:
     table = Table(box=None, pad_edge=False, header_style="dim")
     for name in ("step", "on data not trained on"):
         table.add_column(name)
-    for name in ("before", "after", "95 %"):
+    for name in ("before", "after", "95 %", "difference, 95 %"):
         table.add_column(name, justify="right", no_wrap=True)
     for one in result["figures"]:
         style = {True: "green", False: "red", None: ""}[one["better"]]
         table.add_row(
-            one["step"], Text(one["name"]), one["before"], Text(one["after"], style), one["interval"]
+            one["step"],
+            Text(one["name"]),
+            one["before"],
+            Text(one["after"], style),
+            one["interval"],
+            one["difference"],
         )
     console.print(table)
     console.print(f"report  {result['report']}", soft_wrap=True, markup=False)

@@ -310,10 +310,10 @@ def data_lines(report: Mapping[str, Any]) -> list[str]:
 
 def end_lines(result: Mapping[str, Any]) -> list[str]:
     """Held-out figures before and after, and where the report is."""
-    from medicalgpt_cli.engine.run.summary import part_table
+    from medicalgpt_cli.engine.run.summary import change_text, interval_text, part_table
 
     lines = []
-    before, after = result.get("before") or {}, result.get("after") or {}
+    before, after, change = (result.get(name) or {} for name in ("before", "after", "change"))
     for name, label in (
         ("loss", "held-out loss"),
         ("perplexity", "perplexity"),
@@ -324,11 +324,14 @@ def end_lines(result: Mapping[str, Any]) -> list[str]:
         ("ended", "ended"),
     ):
         if before.get(name) is not None and after.get(name) is not None:
-            interval = ""
-            if name == "reward":
-                interval = f"  (95 %: {after['reward_low']:.4f} to {after['reward_high']:.4f})"
-            lines.append(f"{label:<14} {before[name]:.4f} → {after[name]:.4f}{interval}")
-    head, rows = part_table(before, after)
+            known = []
+            if f"{name}_low" in after:
+                known.append(f"95 %: {interval_text(after[f'{name}_low'], after[f'{name}_high'], 4)}")
+            if change.get(name):
+                known.append(f"difference, 95 %: {change_text(change[name], 4)}")
+            said = f"  ({'; '.join(known)})" if known else ""
+            lines.append(f"{label:<14} {before[name]:.4f} → {after[name]:.4f}{said}")
+    head, rows = part_table(before, after, change)
     for row in rows:
         figures = " · ".join(f"{name} {cell}" for name, cell in zip(head[1:], row[1:], strict=True))
         lines.append(f"{row[0]}: {figures}")

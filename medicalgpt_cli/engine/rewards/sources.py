@@ -13,11 +13,15 @@ from transformers import PreTrainedTokenizerBase
 from medicalgpt_cli.engine.data.prompts import Prompt
 from medicalgpt_cli.engine.data.rendering import render_answer
 from medicalgpt_cli.engine.evaluation.preferences import score_rows
+from medicalgpt_cli.engine.evaluation.statistics import mean_interval, wilson_interval
 from medicalgpt_cli.engine.rewards.rules import answer_format, length_rule, right_option
 from medicalgpt_cli.engine.training import together
 from medicalgpt_cli.engine.training.reward_data import laid_end_to_end, padded_right
 from medicalgpt_cli.errors import UsageError
 from medicalgpt_cli.settings.stages import RlSettings
+
+# Rules that give 1 or 0 and nothing else.
+BINARY = ("right-option", "answer-format")
 
 # Prompts, the answers' texts and their token ids (the end token included), to one number each.
 Reward = Callable[[Sequence[Prompt], Sequence[str], Sequence[Sequence[int]]], list[float]]
@@ -43,11 +47,47 @@ class WeightedReward:
             total = [one + weight * more for one, more in zip(total, self.last[name], strict=True)]
         return total
 
+    def intervals(self, total: Sequence[float]) -> dict[str, float | None]:
+        """95 % intervals of the means of the last call: `reward_low`, `reward_high`, and those of each of `means`.
+
+        A rule that gives 0 or 1 is a share and has Wilson's interval, anything else the bootstrap's; None where that
+        has no spread.
+
+        Args:
+            total: what the last call gave.
+        """
+        ((first, (weight, _)), *others) = self.parts.items()
+        found = _ends("reward", total, weight if first in BINARY and not others else None)
+        for name in self._told_apart():
+            found |= _ends(f"reward_{_key(name)}", self.last[name], 1.0 if name in BINARY else None)
+        return found
+
+    def _told_apart(self) -> list[str]:
+        """The parts that have figures of their own: none where they are one."""
+        return list(self.last) if len(self.parts) > 1 else []
+
+    def per_answer(self) -> dict[str, list[float]]:
+        """What each answer of the last call got by each part, as `means` names them."""
+        return {f"reward_{_key(name)}": self.last[name] for name in self._told_apart()}
+
     def means(self) -> dict[str, float]:
         """The mean of each part of the last call before its weight; none where the parts are one."""
-        if len(self.parts) < 2:
-            return {}
-        return {f"reward_{name.replace(' ', '_')}": sum(one) / len(one) for name, one in self.last.items()}
+        return {name: sum(one) / len(one) for name, one in self.per_answer().items()}
+
+
+def _key(name: str) -> str:
+    return name.replace(" ", "_")
+
+
+def _ends(name: str, values: Sequence[float], right: float | None) -> dict[str, float | None]:
+    """The interval of one mean. `right`: what every right answer is worth where the others are worth 0."""
+    ends: Sequence[float | None] = (None, None)
+    if right:
+        share = wilson_interval(round(sum(values) / right), len(values))
+        ends = sorted(right * end for end in share)
+    elif (found := mean_interval(values)) is not None:
+        ends = found
+    return {f"{name}_low": ends[0], f"{name}_high": ends[1]}
 
 
 def rule_rewards(settings: RlSettings) -> dict[str, tuple[float, Reward]]:

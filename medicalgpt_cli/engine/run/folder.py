@@ -5,6 +5,7 @@ runs/<stage>-<model>-<time>/
   run.json       what went in and what came out (manifest.py)
   metrics.jsonl  one line a log step (metrics.py)
   report.html    the same for people (report.py)
+  before.json    held-out figures before the first step, item by item: numbers and hashes, no text
   checkpoints/   for --resume (checkpoints.py)
   model/         the result
 """
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import datetime
 import itertools
+import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -26,6 +28,7 @@ from medicalgpt_cli.errors import UsageError
 from medicalgpt_cli.settings.fields import options_of
 
 _LOCK = ".lock"
+_ITEMS_BEFORE = "before.json"
 
 
 class RunFolder:
@@ -135,6 +138,15 @@ class RunFolder:
         """Put top-level entries into run.json: data, tokenizer, parents, device, result …"""
         manifest.write(self.manifest, {**self.read(), **parts})
 
+    def keep_items_before(self, items: Mapping[str, Any]) -> None:
+        """Keep what was measured before the first step item by item, for comparing it with the end in pairs."""
+        atomic_write(self.path / _ITEMS_BEFORE, json.dumps(items) + "\n")
+
+    def items_before(self) -> dict[str, Any]:
+        """What was kept; empty where nothing was (a run that an older medgpt began)."""
+        path = self.path / _ITEMS_BEFORE
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
     def finish(self, status: str, result: Mapping[str, Any] | None = None) -> None:
         """Say how the run ended: done, stopped (goes on with --resume) or failed."""
         if status not in manifest.STATUSES:
@@ -184,6 +196,9 @@ class Onlooker(RunFolder):
     """The folder of a run of several processes, for those that do not write."""
 
     def update(self, **_: Any) -> None:
+        return
+
+    def keep_items_before(self, items: Mapping[str, Any]) -> None:
         return
 
     def finish(self, status: str, result: Mapping[str, Any] | None = None) -> None:

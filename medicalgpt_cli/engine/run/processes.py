@@ -23,6 +23,7 @@ from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
 
+from medicalgpt_cli import working_folder
 from medicalgpt_cli.engine.run import manifest
 from medicalgpt_cli.errors import EnvironmentFailure
 from medicalgpt_cli.settings.stages import InferSettings, TrainSettings
@@ -172,12 +173,12 @@ def _start(arguments: Sequence[str], launch: Launch, logs: Sequence[Path]) -> li
         rank = launch.first + number
         open_files = [end.fileno() for end in ends[number]]
         place = {"RANK": str(rank), "LOCAL_RANK": str(number), _CHANNELS: ",".join(map(str, open_files))}
-        environment = {"OMP_NUM_THREADS": threads, **os.environ, **shared, **place}
+        environment = {"OMP_NUM_THREADS": threads, **working_folder.environment(), **shared, **place}
         with log.open("w") as file:
             quiet = {"stdout": subprocess.DEVNULL, "stderr": file} if rank else {}
             children.append(
                 subprocess.Popen(
-                    [sys.executable, "-m", "medicalgpt_cli", *arguments],
+                    working_folder.python("-m", "medicalgpt_cli", *arguments),
                     env=environment,
                     stdin=subprocess.DEVNULL,
                     process_group=0,  # the terminal's Ctrl-C comes to us, and we pass it on once

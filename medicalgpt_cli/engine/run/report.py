@@ -11,7 +11,7 @@ from medicalgpt_cli.engine.run.curves import Line, bars, chart, smoothed
 from medicalgpt_cli.engine.run.files import atomic_write
 from medicalgpt_cli.engine.run.folder import RunFolder
 from medicalgpt_cli.engine.run.page import answer_text, document, duration, escape, table, utc
-from medicalgpt_cli.engine.run.summary import data_parts, length_rows, part_table, source_rows
+from medicalgpt_cli.engine.run.summary import change_text, data_parts, length_rows, part_table, source_rows
 
 # (key of a measurement, what it is called)
 _MEASURES = (
@@ -54,7 +54,8 @@ def _headline(manifest: Mapping[str, Any], records: Sequence[Mapping[str, Any]],
     result = manifest.get("result") or {}
     before = _before(manifest)
     after = result.get("after") or {}
-    cards = [_card(key, label, before.get(key), after.get(key)) for key, label in _MEASURES]
+    change = result.get("change") or {}
+    cards = [_card(key, label, before.get(key), after.get(key), change.get(key)) for key, label in _MEASURES]
     steps = result.get("steps") or max((record.get("step", 0) for record in records), default=0)
     facts = [f"{steps:,} steps" if steps else "", duration(result.get("seconds"))]
     speed = result.get("tokens_per_second") or _mean(metrics.series(records, "target_tokens_per_second"))
@@ -66,13 +67,13 @@ def _headline(manifest: Mapping[str, Any], records: Sequence[Mapping[str, Any]],
         f'<p><span class="status {status}">{status}</span> '
         f'<span class="soft">{escape(" · ".join(filter(None, facts)))}</span></p>'
         f'<p class="soft"><code>{escape(name)}</code></p>'
-        f'<div class="cards">{"".join(cards)}</div>{_by_part(before, after)}</header>'
+        f'<div class="cards">{"".join(cards)}</div>{_by_part(before, after, change)}</header>'
     )
 
 
-def _by_part(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
+def _by_part(before: Mapping[str, Any], after: Mapping[str, Any], change: Mapping[str, Any]) -> str:
     """The held-out figures by source, and for a reward model by which answer is longer."""
-    head, rows = part_table(before, after)
+    head, rows = part_table(before, after, change)
     if not rows:
         return ""
     found = table([_figures(row) for row in rows], _figures(head))
@@ -95,7 +96,9 @@ def _before(manifest: Mapping[str, Any]) -> Mapping[str, float]:
     return result.get("before") or (manifest.get("before") or {}).get("metrics") or {}
 
 
-def _card(key: str, label: str, before: float | None, after: float | None) -> str:
+def _card(
+    key: str, label: str, before: float | None, after: float | None, paired: Mapping[str, Any] | None
+) -> str:
     if before is None and after is None:
         return ""
     change = ""
@@ -105,6 +108,9 @@ def _card(key: str, label: str, before: float | None, after: float | None) -> st
         change = f'<div class="{"good" if percent < 0 else "bad"}">{text}</div>'
     digits = {"perplexity": 2, "answer_tokens": 1}.get(key, 4)
     old = f'<span class="from">{before:,.{digits}f} → </span>' if None not in (before, after) else ""
+    if paired:
+        interval = escape(change_text(paired, digits))
+        change += f'<div class="soft">difference, 95 %: {interval}</div>'
     value = f"{after if after is not None else before:,.{digits}f}"
     figures = f'<div class="name">{label}</div><div class="value">{old}{value}</div>'
     return f'<div class="card">{figures}{change}</div>'

@@ -34,6 +34,38 @@ class DataPart:
     histogram: list[Mapping[str, int]]  # {"from", "to", "count"}: examples by length in tokens
 
 
+def interval_text(low: float | None, high: float | None, digits: int) -> str:
+    """A 95 % interval; where no resample differed from another there is none."""
+    if low is None or high is None:
+        return "no spread"
+    between = " to " if low < 0 else "–"
+    return f"{low:.{digits}f}{between}{high:.{digits}f}".replace("-", "−")
+
+
+def change_text(change: Mapping[str, Any] | None, digits: int, scale: float = 1.0) -> str:
+    """The 95 % interval of a paired difference (`paired_differences`); empty where it was not taken."""
+    if not change:
+        return ""
+    if change["low"] is None:
+        return "no spread"
+    return f"{signed(scale * change['low'], digits)} to {signed(scale * change['high'], digits)}"
+
+
+def signed(value: float, digits: int) -> str:
+    """A difference with its sign."""
+    return f"{value:+.{digits}f}".replace("-", "−")
+
+
+def change_of_part(
+    change: Mapping[str, Any], part: Mapping[str, Any], figure: str
+) -> Mapping[str, Any] | None:
+    """The paired difference of a figure of one part: of a source, or of a source's language."""
+    for one in change.get("parts") or []:
+        if all(one[name] == part.get(name) for name in ("source", "language") if name in one):
+            return one.get(figure)
+    return None
+
+
 def data_parts(report: Mapping[str, Any]) -> list[DataPart]:
     """One entry a part of the data (training, held out), or a single one where there are no parts."""
     named = {name: part for name, part in report.items() if name in _PARTS and isinstance(part, Mapping)}
@@ -70,35 +102,52 @@ def source_rows(report: Mapping[str, Any]) -> list[tuple[str, ...]]:
     ]
 
 
-def part_table(before: Mapping[str, Any], after: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Held-out figures by source, before and after: column names and rows; no rows where there are no parts."""
+def part_table(
+    before: Mapping[str, Any], after: Mapping[str, Any], change: Mapping[str, Any] | None = None
+) -> tuple[list[str], list[list[str]]]:
+    """Held-out figures by source, before and after: column names and rows; no rows where there are no parts.
+
+    Args:
+        change: `paired_differences`, where they were taken.
+    """
+    change = change or {}
+    difference = ["difference, 95 %"] if change.get("parts") else []
     parts = after.get("parts") or []
     if not parts:
         return [], []
     old = {(one["source"], one.get("language")): one for one in before.get("parts") or []}
     rows = []
     if "bits_per_byte" in parts[0]:
-        head = ["held-out text", "language", "bytes", "bits per byte before", "after"]
+        head = ["held-out text", "language", "bytes", "bits per byte before", "after", *difference]
         for one in parts:
             past = old.get((one["source"], one["language"]))
             was = f"{past['bits_per_byte']:.4f}" if past else "–"
             rows.append(
                 [one["source"], one["language"], f"{one['bytes']:,}", was, f"{one['bits_per_byte']:.4f}"]
+                + [change_text(change_of_part(change, one, "bits_per_byte"), 4) for _ in difference]
             )
         return head, rows
     accuracy = ["accuracy before", "after"] if old else ["accuracy"]  # scores of a file have no before
-    head = ["held-out pairs", "pairs", *accuracy, "95 %", "longer wins", "margin", "calibration error"]
+    head = ["held-out pairs", "pairs", *accuracy, "95 %", *difference]
+    head += ["longer wins", "margin", "calibration error"]
     for one in parts:
         past = old.get((one["source"], None))
         was = [f"{100 * past['accuracy']:.1f} %" if past else "–"] if old else []
-        now, interval = f"{100 * one['accuracy']:.1f} %", f"{100 * one['low']:.1f}–{100 * one['high']:.1f}"
+        now, interval = f"{100 * one['accuracy']:.1f} %", percent_interval(one)
         rest = [
+            *(change_text(change_of_part(change, one, "accuracy"), 1, 100) for _ in difference),
             f"{100 * one['longer_wins']:.1f} %",
             f"{one['margin']:.3f}",
             f"{one['calibration_error']:.3f}",
         ]
         rows.append([one["source"], f"{one['pairs']:,}", *was, now, interval, *rest])
     return head, rows
+
+
+def percent_interval(part: Mapping[str, Any]) -> str:
+    """The interval of an accuracy, in percent."""
+    low, high = (None if part[end] is None else 100 * part[end] for end in ("low", "high"))
+    return interval_text(low, high, 1)
 
 
 def length_rows(figures: Mapping[str, Any]) -> list[list[str]]:

@@ -11,13 +11,13 @@ import argparse
 import json
 import shutil
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 from medicalgpt_cli.engine.starter import samples
 from medicalgpt_cli.engine.starter.sources import write_sources
 from medicalgpt_cli.engine.starter.tokenizer import CONTEXT, train_tokenizer
+from medicalgpt_cli.working_folder import environment, python
 
 VOCABULARY = 12_288
 CHINESE_COUNTS = 5  # times as much as English in the tokenizer's training: the corpus has a fifth of it
@@ -125,7 +125,8 @@ def package(work: Path, files: dict[str, list[samples.Row]]) -> None:
 
 
 def medgpt(*arguments: object) -> None:
-    subprocess.run([sys.executable, "-m", "medicalgpt_cli", *map(str, arguments)], check=True)
+    command = python("-m", "medicalgpt_cli", *map(str, arguments))
+    subprocess.run(command, env=environment(), check=True)
 
 
 if __name__ == "__main__":

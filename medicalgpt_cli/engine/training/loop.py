@@ -5,6 +5,7 @@ A stage says what it learns from and how it is measured (`Stage`); `run` does th
 
 from __future__ import annotations
 
+import json
 import time
 from abc import ABC, abstractmethod
 from contextlib import ExitStack
@@ -15,6 +16,7 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainingArguments, set_seed
 
+from medicalgpt_cli.engine.evaluation.paired import PerItem, paired_differences
 from medicalgpt_cli.engine.model.experts import expert_weights
 from medicalgpt_cli.engine.model.loading import choose_device, choose_dtype, load_tokenizer
 from medicalgpt_cli.engine.model.quantization import check_quantization, count_parameters
@@ -60,6 +62,7 @@ class Stage(ABC):
     settings: Any
     data: Any  # what `load_data` gave
     padding_free: bool  # whether batches lie end to end; known once the model is there
+    items_measured: PerItem | None = None  # the last held-out figures, item by item
 
     def __init__(self, settings: TrainSettings, observer: Observer):
         """
@@ -343,11 +346,14 @@ def _train_in(folder: RunFolder, stage: Stage, observer: Observer) -> dict[str, 
     trainer.make_whole()
     if first:
         stage.save(model, folder, after)
+    # As JSON keeps them: what was measured before may have been read from the folder.
+    change = paired_differences(folder.items_before(), json.loads(json.dumps(_items(stage))))
     result = {
         "steps": step,
         "seconds": seconds,
         "before": before["metrics"],
         "after": after["metrics"],
+        **({"change": change} if change else {}),
         **stage.compare(before, after),
     }
     folder.finish("done", result)
@@ -364,8 +370,14 @@ def _measured_before(folder: RunFolder, stage: Stage, model: Any, observer: Obse
     before = together.from_first(folder.read().get("before"))
     if before is None:
         before = stage.measure(model, observer)
+        folder.keep_items_before(_items(stage))
         folder.update(before=before)
     return before
+
+
+def _items(stage: Stage) -> dict[str, Any]:
+    """The last held-out measurement, item by item; empty where nothing is held out."""
+    return stage.items_measured.as_dict() if stage.items_measured else {}
 
 
 def _checkpoint_to_go_on_from(folder: RunFolder, observer: Observer) -> Path | None:

@@ -22,7 +22,12 @@ _LOGITS = 2**25
 
 
 def target_loss(model: torch.nn.Module, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """Sum of -log p(target) over the target positions of a batch, in nats; a scalar with gradient.
+    """Sum of `target_nats`: a scalar with gradient."""
+    return target_nats(model, batch).sum()
+
+
+def target_nats(model: torch.nn.Module, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """-log p(target) at each target position of a batch, row by row, in nats: (targets,), with gradient.
 
     Prompt positions are never projected to the vocabulary: on a 50,000-word vocabulary that projection
     is a third of a small model's work, and its result would be thrown away.
@@ -33,7 +38,7 @@ def target_loss(model: torch.nn.Module, batch: Mapping[str, torch.Tensor]) -> to
     inputs = {name: value for name, value in batch.items() if name not in ("labels", "shift_labels")}
     labels = batch["shift_labels"].flatten()
     positions = (labels != IGNORED).nonzero().squeeze(1)
-    return -log_probabilities(model, inputs, positions, labels[positions])[0].sum()
+    return -log_probabilities(model, inputs, positions, labels[positions])[0]
 
 
 def log_probabilities(

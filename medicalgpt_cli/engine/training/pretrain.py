@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from medicalgpt_cli.engine.data.packing import Block
-from medicalgpt_cli.engine.evaluation.bits_per_byte import text_loss
+from medicalgpt_cli.engine.evaluation.bits_per_byte import text_figures, text_items, window_nats
 from medicalgpt_cli.engine.model.references import ModelReference, ResolvedModel, resolve_models
 from medicalgpt_cli.engine.observer import Observer
 from medicalgpt_cli.engine.planning.batches import Item
@@ -98,10 +98,13 @@ class PretrainStage(Stage):
         return packed(blocks) if self.padding_free else stacked(blocks, pad_id=self.tokenizer.pad_token_id)
 
     def _held_out(self, model: Any, **options: Any) -> dict[str, Any] | None:
+        text = self.data.held_out
         with attention.for_batches(model, self.padding_free):
-            return text_loss(
-                model, self.data.held_out, self._collate, batch_size=self.settings.batch_size, **options
-            )
+            nats = window_nats(model, text, self._collate, batch_size=self.settings.batch_size, **options)
+        if nats is None:
+            return None
+        self.items_measured = text_items(text, nats)
+        return text_figures(text, nats)
 
     def measure(self, model: Any, observer: Observer, known: dict[str, Any] | None = None) -> dict[str, Any]:
         """Held-out bits per byte by source and language; empty where nothing is held out."""

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from medicalgpt_cli.engine.evaluation.preferences import judge, score_pairs
+from medicalgpt_cli.engine.evaluation.preferences import judge, pair_items, score_pairs
 from medicalgpt_cli.engine.model.dropout import use_fast_dropout
 from medicalgpt_cli.engine.model.reward_model import new_reward_model, write_record
 from medicalgpt_cli.engine.observer import Observer
@@ -135,12 +135,10 @@ class RewardStage(Stage):
         if found is None:
             return None
         scores = [*found[0], *found[1]]
-        figures = judge(
-            *found,
-            [pair.margin for pair in pairs],
-            [pair.longer_chosen for pair in pairs],
-            [pair.source for pair in pairs],
-        )
+        margins = [pair.margin for pair in pairs]
+        sources, prompts = [pair.source for pair in pairs], [pair.prompt for pair in pairs]
+        figures = judge(*found, margins, [pair.longer_chosen for pair in pairs], sources, prompts)
+        self.items_measured = pair_items(*found, margins, sources, prompts)
         mean = sum(scores) / len(scores)
         spread = math.sqrt(sum((score - mean) ** 2 for score in scores) / len(scores))
         return {**figures, "score_mean": mean, "score_spread": spread}

@@ -39,6 +39,7 @@ class RenderedPair:
     margin: float
     longer_chosen: bool | None  # by characters; None where both are equally long
     source: str
+    prompt: str  # its hash: pairs of one prompt are alike
 
     @property
     def shared(self) -> int:
@@ -159,7 +160,12 @@ def render_pair(
             counts.add_truncation("oldest exchanges dropped to fit --max-length", pair.at, lost)
     longer = None if len(pair.chosen) == len(pair.rejected) else len(pair.chosen) > len(pair.rejected)
     return RenderedPair(
-        chosen[0] + chosen[1], rejected[0] + rejected[1], pair.margin or 0.0, longer, pair.source
+        chosen[0] + chosen[1],
+        rejected[0] + rejected[1],
+        pair.margin or 0.0,
+        longer,
+        pair.source,
+        prompt_hash(pair.messages),
     )
 
 

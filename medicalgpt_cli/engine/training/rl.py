@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from medicalgpt_cli.engine.evaluation.statistics import mean_interval
+from medicalgpt_cli.engine.evaluation.paired import per_answer
+from medicalgpt_cli.engine.evaluation.statistics import wilson_interval
 from medicalgpt_cli.engine.generation.local import LocalBackend
 from medicalgpt_cli.engine.model.loading import choose_device, choose_dtype, load_tokenizer
 from medicalgpt_cli.engine.model.quantization import check_quantization
@@ -305,15 +306,20 @@ class RlStage(Stage):
             rewards = self.rewards([one.prompt for one in held], rollout.texts, rollout.answers)
         if observer:
             observer.on_task_end(task)
-        low, high = mean_interval(rewards)
+        of_each = {
+            "reward": rewards,
+            **self.rewards.per_answer(),
+            "kl": rollout.kl().tolist(),
+            "answer_tokens": [float(length) for length in rollout.lengths],
+            "ended": rollout.ended.float().tolist(),
+        }
+        self.items_measured = per_answer([one.prompt.hash for one in held], of_each)
+        low, high = wilson_interval(sum(of_each["ended"]), len(held))
         return {
-            "reward": sum(rewards) / len(rewards),
-            "reward_low": low,
-            "reward_high": high,
-            **self.rewards.means(),
-            "kl": float(rollout.kl().mean()),
-            "answer_tokens": sum(rollout.lengths) / len(held),
-            "ended": float(rollout.ended.float().mean()),
+            **{name: sum(values) / len(held) for name, values in of_each.items()},
+            **self.rewards.intervals(rewards),
+            "ended_low": low,
+            "ended_high": high,
             "prompts": len(held),
         }, rollout.texts
 

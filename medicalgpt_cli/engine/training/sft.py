@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from medicalgpt_cli.engine.data.rendering import Example
-from medicalgpt_cli.engine.evaluation.heldout import held_out
+from medicalgpt_cli.engine.evaluation.heldout import example_figures, example_items, example_nats
 from medicalgpt_cli.engine.evaluation.samples import answer_questions, paired_samples
 from medicalgpt_cli.engine.observer import Observer
 from medicalgpt_cli.engine.planning.batches import Item
@@ -85,7 +85,7 @@ class SftStage(Stage):
 
     def _held_out(self, model: Any, **options: Any) -> dict[str, Any] | None:
         with attention.for_batches(model, self.padding_free):
-            return held_out(
+            nats = example_nats(
                 model,
                 self.data.held_out,
                 self.tokenizer,
@@ -93,6 +93,12 @@ class SftStage(Stage):
                 batch_size=self.settings.batch_size,
                 **options,
             )
+        if nats is None:
+            return None
+        self.items_measured = example_items(
+            self.data.held_out, self.data.held_out_questions, nats, self.tokenizer
+        )
+        return example_figures(self.data.held_out, nats, self.tokenizer)
 
     def measure(self, model: Any, observer: Observer, known: dict[str, Any] | None = None) -> dict[str, Any]:
         """Held-out loss and the answers to a few held-out questions; empty where nothing is held out."""

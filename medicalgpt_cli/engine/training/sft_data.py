@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from medicalgpt_cli.engine.data.formats import Conversation, Counts, load_conversations
 from medicalgpt_cli.engine.data.rendering import Example, render_conversation
 from medicalgpt_cli.engine.data.report import describe, fingerprint
-from medicalgpt_cli.engine.data.splitting import split, without_held_out
+from medicalgpt_cli.engine.data.splitting import prompt_key, split, without_held_out
 from medicalgpt_cli.engine.observer import Observer
 from medicalgpt_cli.errors import DataError
 from medicalgpt_cli.settings.stages import SftSettings
@@ -20,6 +20,7 @@ from medicalgpt_cli.settings.stages import SftSettings
 class SftData:
     training: list[Example]
     held_out: list[Example]
+    held_out_questions: list[int]  # which question each of them is about
     questions: list[Conversation]  # held-out conversations, to be answered before and after
     report: dict[str, Any]  # counts and lengths, for the screen and run.json
     fingerprints: dict[str, str]  # of the token ids and masks of both parts
@@ -41,18 +42,23 @@ def load_sft_data(settings: SftSettings, tokenizer: PreTrainedTokenizerBase, obs
         held_counts.read, held_counts.formats = len(held), counts.formats
         counts.read -= len(held)
 
-    def render(conversations: list[Conversation], into: Counts, task: str) -> list[Example]:
+    def render(conversations: list[Conversation], into: Counts, task: str) -> tuple[list[Example], list[int]]:
+        """The examples, and for each the number of its question."""
         examples: list[Example] = []
+        questions: list[int] = []
+        numbers: dict[str, int] = {}
         observer.on_task_start(task, len(conversations), "conversations")
         for number, conversation in enumerate(conversations, 1):
             examples += render_conversation(tokenizer, conversation, settings.max_length, into)
+            question = numbers.setdefault(prompt_key(conversation), len(numbers))
+            questions += [question] * (len(examples) - len(questions))
             if number % 50 == 0 or number == len(conversations):
                 observer.on_task_advance(task, number)
         observer.on_task_end(task)
-        return examples
+        return examples, questions
 
-    examples = render(training, counts, "tokenising training data")
-    held_examples = render(held, held_counts, "tokenising held-out data")
+    examples, _ = render(training, counts, "tokenising training data")
+    held_examples, held_questions = render(held, held_counts, "tokenising held-out data")
     if not examples:
         raise DataError(
             "no training example is left",
@@ -61,6 +67,7 @@ def load_sft_data(settings: SftSettings, tokenizer: PreTrainedTokenizerBase, obs
     return SftData(
         training=examples,
         held_out=held_examples,
+        held_out_questions=held_questions,
         questions=held[: settings.eval_questions],
         report={
             "training": describe(examples, counts, tokenizer, settings.max_length),

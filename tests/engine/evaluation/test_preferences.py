@@ -7,6 +7,7 @@ import math
 import pytest
 
 from medicalgpt_cli.engine.evaluation.preferences import judge
+from medicalgpt_cli.engine.evaluation.statistics import wilson_interval
 from medicalgpt_cli.engine.run.summary import length_rows, part_table
 
 CHOSEN = [2.0, 0.0, 1.0, 1.0, -1.0]
@@ -41,6 +42,22 @@ def test_accuracy_with_a_tie_as_one_half_and_its_interval(figures) -> None:
     half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
     assert (part["low"], part["high"]) == pytest.approx((centre - half, centre + half))
     assert figures["parts"][1]["accuracy"] == 1.0 and figures["parts"][1]["high"] == 1.0
+
+
+def test_pairs_of_one_prompt_are_resampled_together() -> None:
+    """Nine pairs of three prompts: the interval is that of the three, and 100 % right has no spread."""
+    right = [1.0] * 5 + [-1.0] * 4
+    prompts = ["p", "p", "p", "q", "q", "q", "r", "r", "r"]
+    arguments = (right, [0.0] * 9, [0.0] * 9, [None] * 9, ["a"] * 9)
+    part = judge(*arguments, prompts)["parts"][0]
+    assert part["accuracy"] == 5 / 9
+    # Three prompts with 3, 2 and 0 right of 3: the lowest and the highest of 27 resamples are 0 and 1, 1 in 27 each.
+    assert (part["low"], part["high"]) == (0.0, 1.0)
+    alone = judge(*arguments)["parts"][0]
+    assert (alone["low"], alone["high"]) == pytest.approx(wilson_interval(5, 9))
+    sure = judge([1.0] * 9, *arguments[1:], prompts)["parts"][0]
+    assert sure["accuracy"] == 1.0 and sure["low"] is None and sure["high"] is None
+    assert "no spread" in part_table({}, {"parts": [sure]})[1][0]
 
 
 def test_margin_and_what_taking_the_longer_answer_gives(figures) -> None:

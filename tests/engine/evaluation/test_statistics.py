@@ -15,7 +15,9 @@ from medicalgpt_cli.engine.evaluation.statistics import (
     expected_calibration_error,
     mean_interval,
     pearson,
+    ratio_interval,
     reliability_bins,
+    share_interval,
     wilson_interval,
 )
 
@@ -72,9 +74,64 @@ def test_mean_interval_repeats_itself_and_depends_on_seed_and_confidence():
 
 
 def test_mean_interval_of_one_value_and_of_none():
-    assert mean_interval([2.5]) == (2.5, 2.5)
+    assert mean_interval([2.5]) is None
     with pytest.raises(ValueError, match="no values"):
         mean_interval([])
+
+
+@pytest.mark.parametrize("values", [[0.0] * 64, [1.0] * 64, [0.1 + 0.2] * 3, [-1e9] * 2])
+def test_values_that_are_all_the_same_have_no_spread(values):
+    """An interval of width 0 would say that nothing else can come; nobody knows that."""
+    assert mean_interval(values) is None
+    assert mean_interval([*values, values[0] + 1]) is not None
+
+
+def test_ratio_interval_is_that_of_every_possible_resample_of_groups():
+    """Four groups of one to three items with unequal bottoms: 256 resamples, whose quantiles are known."""
+    tops, bottoms = [1.0, 2.0, 0.5, 7.0, 1.0, 3.0, 0.0], [2.0, 1.0, 1.0, 2.0, 5.0, 1.0, 3.0]
+    groups = ["a", "b", "a", "c", "d", "b", "a"]
+    sums = [(1.5, 6.0), (5.0, 2.0), (7.0, 2.0), (1.0, 5.0)]
+    ratios = sorted(
+        sum(top for top, _ in drawn) / sum(bottom for _, bottom in drawn)
+        for drawn in itertools.product(sums, repeat=4)
+    )
+    low, high = ratio_interval(tops, bottoms, groups, 0.8, seed=1, resamples=20000)
+    for found, level in ((low, 0.1), (high, 0.9)):
+        near = sorted(ratios, key=lambda ratio: abs(ratio - np.quantile(ratios, level)))[:12]
+        assert min(near) <= found <= max(near)
+
+
+def test_repeating_items_within_their_groups_says_nothing_new():
+    """Ten copies of each pair of a prompt are no more evidence than one; taken for independent they would seem so."""
+    values = list(np.random.default_rng(2).normal(size=12))
+    copies, groups = [one for one in values for _ in range(10)], [n for n in range(12) for _ in range(10)]
+    assert mean_interval(copies, groups=groups) == pytest.approx(mean_interval(values))
+    alone = mean_interval(copies)
+    together = mean_interval(copies, groups=groups)
+    assert together[1] - together[0] > 2 * (alone[1] - alone[0])
+    assert mean_interval(copies, groups=["one"] * 120) is None
+
+
+def test_the_interval_of_grouped_items_covers_what_it_should():
+    """Of 200 draws of 40 prompts with 1 to 6 answers that share a prompt's luck, some 95 % hold the true mean."""
+    generator = np.random.default_rng(0)
+    covered = {"groups": 0, "alone": 0}
+    for draw in range(200):
+        groups = [n for n in range(40) for _ in range(generator.integers(1, 7))]
+        luck = generator.normal(size=40)
+        values = [luck[n] + 0.3 * generator.normal() for n in groups]
+        for name, known in (("groups", groups), ("alone", None)):
+            low, high = mean_interval(values, groups=known, resamples=200, seed=draw)
+            covered[name] += low <= 0 <= high
+    assert 176 <= covered["groups"] <= 198 and covered["alone"] < 160
+
+
+def test_shares_have_wilsons_interval_and_by_groups_the_bootstrap():
+    assert share_interval([1, 0, 0.5, 1]) == wilson_interval(2.5, 4)
+    assert share_interval([1, 0, 0.5, 1], list("abcd")) == wilson_interval(2.5, 4)
+    assert share_interval([1, 1, 1], list("aab")) is None  # no spread
+    values, groups = [1, 1, 0, 1, 0], list("aabbc")
+    assert share_interval(values, groups) == mean_interval(values, groups=groups)
 
 
 # ---- calibration

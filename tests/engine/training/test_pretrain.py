@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.benchmarks.bits_per_byte_reference import bits_per_byte
 from tests.cli import medgpt, start
-from tests.engine.training.test_sft import assert_same, wait_for, weights
+from tests.engine.training.test_sft import assert_paired, assert_same, wait_for, weights
 from tests.tiny import tiny_model, write_jsonl
 
 QUICK = ("--block-size", "32", "--batch-size", "4", "--learning-rate", "0.01")
@@ -54,6 +54,12 @@ def test_learns_and_tells_bits_per_byte_by_source_and_language(whole, place: Pat
     run, result = whole
     before, after = result["before"], result["after"]
     assert after["bits_per_byte"] < before["bits_per_byte"] / 2
+    assert_paired(result, ("loss", "bits_per_byte"))
+    for part, old, new in zip(result["change"]["parts"], before["parts"], after["parts"], strict=True):
+        expected = new["bits_per_byte"] - old["bits_per_byte"]
+        assert part["language"] == new["language"]
+        assert part["bits_per_byte"]["difference"] == pytest.approx(expected, abs=1e-6)
+        assert part["bits_per_byte"]["high"] < 0
     assert [(one["source"], one["language"]) for one in after["parts"]] == [
         ("valid.jsonl", "en"),
         ("valid.jsonl", "zh"),

@@ -19,7 +19,7 @@ from medicalgpt_cli.engine.observer import Observer
 from medicalgpt_cli.errors import UsageError
 from medicalgpt_cli.settings.stages import RewardSettings
 from tests.cli import medgpt, start
-from tests.engine.training.test_sft import assert_same, losses, wait_for, weights
+from tests.engine.training.test_sft import assert_paired, assert_same, losses, wait_for, weights
 from tests.engine.training.trl_reward_reference import trl_reward_losses
 from tests.tiny import tiny_model, write_jsonl
 
@@ -79,6 +79,10 @@ def test_a_simple_preference_is_learnt(whole) -> None:
     assert after["accuracy"] > 0.95 and after["low"] > 0.8
     assert after["loss"] < before["loss"] / 3
     assert after["pairs"] == 24 and after["margin"] > 2
+    assert_paired(result, ("loss",))
+    (change,) = result["change"]["parts"]
+    assert change["accuracy"]["difference"] == pytest.approx(after["accuracy"] - before["accuracy"])
+    assert 0 < change["accuracy"]["low"] <= change["accuracy"]["high"] and "accuracy" not in result["change"]
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     steps = [line for line in lines if "loss" in line]
     assert [line["step"] for line in steps] == list(range(1, 121))

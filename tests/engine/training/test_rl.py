@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.cli import medgpt, start
-from tests.engine.training.test_sft import assert_same, weights
+from tests.engine.training.test_sft import assert_paired, assert_same, weights
 from tests.tiny import tiny_model, write_jsonl
 
 QUICK = ("--batch-size", "8", "--minibatch-size", "4", "--max-new-tokens", "6", "--learning-rate", "0.005")
@@ -66,6 +66,8 @@ def test_leaves_an_ordinary_adapter_and_a_full_record(whole, place: Path) -> Non
     assert result["before"]["kl"] == 0
     assert result["after"]["kl"] != 0
     assert result["after"]["reward_low"] <= result["after"]["reward"] <= result["after"]["reward_high"]
+    assert result["after"]["ended_low"] <= result["after"]["ended"] <= result["after"]["ended_high"]
+    assert_paired(result, ("reward", "kl", "answer_tokens", "ended"))
     PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(place / "model"), run / "model")
     assert not any("value" in name or "reward" in name for name in weights(run))
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]

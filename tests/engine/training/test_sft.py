@@ -47,6 +47,15 @@ def assert_same(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> N
         assert torch.equal(one[name], two[name]), name
 
 
+def assert_paired(result: dict, names: tuple[str, ...]) -> None:
+    """The paired differences are of the figures beside them, and lie in their intervals."""
+    for name in names:
+        change, before, after = (result[part][name] for part in ("change", "before", "after"))
+        assert change["difference"] == pytest.approx(after - before, abs=1e-6), name
+        if change["low"] is not None:
+            assert change["low"] <= change["difference"] <= change["high"], name
+
+
 @pytest.fixture(scope="module")
 def whole(place: Path) -> tuple[Path, dict]:
     """An uninterrupted run of two epochs with dropout."""
@@ -68,6 +77,8 @@ def test_the_model_learns_and_the_run_folder_is_complete(whole) -> None:
     losses = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in losses if "loss" in line] == list(range(1, 33))
     assert len(result["samples"]) == 3
+    assert_paired(result, ("loss", "bits_per_byte"))
+    assert result["change"]["loss"]["high"] < 0  # every question is answered better
     report = (run / "report.html").read_text()
     assert result["samples"][0]["question"] in report
     assert not list(run.rglob("*.bin"))
@@ -117,6 +128,8 @@ def test_a_killed_run_goes_on_to_the_same_weights(whole, place: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert newest.name in done.stderr  # it says what it left out
     assert_same(weights(place / "killed"), weights(whole[0]))
+    resumed = json.loads((place / "killed" / "run.json").read_text())["result"]
+    assert resumed["change"] == whole[1]["change"]  # what was measured before the kill is compared with
     steps = [
         json.loads(line)["step"] for line in (place / "killed" / "metrics.jsonl").open() if '"loss"' in line
     ]

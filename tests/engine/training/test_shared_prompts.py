@@ -27,14 +27,14 @@ PAD = 2  # also the end of every answer: what is padding is known by its place
 
 
 def pair(prompt: list[int], chosen: list[int], rejected: list[int]) -> RenderedPair:
-    return RenderedPair([*prompt, *chosen, PAD], [*prompt, *rejected, PAD], 0.0, None, "x")
+    return RenderedPair([*prompt, *chosen, PAD], [*prompt, *rejected, PAD], 0.0, None, "x", "p")
 
 
 PAIRS = [
     pair([5, 6, 7, 8, 9, 10, 11], [12, 13], [14]),
     pair([3], [4, 5, 6, 7, 8], [9, 9]),
     pair([3, 4, 5], [6, 7, 8, 9], [6, 7, 10]),  # the answers begin alike
-    RenderedPair([20, 21, PAD], [30, 31, 32, PAD], 0.0, None, "x"),  # nothing in common
+    RenderedPair([20, 21, PAD], [30, 31, 32, PAD], 0.0, None, "x", "p"),  # nothing in common
 ]
 
 
