@@ -41,7 +41,11 @@ QUESTIONS = [
     "感冒发烧39度怎么办？",
     "Check with your doctor if you have any of the following problems. " * 2,
 ]
-ANSWERS = ["The symptoms include thirst, tiredness and weight loss.", "建议多饮水、物理降温，并及时就医。", "Yes. " * 9]
+ANSWERS = [
+    "The symptoms include thirst, tiredness and weight loss.",
+    "建议多饮水、物理降温，并及时就医。",
+    "Yes. " * 9,
+]
 
 
 class Wrong(Exception):
@@ -500,11 +504,17 @@ def preload() -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--only", help="model types, with commas between them")
     parser.add_argument("--checks", default=",".join(CHECKS), help="some of them, with commas between them")
-    parser.add_argument("--json", type=Path, help="read what is known from this file, and keep there what is found")
-    parser.add_argument("--failing", action="store_true", help="run those again that --json has no full row of")
+    parser.add_argument(
+        "--json", type=Path, help="read what is known from this file, and keep there what is found"
+    )
+    parser.add_argument(
+        "--failing", action="store_true", help="run those again that --json has no full row of"
+    )
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     parser.add_argument("--write", action="store_true", help="put the table into docs/models.md")
     asked = parser.parse_args()

@@ -37,13 +37,13 @@ _SIZES: tuple[tuple[str, int], ...] = (
     (r"(num|n)_(local_|routed_)?experts|moe_num_experts", 4),
     (r"num_experts_per_tok(en)?|moe_topk|moe_k|top_k_experts|zero_expert_num", 2),
     (r"(\w*_)?(state_size|d_state|n_state|state_dim)", 8),
-    (r"(sliding_)?window(_size)?|sliding_window_size|attention_window_size|local_attention\w*|keep_window_size", WINDOW),
+    (r"((sliding|attention|keep)_)?window(_size)?|local_attention\w*", WINDOW),
     (r"attention_chunk_size|index_topk|rel_extent|index_block_size", WINDOW),
     (r"(mamba_|ssm_)?chunk_size", 8),
     (r"(\w+_)?(vocab_size)(_\w+)?", 0),  # replaced by the tokenizer's
     (r"max_position_embeddings|n_positions|max_seq_len|max_target_positions|context_length|n_ctx|seq_length", CONTEXT),
     (r"(word_|text_)?embed(ding)?s?_(proj_)?(dim|size)|emb_dim|ple_embed_dim|(in|out)put_embedding_size", HIDDEN),
-    (r"(\w+_)?(hidden_size|hidden_dim)|d_model|n_embd|dim|width|lru_width|d_ssm|mamba_d_ssm|backbone_hidden_size", HIDDEN),
+    (r"(\w+_)?(hidden_size|hidden_dim|width|d_ssm)|d_model|n_embd|dim", HIDDEN),
     (r"\w*(intermediate_size|ffn_dim|ffn_hidden_size|feed_forward_size|_ff|d_inner|n_inner)\w*|dff|d_inner|dim_ff", 96),
 )  # fmt: skip
 _PATTERNS = [(re.compile(pattern), value) for pattern, value in _SIZES]
