@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import bisect
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import pairwise, takewhile
 
 from jinja2.exceptions import TemplateError
 from transformers import GenerationConfig, PreTrainedTokenizerBase
@@ -106,6 +106,24 @@ def stop_token_ids(
     if tokenizer.chat_template:
         found.add(_end_of_turn(tokenizer))
     return sorted(token for token in found if token is not None)
+
+
+@dataclass(frozen=True)
+class AnswerHeader:
+    """What a template's turns hold between the generation prompt and the answer; the model writes it first.
+
+    gpt-oss, for example, is asked behind `<|start|>assistant` and says `<|channel|>final<|message|>` before it answers.
+    """
+
+    text: str  # special tokens spelled out, without spaces around it; "" where the answer comes at once
+    ends_in_space: bool  # whether line ends or spaces behind it belong to the header, too
+    first: int | None  # its first token where that is special: what else begins with it is another channel
+    generation: tuple[int, ...]  # the tokens that a prompt for an answer ends with
+
+
+def answer_header(tokenizer: PreTrainedTokenizerBase) -> AnswerHeader:
+    """The header of this tokenizer's chat template, found by rendering a known answer."""
+    return _known(tokenizer).header
 
 
 def fit_history(
@@ -410,6 +428,7 @@ class _Known:
     takes_system: bool
     end_of_turn: int | None
     special: re.Pattern[str] | None
+    header: AnswerHeader
 
 
 def _known(tokenizer: PreTrainedTokenizerBase) -> _Known:
@@ -425,23 +444,53 @@ def _find_out(tokenizer: PreTrainedTokenizerBase) -> _Known:
     spellings = sorted({one for one in spellings if one}, key=len, reverse=True)
     special = re.compile("|".join(map(re.escape, spellings))) if spellings else None
     if not tokenizer.chat_template:
-        return _Known("", True, tokenizer.eos_token_id, special)
+        return _Known("", True, tokenizer.eos_token_id, special, _NO_HEADER)
 
-    def render(*messages: tuple[str, str]) -> str:
+    def render(*messages: tuple[str, str], generation: bool = False) -> str:
         try:
             return tokenizer.apply_chat_template(
-                [{"role": role, "content": content} for role, content in messages], tokenize=False
+                [{"role": role, "content": content} for role, content in messages],
+                tokenize=False,
+                add_generation_prompt=generation,
             )
         except _TEMPLATE_ERRORS:
             return ""
 
     takes_system = "Zq7" in render(("system", "Zq7"), ("user", "a"))
     # The end of a turn is the first special token behind an answer.
-    behind = render(("user", "a"), ("assistant", "Zq7")).rpartition("Zq7")[2]
+    before, _, behind = render(("user", "a"), ("assistant", "Zq7")).rpartition("Zq7")
     ids = _encode_piece(tokenizer, behind)
     specials = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
     end = next((one for one in ids if one in specials), tokenizer.eos_token_id)
-    return _Known(tokenizer.chat_template, takes_system, end, special)
+    asked, prompt = render(("user", "a")), render(("user", "a"), generation=True)
+    header = _header(tokenizer, asked, prompt, before, specials)
+    return _Known(tokenizer.chat_template, takes_system, end, special, header)
+
+
+_NO_HEADER = AnswerHeader("", False, None, ())
+
+
+def _header(
+    tokenizer: PreTrainedTokenizerBase, asked: str, prompt: str, before: str, specials: Collection[int]
+) -> AnswerHeader:
+    """
+    Args:
+        asked: a rendered question. prompt: the same with the generation prompt behind it.
+        before: what is rendered up to where the answer to it begins.
+    """
+    header = before.removeprefix(prompt) if before.startswith(prompt) else ""
+    if not header.strip():
+        return _NO_HEADER
+    first = _encode_piece(tokenizer, header.strip())[0]
+    generation: list[int] = []
+    if prompt.startswith(asked):
+        # Where the question goes over into the generation prompt, its tokens may be others than alone.
+        pair = (_encode_piece(tokenizer, one)[::-1] for one in (prompt, prompt.removeprefix(asked)))
+        same = takewhile(lambda tokens: tokens[0] == tokens[1], zip(*pair, strict=False))
+        generation = [token for token, _ in same][::-1]
+    return AnswerHeader(
+        header.strip(), header != header.rstrip(), first if first in specials else None, tuple(generation)
+    )
 
 
 def _defuse(tokenizer: PreTrainedTokenizerBase, text: str) -> str:

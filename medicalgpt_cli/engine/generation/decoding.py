@@ -9,6 +9,7 @@ A model whose steps with a cache differ from those without one is decoded withou
 
 from __future__ import annotations
 
+import bisect
 import inspect
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
@@ -27,6 +28,7 @@ from transformers import (
 )
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from medicalgpt_cli.engine.data.rendering import answer_header
 from medicalgpt_cli.engine.observer import Observer
 from medicalgpt_cli.settings.groups import SamplingSettings
 
@@ -77,6 +79,7 @@ class Row:
     streams: bool = False  # whether somebody reads the text of each token
     said: list[int] = field(default_factory=list)
     end: int | None = None
+    begins: int | None = None  # how many of these tokens stand before the answer; None while that is open
 
 
 class Batch:
@@ -359,12 +362,47 @@ def _processors(sampling: SamplingSettings) -> LogitsProcessorList:
     return chain
 
 
-def text_of(tokenizer: PreTrainedTokenizerBase, row: Row) -> str:
-    return tokenizer.decode(row.said, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+def text_of(tokenizer: PreTrainedTokenizerBase, row: Row, *, complete: bool = False) -> str:
+    """The text of an answer so far: behind the header that the chat template puts in front of each.
+
+    Empty while it is open whether a header or the answer comes, and where all that was said stands in another
+    channel than the answer's.
+
+    Args:
+        complete: nothing follows, so that what only might become a header is the answer.
+    """
+    if row.begins is None:
+        row.begins = _where_the_answer_begins(tokenizer, row, complete)
+    if row.begins is None:
+        return ""
+    text = _spelled(tokenizer, row.said[row.begins :], special=False)
+    return text.lstrip() if row.begins and answer_header(tokenizer).ends_in_space else text
+
+
+def _where_the_answer_begins(tokenizer: PreTrainedTokenizerBase, row: Row, complete: bool) -> int | None:
+    header = answer_header(tokenizer)
+    in_template = row.prompt[len(row.prompt) - len(header.generation) :] == list(header.generation)
+    if not header.text or not in_template:
+        return 0
+    whole = _spelled(tokenizer, row.said, special=True).lstrip()
+    channel = header.first is not None and row.said[:1] == [header.first]
+    if header.text in whole if channel else whole.startswith(header.text):
+        return 1 + bisect.bisect_left(
+            range(len(row.said)),
+            True,
+            key=lambda last: header.text in _spelled(tokenizer, row.said[: last + 1], special=True),
+        )
+    is_open = channel or (not complete and header.text.startswith(whole.rstrip("\ufffd").rstrip()))
+    return None if is_open else 0
+
+
+def _spelled(tokenizer: PreTrainedTokenizerBase, ids: list[int], *, special: bool) -> str:
+    return tokenizer.decode(ids, skip_special_tokens=not special, clean_up_tokenization_spaces=False)
 
 
 def answer_of(tokenizer: PreTrainedTokenizerBase, row: Row, reason: str) -> Answer:
-    text = cut_at(text_of(tokenizer, row), row.sampler.stop).rstrip("\ufffd")  # a character cut in half
+    text = text_of(tokenizer, row, complete=True)
+    text = cut_at(text, row.sampler.stop).rstrip("\ufffd")  # a character cut in half
     return Answer(text, list(row.said), reason, len(row.prompt), len(row.said), end=row.end)
 
 

@@ -1,0 +1,544 @@
+"""Every causal architecture that the installed transformers lists, as a tiny random model through all that medgpt does.
+
+    python -m tests.engine.model.architectures                      all, with a line each
+    python -m tests.engine.model.architectures --only mamba,gemma2  some
+    python -m tests.engine.model.architectures --json FILE          keeps what was found
+    python -m tests.engine.model.architectures --write              and puts the table into docs/models.md
+
+Each architecture runs in a process of its own, with a limit of time and memory: one that crashes is one row. What it
+is held against is plain transformers: `forward` of each row alone, and `generate`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import resource
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from medicalgpt_cli.errors import MedgptError
+from tests.engine.model.tiny_architectures import WINDOW, tiny_config
+from tests.tiny import tiny_tokenizer, write_jsonl
+
+CHECKS = ("packed", "padded", "alone", "batch", "served", "lora", "merge", "reward", "rl", "plan")
+LOSS_TOLERANCE = 1e-5  # nats a token, of a row in a batch against that row alone in plain transformers
+TIE = 1e-4  # of logits: greedy answers may part where two tokens are as likely as each other
+SECONDS, BYTES = 240, 12 * 2**30
+NEW_TOKENS = 24
+
+QUESTIONS = [
+    "What are the symptoms of diabetes? " * 3,
+    "感冒发烧39度怎么办？",
+    "Check with your doctor if you have any of the following problems. " * 2,
+]
+ANSWERS = [
+    "The symptoms include thirst, tiredness and weight loss.",
+    "建议多饮水、物理降温，并及时就医。",
+    "Yes. " * 9,
+]
+
+
+class Wrong(Exception):
+    """What was computed is not what plain transformers computes."""
+
+
+# -- the model and its data --------------------------------------------------------------------------------
+
+
+def make_model(model_type: str, folder: Path) -> None:
+    """Write a random model with a tokenizer; every weight counts, also those that the library begins with zeros.
+
+    Raises:
+        Exception: whatever the library says against it.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, GenerationConfig
+
+    tokenizer = tiny_tokenizer("chatml")
+    config = tiny_config(model_type, len(tokenizer), tokenizer.eos_token_id)
+    with torch.device("meta"):
+        size = sum(weight.numel() for weight in AutoModelForCausalLM.from_config(config).parameters())
+    if size > 2e7:
+        raise ValueError(f"{size / 1e6:.0f} million weights")
+    torch.manual_seed(1)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.is_floating_point() and weight.ndim == 1:
+                weight += 0.1 * torch.randn(weight.shape, generator=generator)
+            elif weight.is_floating_point() and weight.ndim > 1 and float(weight.std()) < 0.05:
+                weight.copy_(0.2 * torch.randn(weight.shape, generator=generator))
+    ids = torch.arange(3, 3 + 3 * WINDOW)[None]
+    with torch.no_grad():
+        logits = model(input_ids=ids, use_cache=False).logits
+    if not torch.isfinite(logits).all():
+        raise ValueError("its random weights give no finite logits")
+    end = tokenizer.eos_token_id
+    model.generation_config = GenerationConfig(eos_token_id=end, pad_token_id=end)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def write_data(folder: Path) -> None:
+    """Conversations, pairs and prompts, and others of each to measure on."""
+    for name, opening in (("", ""), ("_dev", "医生您好， ")):
+        asked = [opening + question for question in QUESTIONS]
+        turns = [
+            {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
+            for question, answer in zip(asked, ANSWERS, strict=True)
+        ]
+        pairs = [
+            {"prompt": question, "chosen": answer, "rejected": f"No, {number}."}
+            for number, (question, answer) in enumerate(zip(asked, ANSWERS, strict=True))
+        ]
+        write_jsonl(folder / f"sft{name}.jsonl", turns)
+        write_jsonl(folder / f"pairs{name}.jsonl", pairs)
+        write_jsonl(folder / f"prompts{name}.jsonl", [{"prompt": question} for question in asked])
+
+
+# -- the checks --------------------------------------------------------------------------------------------
+
+
+class Checks:
+    """All checks of one architecture. Each gives a word for the table, or raises."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.notices: list[str] = []
+
+    def run(self, name: str) -> str:
+        return getattr(self, name)()
+
+    def packed(self) -> str:
+        return self._held_out("padding-free")
+
+    def padded(self) -> str:
+        return self._held_out("padded")
+
+    def alone(self) -> str:
+        return self._greedy([[0], [1], [2]])
+
+    def batch(self) -> str:
+        return self._greedy([[2, 0, 1]])
+
+    def served(self) -> str:
+        from medicalgpt_cli.engine.generation.scheduler import Limits, Scheduler
+
+        backend = self._backend()
+        scheduler = Scheduler(backend, Limits())
+        try:
+            done: dict[int, Any] = {}
+            for number, prompt in enumerate(self._prompts(backend)):
+                scheduler.submit(prompt, backend.sampling, _keep(done, number))
+            deadline = time.monotonic() + 60
+            while len(done) < len(QUESTIONS) and time.monotonic() < deadline:
+                time.sleep(0.01)
+        finally:
+            scheduler.close()
+        return self._as_generate([done[number] for number in range(len(QUESTIONS))])
+
+    def lora(self) -> str:
+        """Two updates of sft; the adapter alone has to change the loss."""
+        before, after = self._trained("sft", "sft")
+        if before == after:
+            raise Wrong("two updates changed nothing")
+        return "ok"
+
+    def merge(self) -> str:
+        """Merged weights in plain transformers against base + adapter in plain transformers and PEFT."""
+        import torch
+        from peft import PeftModel
+        from transformers import AutoModelForCausalLM
+
+        from medicalgpt_cli.engine.model.merging import merge
+        from medicalgpt_cli.settings.stages import MergeLoraSettings
+
+        adapter, output = self.folder / "sft", self.folder / "merged"
+        merge(MergeLoraSettings(lora_model=str(adapter), output_dir=output, use_cpu=True), self._observer())
+        ids = torch.tensor([self._prompts(self._backend())[0]])
+        base = AutoModelForCausalLM.from_pretrained(self.folder / "model", dtype=torch.float64)
+        together = PeftModel.from_pretrained(base, adapter / "model").double().eval()
+        merged = AutoModelForCausalLM.from_pretrained(output, dtype=torch.float64).eval()
+        with torch.no_grad():
+            one, other = (model(input_ids=ids, use_cache=False).logits for model in (together, merged))
+        apart = float((one - other).abs().max() / one.abs().max().clamp(min=1))
+        if apart > 1e-3:
+            raise Wrong(f"logits {apart:.1e} apart")
+        return "ok"
+
+    def reward(self) -> str:
+        """Two updates; scores of rows together against each alone."""
+        import torch
+
+        from medicalgpt_cli.engine.model.references import resolve_models
+        from medicalgpt_cli.engine.model.reward_model import load_reward_model
+        from medicalgpt_cli.engine.training import attention
+        from medicalgpt_cli.engine.training.reward_data import laid_end_to_end, padded_right
+        from medicalgpt_cli.settings.groups import ModelSettings
+
+        self._trained("reward", "pairs")
+        resolved = resolve_models(ModelSettings(base_model=str(self.folder / "reward"), use_cpu=True))
+        model = load_reward_model(resolved, torch.float32, torch.device("cpu"))
+        rows = self._prompts(self._backend())
+        apart = attention.is_exact(model)
+        with torch.no_grad():
+            one_by_one = [
+                float(model(input_ids=torch.tensor([row]), ends=torch.tensor([len(row) - 1])).logits)
+                for row in rows
+            ]
+            with attention.for_batches(model, apart):
+                batch = laid_end_to_end(rows) if apart else padded_right(rows, pad_id=0)
+                together = model(**batch).logits.tolist()
+        worst = max(abs(a - b) for a, b in zip(one_by_one, together, strict=True))
+        if worst > 1e-4 * max(1.0, *map(abs, one_by_one)):
+            raise Wrong(f"scores {worst:.1e} apart")
+        return "ok"
+
+    def rl(self) -> str:
+        before, after = self._trained("rl", "prompts")
+        if before == after:
+            raise Wrong("two updates changed nothing")
+        return "ok"
+
+    def plan(self) -> str:
+        """What a stage says about its memory before it loads weights; it need not know, but has to say so."""
+        from medicalgpt_cli.engine.planning.start import before_loading
+
+        self.notices.clear()
+        stage = self._stage("sft", "sft", output_dir=self.folder / "unused")
+        if before_loading(stage, self._observer()) is None:
+            return f"said: {self.notices[-1]}"
+        return "ok"
+
+    # -- parts ---------------------------------------------------------------------------------------------
+
+    def _observer(self) -> Any:
+        from medicalgpt_cli.engine.observer import Observer
+
+        notices = self.notices
+
+        class Listening(Observer):
+            def on_notice(self, text: str) -> None:
+                notices.append(text)
+
+            on_warning = on_notice
+
+        return Listening()
+
+    def _stage(self, name: str, data: str, **options: Any) -> Any:
+        from medicalgpt_cli.engine.training.reward import RewardStage
+        from medicalgpt_cli.engine.training.rl import RlStage
+        from medicalgpt_cli.engine.training.sft import SftStage
+        from medicalgpt_cli.settings.stages import RewardSettings, RlSettings, SftSettings
+
+        settings, stage = {
+            "sft": (SftSettings, SftStage),
+            "reward": (RewardSettings, RewardStage),
+            "rl": (RlSettings, RlStage),
+        }[name]
+        more: dict[str, Any] = {
+            "max_steps": 2,
+            "batch_size": 2,
+            "learning_rate": 0.01,
+            "output_dir": self.folder / name,
+        }
+        if name == "rl":
+            more |= {"minibatch_size": 2, "max_new_tokens": 8, "reward_model": str(self.folder / "reward")}
+        if name == "sft":
+            more |= {"eval_questions": 0}
+        return stage(
+            settings(
+                base_model=str(self.folder / "model"),
+                train_data=(str(self.folder / f"{data}.jsonl"),),
+                eval_data=(str(self.folder / f"{data}_dev.jsonl"),),
+                use_cpu=True,
+                **{**more, **options},
+            ),
+            self._observer(),
+        )
+
+    def _trained(self, name: str, data: str) -> tuple[Any, Any]:
+        """Held-out figures before and after two updates."""
+        from medicalgpt_cli.engine.training.loop import run
+
+        stage = self._stage(name, data)
+        result = run(stage, self._observer())
+        if result["steps"] != 2:
+            raise Wrong(f"{result['steps']} updates of 2")
+        for figures in (result["before"], result["after"]):
+            bad = [key for key, value in figures.items() if isinstance(value, float) and value != value]
+            if bad:
+                raise Wrong(f"{bad[0]} is no number")
+        return result["before"], result["after"]
+
+    def _held_out(self, layout: str) -> str:
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        from medicalgpt_cli.engine.training import attention
+        from medicalgpt_cli.engine.training.batches import IGNORED
+        from medicalgpt_cli.engine.training.losses import target_loss
+
+        stage = self._stage("sft", "sft", layout=layout, output_dir=self.folder / "unused")
+        model = stage.load(self._observer()).eval()
+        stage.padding_free = stage.keeps_apart(model, self._observer())
+        examples = [replace(one, labels=list(one.input_ids)) for one in stage.data.training]
+        assert min(len(one.input_ids) for one in examples) > WINDOW
+        plain = AutoModelForCausalLM.from_pretrained(self.folder / "model", dtype=torch.float32).eval()
+        worst = 0.0
+        with torch.no_grad():
+            for number, example in enumerate(examples):
+                ids = torch.tensor([example.input_ids])
+                logits = plain(input_ids=ids, use_cache=False).logits[0, :-1].float()
+                expected = float(torch.nn.functional.cross_entropy(logits, ids[0, 1:]))
+                others = [
+                    one if place == number else replace(one, labels=[IGNORED] * len(one.labels))
+                    for place, one in enumerate(examples)
+                ]
+                with attention.for_batches(model, stage.padding_free):
+                    found = float(target_loss(model, stage._collate(others))) / (ids.shape[1] - 1)
+                worst = max(worst, abs(found - expected))
+        if worst > LOSS_TOLERANCE:
+            raise Wrong(f"loss {worst:.1e} apart")
+        return "ok" if stage.padding_free == (layout == "padding-free") else "pads"
+
+    def _backend(self) -> Any:
+        if not hasattr(self, "_opened"):
+            from medicalgpt_cli.engine.generation.local import LocalBackend, load_to_answer
+            from medicalgpt_cli.engine.model.loading import load_tokenizer
+            from medicalgpt_cli.engine.model.references import resolve_models
+            from medicalgpt_cli.settings.stages import ChatSettings
+
+            settings = ChatSettings(
+                base_model=str(self.folder / "model"), use_cpu=True, max_new_tokens=NEW_TOKENS
+            )
+            resolved = resolve_models(settings)
+            tokenizer = load_tokenizer(settings, resolved, self._observer())
+            model = load_to_answer(settings, resolved, self._observer())
+            self._opened = LocalBackend(model, tokenizer, settings)
+        return self._opened
+
+    def _prompts(self, backend: Any) -> list[list[int]]:
+        from medicalgpt_cli.engine.data.rendering import encode_prompt
+
+        return [encode_prompt(backend.tokenizer, [{"role": "user", "content": text}]) for text in QUESTIONS]
+
+    def _greedy(self, batches: Sequence[Sequence[int]]) -> str:
+        backend = self._backend()
+        prompts = self._prompts(backend)
+        done: dict[int, Any] = {}
+        for order in batches:
+            backend.answer_batch([prompts[number] for number in order], _placed(done, order))
+        return self._as_generate([done[number] for number in range(len(QUESTIONS))])
+
+    def _as_generate(self, answers: Sequence[Any]) -> str:
+        """Raise where an answer parts from `generate`'s, unless both tokens are as likely as each other."""
+        for prompt, expected, answer in zip(
+            self._prompts(self._backend()), self._expected(), answers, strict=True
+        ):
+            if answer.error:
+                raise Wrong(answer.error)
+            found = [*answer.token_ids, *([] if answer.end is None else [answer.end])]
+            if found == expected:
+                continue
+            place = next(
+                (n for n, (a, b) in enumerate(zip(found, expected, strict=False)) if a != b), len(found)
+            )
+            if place >= min(len(found), len(expected)):
+                raise Wrong(f"{len(found)} tokens, generate has {len(expected)}")
+            apart = self._logits_apart([*prompt, *expected[:place]], expected[place], found[place])
+            if apart > TIE:
+                raise Wrong(f"other tokens from {place + 1} on ({apart:.2g} of logits)")
+        return "ok"
+
+    def _plain(self) -> Any:
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        if not hasattr(self, "_plainly"):
+            self._plainly = AutoModelForCausalLM.from_pretrained(
+                self.folder / "model", dtype=torch.float32
+            ).eval()
+        return self._plainly
+
+    def _expected(self) -> list[list[int]]:
+        """What `generate` says to each prompt alone."""
+        import torch
+
+        if not hasattr(self, "_generated"):
+            self._generated = []
+            for prompt in self._prompts(self._backend()):
+                ids = torch.tensor([prompt])
+                made = self._plain().generate(
+                    ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW_TOKENS, do_sample=False
+                )
+                self._generated.append(made[0, len(prompt) :].tolist())
+        return self._generated
+
+    def _logits_apart(self, ids: list[int], one: int, other: int) -> float:
+        import torch
+
+        with torch.no_grad():
+            logits = self._plain()(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1]
+        return abs(float(logits[one] - logits[other]))
+
+
+def _placed(done: dict[int, Any], order: Sequence[int]) -> Callable[[int, Any], None]:
+    return lambda place, answer: done.__setitem__(order[place], answer)
+
+
+def _keep(done: dict[int, Any], number: int) -> Callable[[str, Any], None]:
+    def keep(_: str, answer: Any) -> None:
+        if answer is not None:
+            done[number] = answer
+
+    return keep
+
+
+# -- one architecture in one process -----------------------------------------------------------------------
+
+
+def examine(model_type: str, wanted: Sequence[str] = CHECKS, *, debug: bool = False) -> dict[str, str]:
+    """What each check says about an architecture: "ok", "pads", "said: …" or "wrong: …".
+
+    An architecture of which no tiny model can be made has `{"made": why not}` alone.
+    """
+    import torch
+    import transformers
+
+    torch.set_num_threads(1)
+    transformers.logging.set_verbosity_error()
+    found: dict[str, str] = {}
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        try:
+            make_model(model_type, folder / "model")
+        except Exception as problem:
+            if debug:
+                traceback.print_exc()
+            return {"made": _one_line(f"{type(problem).__name__}: {problem}")}
+        write_data(folder)
+        checks = Checks(folder)
+        for name in wanted:
+            try:
+                found[name] = checks.run(name)
+            except MedgptError as problem:
+                found[name] = _one_line(f"said: {problem.message}")
+            except Wrong as problem:
+                found[name] = f"wrong: {problem}"
+            except Exception as problem:
+                found[name] = _one_line(f"wrong: {type(problem).__name__}: {problem}")
+                if debug:
+                    traceback.print_exc()
+        found["notices"] = " | ".join(dict.fromkeys(checks.notices))
+    return found
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())[:200]
+
+
+def apart(model_type: str, wanted: Sequence[str] = CHECKS, *, debug: bool = False) -> dict[str, str]:
+    """`examine` in a process forked from this one, within a limit of time and memory."""
+    began = time.monotonic()
+    with tempfile.NamedTemporaryFile("w+") as answer:
+        child = os.fork()
+        if child == 0:
+            with contextlib.suppress(BaseException):
+                _examine_into(model_type, wanted, answer.name, debug)
+            os._exit(0)
+        status = os.waitpid(child, 0)[1]
+        text = answer.read()
+    if text:
+        found = json.loads(text)
+    elif os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGALRM:
+        found = {"made": f"it took more than {SECONDS} s"}
+    else:
+        found = {"made": f"its process ended with status {status}"}
+    return {**found, "seconds": f"{time.monotonic() - began:.0f}"}
+
+
+def _examine_into(model_type: str, wanted: Sequence[str], path: str, debug: bool) -> None:
+    signal.alarm(SECONDS)
+    resource.setrlimit(resource.RLIMIT_AS, (BYTES, BYTES))
+    if not debug:
+        quiet = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(quiet, 1)
+        os.dup2(quiet, 2)
+    found = examine(model_type, wanted, debug=debug)
+    Path(path).write_text(json.dumps(found), encoding="utf-8")
+
+
+def architectures() -> list[str]:
+    """The model types of every causal architecture that the installed transformers lists."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    return list(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+
+
+def preload() -> None:
+    """What each process would import: forked processes have it already."""
+    import peft  # noqa: F401
+    from transformers import AutoModelForCausalLM  # noqa: F401
+
+    import medicalgpt_cli.engine.generation.scheduler
+    import medicalgpt_cli.engine.model.merging
+    import medicalgpt_cli.engine.planning.plan
+    import medicalgpt_cli.engine.training.reward
+    import medicalgpt_cli.engine.training.rl
+    import medicalgpt_cli.engine.training.sft  # noqa: F401
+
+
+# -- the table ---------------------------------------------------------------------------------------------
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--only", help="model types, with commas between them")
+    parser.add_argument("--checks", default=",".join(CHECKS), help="some of them, with commas between them")
+    parser.add_argument(
+        "--json", type=Path, help="read what is known from this file, and keep there what is found"
+    )
+    parser.add_argument(
+        "--failing", action="store_true", help="run those again that --json has no full row of"
+    )
+    parser.add_argument("--debug", action="store_true", help="show tracebacks")
+    parser.add_argument("--write", action="store_true", help="put the table into docs/models.md")
+    asked = parser.parse_args()
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    preload()
+    known: dict[str, Any] = {}
+    if asked.json and asked.json.exists():
+        known = json.loads(asked.json.read_text(encoding="utf-8"))
+    names = asked.only.split(",") if asked.only else architectures()
+    if asked.failing:
+        names = [name for name in names if name not in known or bad(known[name])]
+    for name in names:
+        found = apart(name, asked.checks.split(","), debug=asked.debug)
+        known[name] = found if "made" in found else {**known.get(name, {}), **found}
+        print(name, json.dumps(known[name], ensure_ascii=False), flush=True)
+        if asked.json:
+            asked.json.write_text(json.dumps(known, indent=1, ensure_ascii=False), encoding="utf-8")
+
+
+def bad(row: dict[str, str]) -> list[str]:
+    """The checks of a row that found something wrong."""
+    return [name for name in CHECKS if row.get(name, "").startswith("wrong")]
+
+
+if __name__ == "__main__":
+    main()
+    sys.stdout.flush()
