@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import bisect
 import re
-from collections.abc import Collection, Sequence
+import unicodedata
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise, takewhile
 
 from jinja2.exceptions import TemplateError
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import AddedToken, GenerationConfig, PreTrainedTokenizerBase
 
 from medicalgpt_cli.engine.data.formats import Conversation, Counts, Message
 from medicalgpt_cli.engine.model.template_check import check_rendered
@@ -50,8 +51,8 @@ class Example:
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> list[int]:
     """Token ids of a conversation up to where the model's answer begins.
 
-    Spellings of special tokens inside a message are encoded as plain text: a patient who types
-    `<|im_end|>` ends no turn.
+    Spellings of control tokens inside a message are encoded as plain text: a patient who types
+    `<|im_end|>` ends no turn, and one who types `<think>` opens no reasoning (`_Control`).
 
     Raises:
         UsageError: the tokenizer has no chat template, or the template refuses the conversation.
@@ -63,13 +64,22 @@ def encode_raw(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """Token ids of plain text, with the start token where the tokenizer sets one."""
     start = tokenizer("")["input_ids"][:1]
     end = [tokenizer.eos_token_id]
-    return ([] if start == end else start) + _encode(tokenizer, _defuse(tokenizer, text))
+    return ([] if start == end else start) + _encode(
+        tokenizer, _defuse(tokenizer, text, _known(tokenizer).asked)
+    )
 
 
 def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
-    """Token ids of plain texts, without a start token; spellings of special tokens are plain text."""
-    special = _known(tokenizer).special
-    odd = {index for index, text in enumerate(texts) if _GUARD in text or (special and special.search(text))}
+    """Token ids of plain texts, without a start token; spellings of special tokens are plain text.
+
+    Other tokens that were added stay tokens: nobody asks in a document, and the model has learnt it with them.
+    """
+    special = _known(tokenizer).written
+    odd = {
+        index
+        for index, text in enumerate(texts)
+        if _GUARD in text or (special.spelling and special.spelling.search(text))
+    }
     plain = [text for index, text in enumerate(texts) if index not in odd]
     encoded = iter(
         tokenizer(plain, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
@@ -77,7 +87,7 @@ def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> li
         else []
     )
     return [
-        _encode(tokenizer, _defuse(tokenizer, text)) if index in odd else next(encoded)
+        _encode(tokenizer, _defuse(tokenizer, text, special)) if index in odd else next(encoded)
         for index, text in enumerate(texts)
     ]
 
@@ -274,7 +284,8 @@ def _turn(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> _T
         # The generation prompt says more than the rendered history (an empty reasoning block, say):
         # what the model has to say after it is the answer itself.
         other_header = True
-        target = _encode(tokenizer, _defuse(tokenizer, _behind_header(prompt_text, messages[-1]["content"])))
+        answer = _behind_header(prompt_text, messages[-1]["content"])
+        target = _encode(tokenizer, _defuse(tokenizer, answer, _known(tokenizer).answered))
     if end in target:
         target = target[: target.index(end) + 1]
     else:
@@ -390,7 +401,16 @@ def _render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], *, 
         )
     if _folds_system(tokenizer, messages):
         messages = _fold_system(messages)
-    plain = [{"role": one["role"], "content": _defuse(tokenizer, one["content"])} for one in messages]
+    known = _known(tokenizer)
+    plain = [
+        {
+            "role": one["role"],
+            "content": _defuse(
+                tokenizer, one["content"], known.answered if one["role"] == "assistant" else known.asked
+            ),
+        }
+        for one in messages
+    ]
     try:
         text = tokenizer.apply_chat_template(plain, tokenize=False, add_generation_prompt=generation)
     except _TEMPLATE_ERRORS:
@@ -421,13 +441,44 @@ def _end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
 
 
 @dataclass(frozen=True)
+class _Control:
+    """Tokens whose spellings are plain text, whoever types them.
+
+    loose: the tokenizer looks for some of them behind its normaliser, so that other spellings become one, too
+    (`＜think＞` where it folds full width, `<THINK>` where it lowers).
+    """
+
+    ids: frozenset[int]
+    spelling: re.Pattern[str] | None
+    loose: bool
+
+    @classmethod
+    def of(cls, tokenizer: PreTrainedTokenizerBase, ids: Collection[int]) -> _Control:
+        tokens = [tokenizer.added_tokens_decoder[number] for number in ids]
+        # A single character cannot be taken apart: it means itself, as a token or as text.
+        spellings = sorted({one.content for one in tokens if len(one.content) > 1}, key=len, reverse=True)
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        loose = getattr(backend, "normalizer", None) is not None and any(one.normalized for one in tokens)
+        pattern = re.compile("|".join(map(re.escape, spellings))) if spellings else None
+        # Any text may hold what the vocabulary lacks; that is no mark.
+        return cls(frozenset(ids) - {tokenizer.unk_token_id}, pattern, loose)
+
+
+@dataclass(frozen=True)
 class _Known:
-    """What a template does, found by using it, so that no list of model families is needed."""
+    """What a template does, found by using it, so that no list of model families is needed.
+
+    written: control tokens for a document, the special ones. asked: for what users, systems and tools say, every
+    added token that is no word. answered: for what an assistant says, the special ones and the marks of turns;
+    its reasoning and its calls are its own.
+    """
 
     template: str
     takes_system: bool
     end_of_turn: int | None
-    special: re.Pattern[str] | None
+    written: _Control
+    asked: _Control
+    answered: _Control
     header: AnswerHeader
 
 
@@ -440,11 +491,13 @@ def _known(tokenizer: PreTrainedTokenizerBase) -> _Known:
 
 
 def _find_out(tokenizer: PreTrainedTokenizerBase) -> _Known:
-    spellings = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
-    spellings = sorted({one for one in spellings if one}, key=len, reverse=True)
-    special = re.compile("|".join(map(re.escape, spellings))) if spellings else None
+    added = tokenizer.added_tokens_decoder
+    special = {number for number, token in added.items() if token.special}
     if not tokenizer.chat_template:
-        return _Known("", True, tokenizer.eos_token_id, special, _NO_HEADER)
+        asked = special | {number for number, token in added.items() if not _is_word(token.content, "")}
+        written = _Control.of(tokenizer, special)
+        controls = (written, _Control.of(tokenizer, asked), written)
+        return _Known("", True, tokenizer.eos_token_id, *controls, _NO_HEADER)
 
     def render(*messages: tuple[str, str], generation: bool = False) -> str:
         try:
@@ -456,26 +509,27 @@ def _find_out(tokenizer: PreTrainedTokenizerBase) -> _Known:
         except _TEMPLATE_ERRORS:
             return ""
 
+    asked, answered = _control_ids(added, special, render)
     takes_system = "Zq7" in render(("system", "Zq7"), ("user", "a"))
     # The end of a turn is the first special token behind an answer.
     before, _, behind = render(("user", "a"), ("assistant", "Zq7")).rpartition("Zq7")
     ids = _encode_piece(tokenizer, behind)
-    specials = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
-    end = next((one for one in ids if one in specials), tokenizer.eos_token_id)
-    asked, prompt = render(("user", "a")), render(("user", "a"), generation=True)
-    header = _header(tokenizer, asked, prompt, before, specials)
-    return _Known(tokenizer.chat_template, takes_system, end, special, header)
+    end = next((one for one in ids if one in special), tokenizer.eos_token_id)
+    controls = (_Control.of(tokenizer, some) for some in (special, asked, answered))
+    question, prompt = render(("user", "a")), render(("user", "a"), generation=True)
+    header = _header(tokenizer, question, prompt, before, special)
+    return _Known(tokenizer.chat_template, takes_system, end, *controls, header)
 
 
 _NO_HEADER = AnswerHeader("", False, None, ())
 
 
 def _header(
-    tokenizer: PreTrainedTokenizerBase, asked: str, prompt: str, before: str, specials: Collection[int]
+    tokenizer: PreTrainedTokenizerBase, question: str, prompt: str, before: str, specials: Collection[int]
 ) -> AnswerHeader:
     """
     Args:
-        asked: a rendered question. prompt: the same with the generation prompt behind it.
+        question: a rendered question. prompt: the same with the generation prompt behind it.
         before: what is rendered up to where the answer to it begins.
     """
     header = before.removeprefix(prompt) if before.startswith(prompt) else ""
@@ -483,9 +537,9 @@ def _header(
         return _NO_HEADER
     first = _encode_piece(tokenizer, header.strip())[0]
     generation: list[int] = []
-    if prompt.startswith(asked):
+    if prompt.startswith(question):
         # Where the question goes over into the generation prompt, its tokens may be others than alone.
-        pair = (_encode_piece(tokenizer, one)[::-1] for one in (prompt, prompt.removeprefix(asked)))
+        pair = (_encode_piece(tokenizer, one)[::-1] for one in (prompt, prompt.removeprefix(question)))
         same = takewhile(lambda tokens: tokens[0] == tokens[1], zip(*pair, strict=False))
         generation = [token for token, _ in same][::-1]
     return AnswerHeader(
@@ -493,11 +547,83 @@ def _header(
     )
 
 
-def _defuse(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
-    """Put a guard inside every spelling of a special token, so that the tokenizer does not see it as one."""
-    special = _known(tokenizer).special
-    text = text.replace(_GUARD, _GUARD + _OWN)
-    return special.sub(lambda match: match[0][0] + _GUARD + match[0][1:], text) if special else text
+def _control_ids(
+    added: Mapping[int, AddedToken], special: set[int], render: Callable[..., str]
+) -> tuple[set[int], set[int]]:
+    """Which added tokens are no content: in what others say, and in what an assistant says.
+
+    A mark of a turn is written by the template itself: around a later question, or else around turns without a closing
+    twin. `<think>` and `</think>` are twins, which some templates write as well, and belong to what is said.
+    """
+    first = (("user", "Zq7"), ("assistant", "Zq7"))
+    before, after = render(*first), render(*first, ("user", "Zq7"))
+    later = after.removeprefix(before) if after.startswith(before) else ""
+    around = [render(("system", "Zq7"), *first[:1]), render(*first[:1], generation=True), before, later]
+    scaffold = "".join(around)
+    spelt = {token.content for token in added.values()}
+    asked, answered = set(special), set(special)
+    for number, token in added.items():
+        if number in special or _is_word(token.content, scaffold):
+            continue
+        asked.add(number)
+        if token.content in later or (token.content in scaffold and not _has_twin(token.content, spelt)):
+            answered.add(number)
+    return asked, answered
+
+
+# What words are made of beside letters, digits and spaces; brackets, bars and underscores are marks.
+_OF_WORDS = frozenset("-–—'‘’“”\".,;:!?/%+±×·°℃℉µ▁，。；：！？、（）()…")
+
+
+def _is_word(spelling: str, scaffold: str) -> bool:
+    """Whether an added token is content, such as a domain's words or runs of spaces, and no control token.
+
+    What `medgpt vocabulary` adds stands in the vocabulary itself and is none of the added tokens. Others add words as
+    such tokens, too. By its form, a word has letters, digits, spaces and the punctuation of prose. One with punctuation
+    that the template writes itself (`USER:`) is a mark all the same.
+
+    Args:
+        scaffold: what the template writes around messages.
+    """
+    marks = {
+        one
+        for one in spelling
+        if not (one.isalnum() or one.isspace() or unicodedata.category(one).startswith("M"))
+    }
+    return not marks or (marks <= _OF_WORDS and spelling not in scaffold)
+
+
+def _has_twin(spelling: str, others: Collection[str]) -> bool:
+    """Whether a token opens what another one closes, or closes what it opens: `<x>` and `</x>`, `[X]` and `[/X]`."""
+    twin = spelling[0] + spelling[2:] if spelling[1:2] == "/" else spelling[0] + "/" + spelling[1:]
+    return twin in others
+
+
+def _defuse(tokenizer: PreTrainedTokenizerBase, text: str, control: _Control) -> str:
+    """Put a guard inside every spelling of a control token, so that the tokenizer does not see it as one."""
+    text, before = text.replace(_GUARD, _GUARD + _OWN), ""
+    while control.spelling and text != before:  # again, where taking one apart has left another one
+        before, text = text, control.spelling.sub(lambda match: match[0][0] + _GUARD + match[0][1:], text)
+    while control.loose and (places := _places(tokenizer, text, control)):
+        for place in reversed(places):
+            text = text[:place] + _GUARD + text[place:]
+    return text
+
+
+def _places(tokenizer: PreTrainedTokenizerBase, text: str, control: _Control) -> list[int]:
+    """Where a guard takes apart what the tokenizer still sees as a control token, behind its normaliser."""
+    found, begin = [], 0
+    for piece in text.split(_GUARD):
+        shown = _GUARD + piece[1:] if piece.startswith(_OWN) else piece
+        options = {"add_special_tokens": False, "return_offsets_mapping": True, "verbose": False}
+        encoded = tokenizer(shown, **options) if shown else {"input_ids": [], "offset_mapping": []}
+        for token, (start, end) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True):
+            if token in control.ids:
+                inside = (k for k in range(start + 1, end) if shown[start:k].strip() and shown[k:end].strip())
+                place = next(inside, None)
+                found += [] if place is None else [begin + place]
+        begin += len(piece) + len(_GUARD)
+    return found
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
