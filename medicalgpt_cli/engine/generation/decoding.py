@@ -29,6 +29,7 @@ from transformers import (
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from medicalgpt_cli.engine.data.rendering import answer_header
+from medicalgpt_cli.engine.model.longrope import switches
 from medicalgpt_cli.engine.observer import Observer
 from medicalgpt_cli.settings.groups import SamplingSettings
 
@@ -81,6 +82,11 @@ class Row:
     end: int | None = None
     begins: int | None = None  # how many of these tokens stand before the answer; None while that is open
 
+    @property
+    def tokens(self) -> list[int]:
+        """Prompt and answer so far."""
+        return self.prompt + self.said
+
 
 class Batch:
     """Rows that are decoded together.
@@ -103,16 +109,18 @@ class Batch:
     ):
         self.model, self.tokenizer, self.stop_ids, self.rows = model, tokenizer, stop_ids, list(rows)
         self.device = model.get_input_embeddings().weight.device
-        longest = max(len(row.prompt) for row in rows)
+        texts = [row.tokens for row in rows]
+        longest = max(map(len, texts))
         pad = tokenizer.pad_token_id
-        padded = [(longest - len(row.prompt), row.prompt) for row in rows]
-        self.fed = torch.tensor([[pad] * spare + prompt for spare, prompt in padded], device=self.device)
+        padded = [(longest - len(text), text) for text in texts]
+        self.fed = torch.tensor([[pad] * spare + text for spare, text in padded], device=self.device)
         self.mask = torch.tensor(
-            [[0] * spare + [1] * len(prompt) for spare, prompt in padded], device=self.device
+            [[0] * spare + [1] * len(text) for spare, text in padded], device=self.device
         )
         self.positions = (self.mask.cumsum(-1) - 1).clamp(min=0)
-        self.cache = DynamicCache(config=model.config) if cached else None
+        self.cache: Any = DynamicCache(config=model.config) if cached else None
         self.takes = _arguments(model)
+        self.switches = switches(model)
 
     @property
     def width(self) -> int:
@@ -151,7 +159,7 @@ class Batch:
     def scores(self) -> torch.Tensor:
         """Scores of each row's next token, (rows, vocabulary), in fp32."""
         if self.cache is None:
-            return torch.cat([uncached_scores(self.model, row.prompt + row.said) for row in self.rows])
+            return torch.cat([uncached_scores(self.model, row.tokens) for row in self.rows])
         return self._forward(self.fed, self.mask, self.positions)
 
     def take(self, logits: torch.Tensor) -> list[tuple[Row, str, str | None]]:
@@ -172,6 +180,17 @@ class Batch:
             self.fed = torch.tensor([[row.said[-1]] for row in self.rows], device=self.device)
             self.mask = torch.cat([self.mask, self.mask.new_ones(len(self.rows), 1)], dim=-1)
         return found
+
+    def take_outdated(self) -> list[Row]:
+        """Rows that leave because the cache has become wrong for them: they have to be read anew, in another batch.
+
+        Their next token makes them longer than the context of a model that has other positions for longer texts.
+        """
+        if self.cache is None:
+            return []
+        outdated = [row for row in self.rows if row.said and len(row.tokens) - 1 in self.switches]
+        self.drop(outdated)
+        return outdated
 
     def drop(self, gone: Collection[Row]) -> None:
         """Take rows out between two steps."""
@@ -198,6 +217,8 @@ class Batch:
             given |= {"cache_params": self.cache, "attention_mask": mask if ids.shape == mask.shape else None}
         if "logits_to_keep" in self.takes:
             given["logits_to_keep"] = 1
+        if self.switches:  # a piece of a long prompt does not show how long it is
+            given["text_lengths"] = torch.tensor([[len(row.tokens)] for row in self.rows], device=self.device)
         return self.model(**given).logits[:, -1].float()
 
     def _add(self, row: Row, token: int) -> str | None:
@@ -296,7 +317,7 @@ def _probe_cache(model: Any, tokenizer: PreTrainedTokenizerBase) -> bool:
 
 def _as_read_anew(batch: Batch, scores: torch.Tensor) -> bool:
     """Whether `scores` are those of reading each row anew. Row by row: one must not hide another."""
-    anew = torch.cat([uncached_scores(batch.model, row.prompt + row.said) for row in batch.rows])
+    anew = torch.cat([uncached_scores(batch.model, row.tokens) for row in batch.rows])
     slack = _ROUNDING.get(next(batch.model.parameters()).dtype, _HALF_PRECISION_ROUNDING)
     return bool(((scores - anew).norm(dim=-1) <= slack * anew.norm(dim=-1)).all())
 

@@ -200,9 +200,14 @@ class LocalBackend:
         if not rows:
             return
         with attention.own(self.model):
-            batch = self.batch(rows)
-            while batch.rows:
-                yield from batch.step()
+            batches = [self.batch(rows)]
+            while batches:
+                for batch in list(batches):
+                    yield from batch.step()
+                    outdated = batch.take_outdated()
+                    if outdated:
+                        batches.append(self.batch(outdated))
+                batches = [batch for batch in batches if batch.rows]
 
 
 def context_length(model: Any, sampling: SamplingSettings) -> int:

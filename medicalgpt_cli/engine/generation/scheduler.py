@@ -282,6 +282,9 @@ class Scheduler:
         except Exception as problem:
             self._broken(lane, batch, problem)
             return
+        outdated = batch.take_outdated()
+        if outdated:
+            lane.reading.append(self.backend.batch(outdated))
         if not batch.rows:
             lane.running.remove(batch)
         now = time.monotonic()

@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from medicalgpt_cli.engine import starter
 from medicalgpt_cli.engine.model.experts import has_experts
+from medicalgpt_cli.engine.model.longrope import choose_by_text
 from medicalgpt_cli.engine.model.quantization import (
     check_quantization,
     compute_alike,
@@ -284,6 +285,7 @@ def load_base(
         check_numbers_in(base.name, files)
     else:
         check_numbers(base.name, loaded, dtype)
+    choose_by_text(loaded)
     if quantised:
         compute_alike(loaded)
     return loaded if gpus > 1 or quantised else _to_device(loaded, device)
@@ -329,7 +331,7 @@ def _new_model(resolved: ResolvedModel, dtype: torch.dtype) -> Any:
     """
     with _explained_config(Path(resolved.base.path)):
         config = config_of_new_model(resolved)
-        return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+        return choose_by_text(AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False))
 
 
 def config_of_new_model(resolved: ResolvedModel) -> Any:

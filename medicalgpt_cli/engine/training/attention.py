@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
+from medicalgpt_cli.engine.model.longrope import switches
+
 NAME = "medgpt_padding_free"
 # Keywords that travel to the attention function without changing what it computes. Any other one may: a cap on the
 # scores, sinks, a bias, chosen tokens.
@@ -262,9 +264,12 @@ def hindrance(model: PreTrainedModel, tolerance: float = 1e-3) -> str | None:
 def borrows_prefixes(model: PreTrainedModel, tolerance: float = 1e-3) -> bool:
     """Whether `model` makes the same of two examples with one beginning when that is computed only once.
 
-    False for what `is_exact` refuses, for models with sliding windows, and for the library's own attention.
+    False for what `is_exact` refuses, for models with sliding windows, for those in which the beginning depends on the
+    length of the whole, and for the library's own attention.
     """
-    return _chosen(model)[0] == NAME and _difference(model, tolerance, shared=4) is None
+    if _chosen(model)[0] != NAME or switches(model):
+        return False
+    return _difference(model, tolerance, shared=4) is None
 
 
 @torch.no_grad()
