@@ -20,6 +20,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 
 from medicalgpt_cli.engine.model.adapters import target_layers
 from medicalgpt_cli.engine.model.loading import choose_device, choose_dtype, config_of, load_base
+from medicalgpt_cli.engine.model.merged_weights import fold
 from medicalgpt_cli.engine.model.parts import body_of
 from medicalgpt_cli.engine.model.references import ModelReference, ResolvedModel
 from medicalgpt_cli.engine.model.score_head import HEAD, class_with_head
@@ -49,7 +50,7 @@ def new_reward_model(settings: RewardSettings, resolved: ResolvedModel, observer
         _new_head(model)
     if full:
         if resolved.adapter is not None:
-            model = _with_adapter(model, settings, resolved.adapter).merge_and_unload()
+            model, _ = fold(_with_adapter(model, settings, resolved.adapter))
             observer.on_notice("the adapter was merged into the weights, which are all trained")
         return model.requires_grad_(True)
     if resolved.adapter is None:
