@@ -70,6 +70,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "activation_sparsity_pattern": [0.0] * 4,
         "laurel_rank": 8,
     },
+    "gemma3_text": {},
     "gemma4_text": {
         **_ALTERNATING,
         "sliding_window": 8,

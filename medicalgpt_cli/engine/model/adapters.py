@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from transformers.pytorch_utils import Conv1D
 
-from medicalgpt_cli.engine.model.experts import expert_weights, layers_beside_experts
+from medicalgpt_cli.engine.model.experts import block_of, blocks_with_experts
+from medicalgpt_cli.engine.model.parts import beside_text, text_modules
+from medicalgpt_cli.engine.model.score_head import HEAD
 from medicalgpt_cli.errors import UsageError
 from medicalgpt_cli.settings.fields import did_you_mean
 from medicalgpt_cli.settings.groups import AdapterSettings
@@ -37,7 +41,7 @@ def lora_config(model: Any, adapter: AdapterSettings, new_rows: Sequence[int] = 
         r=adapter.lora_rank,
         lora_alpha=adapter.lora_alpha,
         lora_dropout=adapter.lora_dropout,
-        target_modules=target_layers(model, adapter.target_modules),
+        target_modules=target_layers(model, adapter.target_modules).layers,
         use_dora=adapter.dora,
         use_rslora=adapter.rslora,
         task_type="CAUSAL_LM",
@@ -111,27 +115,131 @@ def save_adapter(model: Any, folder: Path, base: str) -> None:
     (folder / "README.md").unlink(missing_ok=True)  # PEFT's model card template says nothing
 
 
-def target_layers(model: Any, named: tuple[str, ...]) -> str | list[str]:
-    """The layers of `--target-modules`, as PEFT takes them.
+# -- which layers -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Targets:
+    """The layers that an adapter goes on, and what is left out of all of them."""
+
+    layers: str | list[str]  # as PEFT takes them
+    refused: tuple[
+        str, ...
+    ] = ()  # names of layers on which PEFT puts none, or whose adapter would not be asked
+    beside: tuple[str, ...] = ()  # modules that no text passes
+
+    def notices(self, kind: str) -> list[str]:
+        """What is left out, in words. `kind`: of model, as its configuration names it."""
+        found = []
+        if self.refused:
+            found.append(f"no LoRA on {', '.join(self.refused)}: these layers of {kind} cannot have it")
+        if self.beside:
+            found.append(f"no LoRA on {', '.join(self.beside)}: no text passes there")
+        return found
+
+
+def target_layers(model: Any, named: tuple[str, ...]) -> Targets:
+    """The layers of `--target-modules`.
+
+    All: every linear layer that text passes, but the output head, what PEFT refuses and, in models with experts, the
+    blocks in which these lie.
 
     Raises:
-        UsageError: the model has no such layer.
+        UsageError: the model has no such layer, or it cannot have an adapter.
     """
-    if named == ("all",):
-        if expert_weights(model):
-            return layers_beside_experts(model)
-        return "all-linear"  # every linear layer but the output head, found by PEFT
-    if "all" in named:
+    linear = _linear_layers(model)
+    if "all" not in named:
+        return Targets(_named(model, linear, named))
+    if named != ("all",):
         raise UsageError("--target-modules all goes alone", "name layers, or all")
-    known = {
-        name.rpartition(".")[2]
-        for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear | torch.nn.Embedding)
-    }
-    paths = [name for name, _ in model.named_modules()]
+    blocks = blocks_with_experts(model)
+    wanted = [name for name in linear if not blocks or block_of(name) not in blocks | {None}]
+    refused = {_own(name) for name in wanted if _is_refused(model, name)}
+    kept = [name for name in wanted if _own(name) not in refused]
+    beside = tuple(beside_text(model))
+    if not blocks and not refused and not beside and not hasattr(model, HEAD):
+        return Targets("all-linear")  # found by PEFT
+    return Targets(_as_peft_takes(model, kept), tuple(sorted(refused)), beside)
+
+
+def _linear_layers(model: Any) -> list[str]:
+    """The names of the linear layers that text passes, the heads aside."""
+    heads = (model.get_output_embeddings(), getattr(model, HEAD, None))
+    return [
+        name
+        for name, module in text_modules(model)
+        if isinstance(module, torch.nn.Linear | Conv1D) and all(module is not head for head in heads)
+    ]
+
+
+def _own(name: str) -> str:
+    return name.rpartition(".")[2]
+
+
+def _named(model: Any, linear: Sequence[str], named: tuple[str, ...]) -> list[str]:
+    """The layers that a user named, as PEFT takes them."""
+    able = {name for name, module in model.named_modules() if isinstance(module, _ABLE)}
+    passed = {name for name, _ in text_modules(model)}
+    known = sorted({_own(name) for name in able & passed})
+    found: list[str] = []
     for name in named:
-        if name not in known and not any(path.endswith("." + name) for path in paths):
+        meant = [path for path, _ in model.named_modules() if path == name or path.endswith(f".{name}")]
+        if not meant or not able.issuperset(meant):
             near = did_you_mean(name, known)
-            hint = f"did you mean {near}?" if near else f"this model has: {', '.join(sorted(known))}"
+            hint = f"did you mean {near}?" if near else f"this model has: {', '.join(known)}"
             raise UsageError(f"--target-modules {name}: the model has no such layer", hint)
-    return list(named)
+        if passed.isdisjoint(meant):
+            raise UsageError(
+                f"--target-modules {name}: no text passes this layer, so it would learn nothing",
+                f"this model has: {', '.join(known)}",
+            )
+        if any(_is_refused(model, path) for path in meant):
+            rest = sorted({_own(path) for path in linear if not _is_refused(model, path)})
+            raise UsageError(
+                f"--target-modules {name}: this layer of {model.config.model_type} cannot have LoRA",
+                f"leave it out, or take: {', '.join(rest)}",
+            )
+        found += [path for path in meant if path in passed]
+    if all(path in passed for path in able if any(path == one or path.endswith(f".{one}") for one in named)):
+        return list(named)
+    return _as_peft_takes(model, found)
+
+
+_ABLE = (torch.nn.Linear, torch.nn.Embedding, Conv1D)
+
+
+def _as_peft_takes(model: Any, layers: Sequence[str]) -> list[str]:
+    """Last parts of names where these mean the layers and no other module, else the whole names."""
+    own = {_own(name) for name in layers}
+    meant = {name for name, _ in model.named_modules() if _own(name) in own}
+    return sorted(own) if meant == set(layers) else sorted(layers)
+
+
+def _is_refused(model: Any, name: str) -> bool:
+    """Whether a layer cannot have LoRA: PEFT refuses it in this kind of model, or nobody would call it.
+
+    PEFT decides by the kind of model and the layer's own name, so it is asked with a model that has nothing else. A
+    Mamba mixer multiplies with the weights of `dt_proj` itself, past any adapter.
+    """
+    own, place = _own(name), model.get_submodule(name.rpartition(".")[0])
+    if own == "dt_proj" and hasattr(place, "x_proj"):
+        return True
+    return _peft_refuses(model, own)
+
+
+def _peft_refuses(model: Any, own: str) -> bool:
+    from peft import LoraConfig, get_peft_model
+
+    known = vars(model).setdefault("_medgpt_refused", {})
+    if own not in known:
+        with torch.random.fork_rng(devices=[]):  # the same seed goes on giving the same adapter
+            probe = torch.nn.Module()
+            probe.layer = torch.nn.Module()
+            probe.layer.add_module(own, torch.nn.Linear(1, 1))
+            probe.config = model.config
+            try:
+                get_peft_model(probe, LoraConfig(r=1, target_modules=[own]))
+                known[own] = False
+            except ValueError:
+                known[own] = True
+    return known[own]

@@ -48,23 +48,15 @@ def expert_weights(model: Any) -> dict[str, torch.nn.Parameter]:
     }
 
 
-def layers_beside_experts(model: Any) -> list[str]:
-    """Names of the linear layers that every token passes: those of attention, and not the blocks with experts.
+def blocks_with_experts(model: Any) -> set[str]:
+    """The parts of a layer in which experts lie: "mlp", say.
 
-    A block with experts has the same name in every layer ("mlp"), also in layers without experts; these are left out,
-    too, because PEFT takes the names of their parts for those of experts. The output head is left out.
+    Such a block has the same name in every layer, also in layers without experts.
     """
-    blocks = {_block(name) for name in expert_weights(model)}
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    found = {
-        name.rpartition(".")[2]
-        for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear) and module is not head and _block(name) not in blocks | {None}
-    }
-    return sorted(found)
+    return {block for name in expert_weights(model) if (block := block_of(name)) is not None}
 
 
-def _block(name: str) -> str | None:
+def block_of(name: str) -> str | None:
     """The part of a layer that something lies in: "mlp" of model.layers.3.mlp.experts; None outside of layers."""
     parts = name.split(".")
     places = [place for place, part in enumerate(parts) if part.isdigit()]

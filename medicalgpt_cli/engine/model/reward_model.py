@@ -20,6 +20,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 
 from medicalgpt_cli.engine.model.adapters import target_layers
 from medicalgpt_cli.engine.model.loading import choose_device, choose_dtype, config_of, load_base
+from medicalgpt_cli.engine.model.merged_weights import fold
 from medicalgpt_cli.engine.model.parts import body_of
 from medicalgpt_cli.engine.model.references import ModelReference, ResolvedModel
 from medicalgpt_cli.engine.model.score_head import HEAD, class_with_head
@@ -49,9 +50,12 @@ def new_reward_model(settings: RewardSettings, resolved: ResolvedModel, observer
         _new_head(model)
     if full:
         if resolved.adapter is not None:
-            model = _with_adapter(model, settings, resolved.adapter).merge_and_unload()
+            model, _ = fold(_with_adapter(model, settings, resolved.adapter))
             observer.on_notice("the adapter was merged into the weights, which are all trained")
         return model.requires_grad_(True)
+    if resolved.adapter is None:
+        for notice in target_layers(model, settings.target_modules).notices(model.config.model_type):
+            observer.on_notice(notice)
     wrapped = _with_adapter(model, settings, resolved.adapter)
     for weight in wrapped.parameters():
         if weight.requires_grad and weight.dtype != torch.float32:
@@ -243,18 +247,12 @@ def score_adapter(model: Any, adapter: AdapterSettings, given: Any = None) -> An
     """PEFT's configuration of a reward model's adapter: a new one, or that of the adapter it goes on with."""
     from peft import LoraConfig
 
-    linear = {
-        name.rpartition(".")[2]
-        for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear) and name != HEAD
-    }
     if given is None:
-        targets = target_layers(model, adapter.target_modules)
         config: Any = LoraConfig(
             r=adapter.lora_rank,
             lora_alpha=adapter.lora_alpha,
             lora_dropout=adapter.lora_dropout,
-            target_modules=sorted(linear) if targets == "all-linear" else targets,
+            target_modules=target_layers(model, adapter.target_modules).layers,
             use_dora=adapter.dora,
             use_rslora=adapter.rslora,
         )
@@ -262,7 +260,7 @@ def score_adapter(model: Any, adapter: AdapterSettings, given: Any = None) -> An
         config = given
         config.inference_mode = False
         if config.target_modules == "all-linear":
-            config.target_modules = sorted(linear)
+            config.target_modules = target_layers(model, ("all",)).layers
     config.task_type = "SEQ_CLS"
     config.modules_to_save = [HEAD]
     return config

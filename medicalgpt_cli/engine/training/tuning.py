@@ -10,10 +10,11 @@ from typing import Any
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from medicalgpt_cli.engine.data.rendering import stop_token_ids
-from medicalgpt_cli.engine.model.adapters import add_adapter, different_shape, save_adapter
+from medicalgpt_cli.engine.model.adapters import add_adapter, different_shape, save_adapter, target_layers
 from medicalgpt_cli.engine.model.base_record import write_record
 from medicalgpt_cli.engine.model.dropout import use_fast_dropout
 from medicalgpt_cli.engine.model.loading import choose_device, load_model
+from medicalgpt_cli.engine.model.merged_weights import fold
 from medicalgpt_cli.engine.model.references import VOCABULARY, ResolvedModel
 from medicalgpt_cli.engine.model.tokenizer import save_tokenizer
 from medicalgpt_cli.engine.model.vocabulary import new_token_ids
@@ -36,12 +37,14 @@ def load_trainable(settings: TrainSettings, resolved: ResolvedModel, observer: O
     if settings.tuning == "full":
         model = load_model(replace(settings, dtype="fp32"), resolved, trainable=True, observer=observer)
         if resolved.adapter is not None:
-            model = model.merge_and_unload()
+            model, _ = fold(model)
             observer.on_notice("the adapter was merged into the weights, which are all trained")
         return model.requires_grad_(True)
     model = load_model(settings, resolved, trainable=True, observer=observer)
     if resolved.adapter is None:
         rows = new_token_ids(resolved.base.folder) if resolved.base.folder else []
+        for notice in target_layers(model, settings.target_modules).notices(model.config.model_type):
+            observer.on_notice(notice)
         model = add_adapter(model, settings, seed=settings.seed, new_rows=rows)
         if rows and settings.embeddings in ("auto", "new"):
             observer.on_notice(

@@ -11,7 +11,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, Lfm2MoeConfig, MixtralConfig, Qwen3MoeConfig
 
-from medicalgpt_cli.engine.model.experts import expert_weights, has_experts, layers_beside_experts
+from medicalgpt_cli.engine.model.adapters import Targets, target_layers
+from medicalgpt_cli.engine.model.experts import expert_weights, has_experts
 from tests.cli import medgpt
 from tests.tiny import tiny_model, tiny_tokenizer, write_jsonl
 
@@ -31,7 +32,7 @@ ATTENTION = ["k_proj", "o_proj", "q_proj", "v_proj"]
 def test_which_layers_every_token_passes(tmp_path: Path) -> None:
     for config in (QWEN, MixtralConfig(**SIZES, num_local_experts=4)):
         model = AutoModelForCausalLM.from_config(config)
-        assert layers_beside_experts(model) == ATTENTION
+        assert target_layers(model, ("all",)) == Targets(ATTENTION)
         assert len(expert_weights(model)) == 2 * sum("experts.down" in name for name in expert_weights(model))
     # Its convolutions, whose weights have three dimensions as well, are no experts.
     mixed = Lfm2MoeConfig(**SIZES, **ROUTED, layer_types=["conv", "full_attention", "conv"])

@@ -7,19 +7,22 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GPT2Config
 
 from medicalgpt_cli.engine.model import merging
 from medicalgpt_cli.engine.model.loading import load_model
 from medicalgpt_cli.engine.model.merging import TOLERANCE, merge
 from medicalgpt_cli.engine.model.references import resolve_models
 from medicalgpt_cli.engine.observer import Observer
+from medicalgpt_cli.engine.training.tuning import load_trainable
 from medicalgpt_cli.errors import MedgptError, UsageError
 from medicalgpt_cli.settings.groups import ModelSettings
-from medicalgpt_cli.settings.stages import MergeLoraSettings
+from medicalgpt_cli.settings.stages import MergeLoraSettings, SftSettings
 from tests.cli import medgpt
 from tests.engine.model.test_loading import adapter_over
+from tests.families import family
 from tests.tiny import tiny_model, tiny_tokenizer
 
 IDS = torch.tensor([[5, 6, 7, 8, 9, 300]])
@@ -107,15 +110,91 @@ def test_an_adapter_that_is_not_finite_is_refused_and_leaves_nothing(place: Path
 
 
 def test_noise_of_fp32_is_told_from_a_wrong_merge(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Beyond the tolerance float64 decides; a difference that stays is refused, and nothing is written."""
-    noise = merged_into(place)["in_memory"]
-    monkeypatch.setattr(merging, "TOLERANCE", noise * 0.9)
-    report = merged_into(place, output_dir=place / "again")
-    assert report["in_float64"] <= noise * 0.9 < report["in_memory"]
-    monkeypatch.setattr(merging, "TOLERANCE", 1e-12)
+    """Beyond the tolerance the model's own noise decides; what that does not explain is refused."""
+    report = merged_into(place)
+    assert 0 < report["in_memory"] < 10 * report["noise"] < 1e-3
+    assert report["tolerance"] == max(TOLERANCE, 10 * report["noise"])
+    monkeypatch.setattr(merging, "TOLERANCE", 0.0)
+    assert merged_into(place, output_dir=place / "again")["tolerance"] == 10 * report["noise"]
+    monkeypatch.setattr(merging, "_TIMES_NOISE", 0)
     with pytest.raises(MedgptError, match="do not compute what base and adapter do"):
         merged_into(place, output_dir=place / "never")
     assert sorted(one.name for one in place.iterdir()) == ["adapter", "again", "base", "merged"]
+
+
+def test_a_weight_that_is_not_the_sum_is_refused(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A library that merges a change a thousandth too large: logits would hardly tell."""
+    from peft.tuners.lora.layer import Linear
+
+    right = Linear.get_delta_weight
+    monkeypatch.setattr(Linear, "get_delta_weight", lambda self, adapter: right(self, adapter) * 1.001)
+    with pytest.raises(MedgptError, match="q_proj is not the sum of base and adapter"):
+        merged_into(place)
+    assert sorted(one.name for one in place.iterdir()) == ["adapter", "base"]
+
+
+def adapted(folder: Path, config, **options) -> Path:
+    """A tiny model of a family, and an adapter over it that changes something."""
+    tokenizer, base, adapter = tiny_tokenizer(), folder / "family", folder / "its-adapter"
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(base)
+    options = {"target_modules": "all-linear", "r": 4, "init_lora_weights": False, **options}
+    model = AutoModelForCausalLM.from_pretrained(base)
+    get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **options)).save_pretrained(
+        adapter, save_embedding_layers=False
+    )
+    tokenizer.save_pretrained(base)
+    return folder
+
+
+GPT2 = GPT2Config(vocab_size=1280, n_embd=32, n_layer=2, n_head=2, n_positions=512)
+TABLE = {"target_modules": ["embed_tokens", "q_proj"]}
+
+
+@pytest.mark.parametrize(
+    ("config", "options"),
+    [
+        (family("qwen3_5_text"), {}),
+        (family("gemma3_text", initializer_range=0.4), {}),  # logits in the hundreds
+        (family("gemma3"), {"target_modules": "all-linear", "exclude_modules": ".*vision.*|.*projector.*"}),
+        (GPT2, {"target_modules": ["c_attn", "c_fc"]}),  # weights that lie the other way
+        (GPT2, {"target_modules": ["c_attn", "c_fc"], "use_dora": True}),
+        (family("llama", tie_word_embeddings=False), TABLE),
+    ],
+    ids=["qwen3_5", "gemma3_text", "gemma3", "gpt2", "gpt2 dora", "table"],
+)
+def test_right_merges_of_other_families_go_through(config, options: dict, tmp_path: Path) -> None:
+    report = merged_into(
+        adapted(tmp_path, config, **options), "its-adapter", base_model=str(tmp_path / "family")
+    )
+    assert report["layers_compared"] > 0 and report["in_memory"] == report["on_disk"] <= report["tolerance"]
+    ids = IDS.clamp(max=1000)
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "family")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert (merged(ids).logits - base(ids).logits).abs().max() > 100 * report["in_memory"]
+
+
+@pytest.mark.parametrize(
+    ("config", "options", "shared"),
+    [
+        (family("zamba2"), {"target_modules": ["q_proj", "gate_up_proj"]}, "shared_transformer"),
+        (family("llama", tie_word_embeddings=True), TABLE, "embed_tokens"),
+    ],
+    ids=["blocks", "table"],
+)
+def test_changes_of_a_weight_that_stands_in_two_places_are_refused(
+    config, options: dict, shared: str, tmp_path: Path
+) -> None:
+    place = adapted(tmp_path, config, **options)
+    with pytest.raises(UsageError, match=f"{shared}.* share one weight") as caught:
+        merged_into(place, "its-adapter", base_model=str(tmp_path / "family"))
+    assert "--lora-model" in caught.value.hint and not (place / "merged").exists()
+    settings = SftSettings(
+        lora_model=str(place / "its-adapter"), base_model=str(place / "family"), tuning="full", use_cpu=True,
+        train_data=("-",),
+    )  # fmt: skip
+    with pytest.raises(UsageError, match="share one weight"):
+        load_trainable(settings, resolve_models(settings), Observer())
 
 
 @pytest.mark.parametrize("output", ["base", "adapter", "base/merged", "adapter/new", "taken"])

@@ -1,0 +1,114 @@
+"""Where LoRA goes in models of other families: on what text passes, not on what PEFT or the code of a model forbids."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from medicalgpt_cli.engine.model.adapters import add_adapter, target_layers
+from medicalgpt_cli.errors import UsageError
+from medicalgpt_cli.settings.groups import AdapterSettings
+from tests.cli import medgpt
+from tests.conftest import DATA
+from tests.families import family
+from tests.tiny import tiny_tokenizer
+
+
+def language_model(name: str):
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(family(name), dtype=torch.float32)
+
+
+def with_lora(model) -> set[str]:
+    """The names of the layers of the base that have LoRA."""
+    return {
+        name.removeprefix("base_model.model.").removesuffix(".lora_A.default.weight")
+        for name, _ in model.named_parameters()
+        if name.endswith(".lora_A.default.weight")
+    }
+
+
+# Of each family what is left out of "all", which PEFT calls unfit for these, or which is read past an adapter.
+LEFT_OUT = {
+    "falcon_h1": {"out_proj"},
+    "mamba": {"dt_proj", "out_proj"},
+    "mamba2": {"out_proj"},
+    "nemotron_h": {"out_proj"},
+    "jamba": {"dt_proj"},
+    "llama": set(),
+    "lfm2": set(),
+    "qwen3_5_text": set(),
+}
+
+
+@pytest.mark.parametrize("name", LEFT_OUT)
+def test_all_is_what_can_have_lora_and_learns(name: str) -> None:
+    base = language_model(name)
+    targets = target_layers(base, ("all",))
+    assert set(targets.refused) == LEFT_OUT[name] and not targets.beside
+    assert len(targets.notices(name)) == bool(LEFT_OUT[name])
+    model = add_adapter(base, AdapterSettings(lora_dropout=0.0), seed=0)
+    names = with_lora(model)
+    assert names and not any(one.endswith(tuple(LEFT_OUT[name])) for one in names if LEFT_OUT[name])
+    model(input_ids=torch.arange(3, 15)[None], use_cache=False).logits.logsumexp(-1).sum().backward()
+    unmoved = [
+        name for name, weight in model.named_parameters() if "lora_B" in name and not weight.grad.any()
+    ]
+    assert not unmoved  # an adapter that nobody asks would stay what it is, without a word
+
+
+@pytest.mark.parametrize("named", [("all",), ("q_proj", "v_proj")])
+def test_lora_stays_out_of_what_a_wrapper_sees_with(named: tuple[str, ...]) -> None:
+    base = language_model("gemma3")
+    linear = {
+        name
+        for name, module in base.named_modules()
+        if isinstance(module, torch.nn.Linear) and "language_model" in name
+        if named == ("all",) or name.endswith(named)
+    }
+    assert any("vision_tower" in name and "q_proj" in name for name, _ in base.named_modules())
+    targets = target_layers(base, named)
+    model = add_adapter(base, AdapterSettings(target_modules=named), seed=0)
+    assert with_lora(model) == linear
+    if named == ("all",):
+        assert set(targets.beside) == {"model.vision_tower", "model.multi_modal_projector"}
+        assert "no text passes there" in targets.notices("gemma3")[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "layer", "says"),
+    [
+        ("mamba2", "out_proj", "cannot have LoRA"),
+        ("jamba", "dt_proj", "cannot have LoRA"),
+        ("glm4_moe", "gate_proj", "cannot have LoRA"),
+        ("gemma3", "fc1", "no text passes"),
+        ("llama", "self_attn", "no such layer"),
+    ],
+)
+def test_a_named_layer_that_cannot_have_lora_is_refused(name: str, layer: str, says: str) -> None:
+    with pytest.raises(UsageError, match=says) as caught:
+        target_layers(language_model(name), (layer,))
+    assert caught.value.hint
+
+
+@pytest.mark.parametrize("name", ["falcon_h1", "mamba"])
+def test_a_stage_says_what_it_leaves_out(name: str, tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer()
+    language_model(name).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    flags = (
+        "--base-model",
+        tmp_path / "model",
+        "--train-data",
+        DATA / "medquad_en_alpaca.jsonl",
+        "--use-cpu",
+    )
+    flags = ("sft", *flags, "--max-length", 48, "--max-steps", 1, "--batch-size", 2, "--eval-fraction", 0)
+    done = medgpt(*flags, "--output-dir", tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+    assert "no LoRA on " in done.stderr and "out_proj" in done.stderr
+    done = medgpt(*flags, "--output-dir", tmp_path / "other", "--target-modules", "out_proj")
+    assert done.returncode == 2 and "--target-modules out_proj" in done.stderr and "hint: " in done.stderr
