@@ -15,6 +15,7 @@ from jinja2.exceptions import TemplateError
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from medicalgpt_cli.engine.data.formats import Conversation, Counts, Message
+from medicalgpt_cli.engine.model.tokenizer import start_tokens
 from medicalgpt_cli.errors import UsageError
 
 IGNORED = -100
@@ -51,10 +52,8 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message
 
 
 def encode_raw(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Token ids of plain text, with the start token where the tokenizer sets one."""
-    start = tokenizer("")["input_ids"][:1]
-    end = [tokenizer.eos_token_id]
-    return ([] if start == end else start) + _encode(tokenizer, _defuse(tokenizer, text))
+    """Token ids of plain text, behind the start tokens that the tokenizer sets."""
+    return [*start_tokens(tokenizer), *_encode(tokenizer, _defuse(tokenizer, text))]
 
 
 def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
@@ -73,18 +72,19 @@ def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> li
     ]
 
 
-def document_marks(tokenizer: PreTrainedTokenizerBase) -> tuple[int, int, bool]:
-    """(start, end, separate): the token in front of a document, the one behind it, and whether they differ.
+def document_marks(tokenizer: PreTrainedTokenizerBase) -> tuple[tuple[int, ...], int, bool]:
+    """(start, end, separate): the tokens in front of a document, the one behind it, and whether they differ.
 
-    Where a tokenizer sets a begin-of-text token, a document stands between that and the end-of-text token.
-    Else one end-of-text token stands between documents, and is what the next one begins behind. A chat
-    model's end of turn is no end of text where the vocabulary has a token for the latter.
+    Where a tokenizer sets start tokens (Llama's one, GLM-4's two), a document stands between them and the end-of-text
+    token. Else, or where the only start token is the end-of-text token (OPT), one end-of-text token stands between
+    documents, and is what the next one begins behind. A chat model's end of turn is no end of text where the
+    vocabulary has a token for the latter.
     """
-    start = tokenizer("")["input_ids"][:1]
+    start = start_tokens(tokenizer)
     specials = {token.content: number for number, token in tokenizer.added_tokens_decoder.items()}
     end = next((specials[one] for one in _ENDS_OF_TEXT if one in specials), tokenizer.eos_token_id)
-    separate = bool(start) and start[0] not in (end, tokenizer.eos_token_id)
-    return (start[0] if separate else end), end, separate
+    separate = start not in ((), (end,))
+    return (start if separate else (end,)), end, separate
 
 
 def stop_token_ids(

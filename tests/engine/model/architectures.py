@@ -286,12 +286,13 @@ class Checks:
         import torch
         from transformers import AutoModelForCausalLM
 
+        from medicalgpt_cli.engine.model.loading import load_model
         from medicalgpt_cli.engine.training import attention
         from medicalgpt_cli.engine.training.batches import IGNORED
         from medicalgpt_cli.engine.training.losses import target_loss
 
         stage = self._stage("sft", "sft", layout=layout, output_dir=self.folder / "unused")
-        model = stage.load(self._observer()).eval()
+        model = load_model(stage.settings, stage.resolved)
         stage.padding_free = stage.keeps_apart(model, self._observer())
         examples = [replace(one, labels=list(one.input_ids)) for one in stage.data.training]
         assert min(len(one.input_ids) for one in examples) > WINDOW

@@ -52,10 +52,16 @@ _PATTERNS = [(re.compile(pattern), value) for pattern, value in _SIZES]
 _HINTS: dict[str, dict[str, Any]] = {
     "blt": {"encoder_hash_byte_group_vocab": 300},
     "cohere_compass_text": {"layer_types": ["sliding_attention"] * 3 + ["full_attention"]},
-    "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0}},
+    "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0}},
     "dots3_note": {"num_key_value_heads": HEADS},
     "dots3_note_text": {"num_key_value_heads": HEADS},
     "gpt_neo": {"num_layers": 2, "attention_types": [[["global", "local"], 1]], "attention_layers": None},
+    "dots1": {"n_shared_experts": 1, "n_group": 1, "topk_group": 1},
+    "mamba2": {"num_heads": 8},
+    "nemotron": {"num_key_value_heads": 2},
+    "reformer": {"axial_pos_embds_dim": [16, 48], "axial_pos_shape": [16, 32]},
+    "zamba": {"attention_hidden_size": 2 * HIDDEN, "attention_head_dim": 2 * HEAD_SIZE},
+    "zamba2": {"attention_hidden_size": 2 * HIDDEN, "attention_head_dim": 2 * HEAD_SIZE},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
 }
 # What the library leaves open by default, and then fails without.
