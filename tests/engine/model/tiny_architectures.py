@@ -65,7 +65,13 @@ _HINTS: dict[str, dict[str, Any]] = {
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
 }
 # What the library leaves open by default, and then fails without.
-_OPEN = {"num_experts_per_tok": 2, "n_routed_experts": 4, "num_local_experts": 4, "head_dim": HEAD_SIZE}
+_OPEN = {
+    "num_experts_per_tok": 2,
+    "n_routed_experts": 4,
+    "num_local_experts": 4,
+    "head_dim": HEAD_SIZE,
+    "sliding_window": WINDOW,
+}
 
 
 def tiny_config(model_type: str, vocabulary: int, end: int) -> Any:
@@ -118,6 +124,12 @@ def _small(config: Any, vocabulary: int, end: int) -> dict[str, Any]:
         found |= {"num_key_value_heads": HEADS}
         if "head_dim" in given:
             found["head_dim"] = 8
+    if given.get("use_sliding_window") is False:
+        found["use_sliding_window"] = True
+    if "max_window_layers" in given:
+        found["max_window_layers"] = LAYERS // 2
+    if "sliding_window" in given and set(found.get("layer_types", [])) == {"full_attention"}:
+        found["layer_types"] = ["sliding_attention", "full_attention"] * (LAYERS // 2)
     if "is_decoder" in given:
         found["is_decoder"] = True
     for name in ("initializer_range", "init_std"):
