@@ -95,7 +95,7 @@ def stop_token_ids(
     configured = getattr(generation_config, "eos_token_id", None)
     found.update(configured if isinstance(configured, list) else [configured])
     if tokenizer.chat_template:
-        found.add(_end_of_turn(tokenizer))
+        found.add(end_of_turn(tokenizer))
     return sorted(token for token in found if token is not None)
 
 
@@ -214,7 +214,7 @@ def _turn(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> _T
     prompt_text = _render(tokenizer, messages[:-1], generation=True)
     whole_text = _render(tokenizer, messages, generation=False)
     prompt, whole = _encode(tokenizer, prompt_text), _encode(tokenizer, whole_text)
-    end = _end_of_turn(tokenizer)
+    end = end_of_turn(tokenizer)
     other_header = False
     if whole[: len(prompt)] == prompt:
         target = whole[len(prompt) :]
@@ -367,7 +367,8 @@ def _fold_system(messages: Sequence[Message]) -> list[Message]:
     return [{"role": "user", "content": system["content"]}, *rest]
 
 
-def _end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
+def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The token with which the chat template ends an answer; the end token where there is no template."""
     return _known(tokenizer).end_of_turn
 
 
