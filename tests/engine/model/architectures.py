@@ -12,7 +12,9 @@ is held against is plain transformers: `forward` of each row alone, and `generat
 from __future__ import annotations
 
 import argparse
+import ast
 import contextlib
+import importlib.util
 import json
 import os
 import resource
@@ -464,9 +466,9 @@ def apart(model_type: str, wanted: Sequence[str] = CHECKS, *, debug: bool = Fals
     if text:
         found = json.loads(text)
     elif os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGALRM:
-        found = {"made": f"it took more than {SECONDS} s"}
+        found = dict.fromkeys(wanted, f"wrong: it took more than {SECONDS} s")
     else:
-        found = {"made": f"its process ended with status {status}"}
+        found = dict.fromkeys(wanted, f"wrong: its process ended with status {status}")
     return {**found, "seconds": f"{time.monotonic() - began:.0f}"}
 
 
@@ -482,10 +484,15 @@ def _examine_into(model_type: str, wanted: Sequence[str], path: str, debug: bool
 
 
 def architectures() -> list[str]:
-    """The model types of every causal architecture that the installed transformers lists."""
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
-    return list(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+    """The model types of every causal architecture that the installed transformers lists; read without importing it."""
+    package = Path(importlib.util.find_spec("transformers").origin).parent
+    tree = ast.parse((package / "models" / "auto" / "modeling_auto.py").read_text(encoding="utf-8"))
+    listed = next(
+        one.value
+        for one in tree.body
+        if isinstance(one, ast.Assign) and one.targets[0].id == "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES"
+    )
+    return [name for name, _ in ast.literal_eval(listed.args[0] if isinstance(listed, ast.Call) else listed)]
 
 
 def preload() -> None:
@@ -502,6 +509,54 @@ def preload() -> None:
 
 
 # -- the table ---------------------------------------------------------------------------------------------
+
+PAGE = Path(__file__).parents[3] / "docs" / "models.md"
+_BEGIN, _END = "<!-- architectures -->", "<!-- /architectures -->"
+_COLUMNS = {
+    "loss, end to end": ("packed",),
+    "loss, padded": ("padded",),
+    "answers": ("alone", "batch", "served"),
+    "LoRA": ("lora",),
+    "merge": ("merge",),
+    "reward": ("reward",),
+    "rl": ("rl",),
+    "plan": ("plan",),
+}
+
+
+def table(rows: dict[str, dict[str, str]]) -> str:
+    """What was found as Markdown: architectures with the same marks share a row; what was said or is wrong, below."""
+    groups: dict[tuple[str, ...], list[str]] = {}
+    for name, row in rows.items():
+        if "made" not in row:
+            groups.setdefault(tuple(_mark(row, checks) for checks in _COLUMNS.values()), []).append(name)
+    lines = ["| architectures | " + " | ".join(_COLUMNS) + " |", "|---" * (1 + len(_COLUMNS)) + "|"]
+    for marks, names in sorted(groups.items(), key=lambda group: -len(group[1])):
+        lines.append(f"| {', '.join(names)} | " + " | ".join(marks) + " |")
+    said: dict[str, list[str]] = {}
+    for name, row in rows.items():
+        for check in CHECKS:
+            word = row.get(check, "")
+            if word.startswith(("said", "wrong")):
+                said.setdefault(f"{check}, {word}", []).append(name)
+    lines += ["", *(f"- {', '.join(names)}: {word}" for word, names in said.items())]
+    lines += ["", "No tiny model could be made of:", ""]
+    lines += [f"- {name}: {row['made']}" for name, row in rows.items() if "made" in row]
+    return "\n".join(lines)
+
+
+def _mark(row: dict[str, str], checks: Sequence[str]) -> str:
+    words = {row.get(check, "").partition(":")[0] for check in checks}
+    for word, mark in (("wrong", "✗"), ("said", "refused"), ("", "–"), ("pads", "padded instead")):
+        if word in words:
+            return mark
+    return "✓"
+
+
+def write_table(rows: dict[str, dict[str, str]]) -> None:
+    before, _, rest = PAGE.read_text(encoding="utf-8").partition(_BEGIN)
+    behind = rest.partition(_END)[2]
+    PAGE.write_text(f"{before}{_BEGIN}\n{table(rows)}\n{_END}{behind}", encoding="utf-8")
 
 
 def main() -> None:
@@ -533,6 +588,8 @@ def main() -> None:
         print(name, json.dumps(known[name], ensure_ascii=False), flush=True)
         if asked.json:
             asked.json.write_text(json.dumps(known, indent=1, ensure_ascii=False), encoding="utf-8")
+    if asked.write:
+        write_table({name: known[name] for name in architectures() if name in known})
 
 
 def bad(row: dict[str, str]) -> list[str]:

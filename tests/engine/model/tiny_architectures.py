@@ -23,7 +23,8 @@ _SIZES: tuple[tuple[str, int], ...] = (
     (r"H_cycles|L_cycles", 1),
     (r"(num_|swa_num_|linear_num_)?(key_value_heads|kv_heads|key_heads|query_groups)|n_kv_heads", 2),
     (r"(swa_)?num_attention_heads|(num_)?attention_heads|n_heads?|(num|decoder|encoder)(_\w+)?_attention_heads", HEADS),
-    (r"num_heads|linear_num_heads|linear_num_value_heads|index_n_heads|linear_num_key_heads", HEADS),
+    (r"num_heads|linear_num_heads|linear_num_value_heads|linear_num_key_heads", HEADS),
+    (r"index_n_heads", 32),  # with few, many scores are 0, and which of equal ones is taken is left to chance
     (r"mamba_n_heads|mamba_num_heads", 8),
     (r"n_mamba_heads|mamba_n_groups|mamba_ngroups|n_groups|o_groups", 2),
     (r"n_group|topk_group|num_expert_group", 1),
