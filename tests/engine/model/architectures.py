@@ -38,15 +38,16 @@ TIE = 1e-4  # of logits: greedy answers may part where two tokens are as likely 
 SECONDS, BYTES = 300, 12 * 2**30  # of a processor and of address space, for one architecture
 NEW_TOKENS = 24
 
+# No text twice: an index that chooses among tokens has to have something to choose by.
 QUESTIONS = [
-    "What are the symptoms of diabetes? " * 3,
-    "感冒发烧39度怎么办？",
-    "Check with your doctor if you have any of the following problems. " * 2,
+    "What are the symptoms of diabetes, and is tiredness with weight loss or easy bruising one of them?",
+    "感冒发烧39度怎么办？高血压患者能喝酒吗？",
+    "Check with your doctor if the treatment of hypertension is a change of diet, exercise and medicine.",
 ]
 ANSWERS = [
-    "The symptoms include thirst, tiredness and weight loss.",
+    "Signs include thirst, fever and bleeding.",
     "建议多饮水、物理降温，并及时就医。",
-    "Yes. " * 9,
+    "You are right: rest, and have it checked.",
 ]
 
 
