@@ -1,7 +1,7 @@
 """A corpus as token ids on disk: tokenised once, read in pieces, never whole in memory.
 
 <cache>/tokens/<key>/
-  tokens.bin      the ids of all documents, one behind the other, each behind its start token
+  tokens.bin      the ids of all documents, one behind the other, each behind its start tokens
   documents.bin   one record a document: where it ends, its bytes, a hash of its text, its language
   meta.json       counts, format, fingerprint
   complete.json   size and SHA-256 of these three, proved whenever the folder is opened
@@ -170,7 +170,7 @@ def _write(
             for number, (document, ids) in enumerate(
                 zip(batch, encode_texts(tokenizer, [one.text for one in batch]), strict=True)
             ):
-                whole = np.asarray([start, *ids, *end], dtype=dtype)
+                whole = np.asarray([*start, *ids, *end], dtype=dtype)
                 tokens.write(whole.tobytes())
                 seen.update(whole.tobytes())
                 at += len(whole)

@@ -34,14 +34,14 @@ class PackedBlocks(Dataset):
     once: the last position of a block predicts the first token of the next. The last block may be shorter.
     """
 
-    def __init__(self, corpus: Corpus, chosen: np.ndarray, block_size: int, start: int, end: int):
+    def __init__(self, corpus: Corpus, chosen: np.ndarray, block_size: int, start: Sequence[int], end: int):
         """
         Args:
             chosen: the numbers of the documents, in order.
             start, end: the marks of `document_marks`; where they are one token, it also ends the stream.
         """
         self.corpus, self.block_size = corpus, block_size
-        self.start, self.end = start, end
+        self.start, self.end = tuple(start), end
         self.from_file = corpus.starts[chosen]
         lengths = corpus.ends[chosen] - self.from_file
         self.bounds = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)  # in the stream
@@ -60,15 +60,20 @@ class PackedBlocks(Dataset):
         end = min(begin + self.block_size, self.tokens)
         ids = self._stream(begin, min(end + 1, self.tokens))
         following = ids[1:] if len(ids) > end - begin else [*ids[1:], self._behind_the_last]
-        # A begin-of-text token is put there, not predicted.
-        targets = [IGNORED if self.start != self.end and one == self.start else one for one in following]
+        # Start tokens are put there, not predicted.
+        targets = [IGNORED if self.is_separate and one in self.start else one for one in following]
         first, last = np.searchsorted(self.bounds, [begin, end], side="left")
         starts = [int(bound - begin) for bound in self.bounds[first:last]]
         return Block(ids[: end - begin], targets, starts if starts[:1] == [0] else [0, *starts])
 
     @property
+    def is_separate(self) -> bool:
+        """Whether the start of a document and the end of text are marked by different tokens."""
+        return self.start != (self.end,)
+
+    @property
     def _behind_the_last(self) -> int:
-        return IGNORED if self.start != self.end else self.end
+        return IGNORED if self.is_separate else self.end
 
     def _stream(self, begin: int, end: int) -> list[int]:
         """Tokens begin … end of the stream."""
@@ -194,15 +199,17 @@ def held_out_windows(
     budget: int,
     separate_end: bool,
     decode: Callable[[list[int]], str],
+    start_tokens: int = 1,
 ) -> tuple[HeldOut, int]:
     """Windows of documents in the order given, until `budget` targets are reached.
 
-    The start token in front of a document makes its first token a target; a window begins with the last
-    token of the one before. End-of-text tokens spell no bytes and are no targets. So the total loss is that
-    of the text alone, whatever the vocabulary.
+    The start tokens in front of a document make its first token a target; a window begins with the last
+    token of the one before. Start and end-of-text tokens spell no bytes and are no targets. So the total loss is
+    that of the text alone, whatever the vocabulary.
 
     Args:
         decode: ids to text; used where the budget ends within a document, to count the bytes before it.
+        start_tokens: how many stand in front of each document.
 
     Returns:
         The windows, and how many targets of the chosen documents were left out.
@@ -211,22 +218,22 @@ def held_out_windows(
     left_out = 0
     for number in order:
         begin, end = int(corpus.starts[number]), int(corpus.ends[number]) - separate_end
-        targets = end - begin - 1
+        targets = end - begin - start_tokens
         group = (corpus.source.name, LANGUAGES[int(corpus.languages[number])])
         take = min(targets, budget)
         left_out += targets - take
         if take <= 0:
             continue
         budget -= take
-        ids = corpus.read([(begin, begin + take + 1)])
-        size = (
-            int(corpus.bytes[number]) if take == targets else len(decode(ids[1:]).encode("utf-8", "replace"))
-        )
+        ids = corpus.read([(begin, begin + start_tokens + take)])
+        text = ids[start_tokens:]
+        size = int(corpus.bytes[number]) if take == targets else len(decode(text).encode("utf-8", "replace"))
         found.bytes[group] = found.bytes.get(group, 0) + size
-        edges = [*range(0, take, block_size), take]
+        predicted = [*[IGNORED] * (start_tokens - 1), *text]
+        edges = [*range(0, len(predicted), block_size), len(predicted)]
         document = int(corpus.hashes[number])
         found.windows += [
-            Window(Block(ids[a:b], ids[a + 1 : b + 1], [0]), group, document, 0 if a else size)
+            Window(Block(ids[a:b], predicted[a:b], [0]), group, document, 0 if a else size)
             for a, b in pairwise(edges)
         ]
     found.bytes = dict(sorted(found.bytes.items()))

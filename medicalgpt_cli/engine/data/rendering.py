@@ -18,6 +18,7 @@ from transformers import AddedToken, GenerationConfig, PreTrainedTokenizerBase
 
 from medicalgpt_cli.engine.data.formats import Conversation, Counts, Message
 from medicalgpt_cli.engine.model.template_check import check_rendered
+from medicalgpt_cli.engine.model.tokenizer import start_tokens
 from medicalgpt_cli.errors import UsageError
 
 IGNORED = -100
@@ -61,12 +62,9 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message
 
 
 def encode_raw(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Token ids of plain text, with the start token where the tokenizer sets one."""
-    start = tokenizer("")["input_ids"][:1]
-    end = [tokenizer.eos_token_id]
-    return ([] if start == end else start) + _encode(
-        tokenizer, _defuse(tokenizer, text, _known(tokenizer).asked)
-    )
+    """Token ids of plain text, behind the start tokens that the tokenizer sets."""
+    text = _defuse(tokenizer, text, _known(tokenizer).asked)
+    return [*start_tokens(tokenizer), *_encode(tokenizer, text)]
 
 
 def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
@@ -92,18 +90,19 @@ def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> li
     ]
 
 
-def document_marks(tokenizer: PreTrainedTokenizerBase) -> tuple[int, int, bool]:
-    """(start, end, separate): the token in front of a document, the one behind it, and whether they differ.
+def document_marks(tokenizer: PreTrainedTokenizerBase) -> tuple[tuple[int, ...], int, bool]:
+    """(start, end, separate): the tokens in front of a document, the one behind it, and whether they differ.
 
-    Where a tokenizer sets a begin-of-text token, a document stands between that and the end-of-text token.
-    Else one end-of-text token stands between documents, and is what the next one begins behind. A chat
-    model's end of turn is no end of text where the vocabulary has a token for the latter.
+    Where a tokenizer sets start tokens (Llama's one, GLM-4's two), a document stands between them and the end-of-text
+    token. Else, or where the only start token is the end-of-text token (OPT), one end-of-text token stands between
+    documents, and is what the next one begins behind. A chat model's end of turn is no end of text where the
+    vocabulary has a token for the latter.
     """
-    start = tokenizer("")["input_ids"][:1]
+    start = start_tokens(tokenizer)
     specials = {token.content: number for number, token in tokenizer.added_tokens_decoder.items()}
     end = next((specials[one] for one in _ENDS_OF_TEXT if one in specials), tokenizer.eos_token_id)
-    separate = bool(start) and start[0] not in (end, tokenizer.eos_token_id)
-    return (start[0] if separate else end), end, separate
+    separate = start not in ((), (end,))
+    return (start if separate else (end,)), end, separate
 
 
 def stop_token_ids(
@@ -114,7 +113,7 @@ def stop_token_ids(
     configured = getattr(generation_config, "eos_token_id", None)
     found.update(configured if isinstance(configured, list) else [configured])
     if tokenizer.chat_template:
-        found.add(_end_of_turn(tokenizer))
+        found.add(end_of_turn(tokenizer))
     return sorted(token for token in found if token is not None)
 
 
@@ -271,7 +270,7 @@ def _turn(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> _T
     prompt_text = _render(tokenizer, messages[:-1], generation=True)
     whole_text = _render(tokenizer, messages, generation=False)
     prompt, whole = _encode(tokenizer, prompt_text), _encode(tokenizer, whole_text)
-    end = _end_of_turn(tokenizer)
+    end = end_of_turn(tokenizer)
     other_header = False
     if whole[: len(prompt)] == prompt:
         target = whole[len(prompt) :]
@@ -436,7 +435,8 @@ def _fold_system(messages: Sequence[Message]) -> list[Message]:
     return [{"role": "user", "content": system["content"]}, *rest]
 
 
-def _end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
+def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The token with which the chat template ends an answer; the end token where there is no template."""
     return _known(tokenizer).end_of_turn
 
 

@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from medicalgpt_cli.engine import starter
 from medicalgpt_cli.engine.model.experts import has_experts
+from medicalgpt_cli.engine.model.gguf_parts import gguf_config, gguf_tokenizer
 from medicalgpt_cli.engine.model.longrope import choose_by_text
 from medicalgpt_cli.engine.model.quantization import (
     check_quantization,
@@ -134,7 +135,7 @@ def read_tokenizer(source: str) -> PreTrainedTokenizerBase:
     path = Path(source)
     try:
         if path.suffix == ".gguf":
-            return _tokenizer_from_gguf(path)
+            return gguf_tokenizer(path)
         return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as problem:
         if not path.exists():
@@ -146,27 +147,6 @@ def read_tokenizer(source: str) -> PreTrainedTokenizerBase:
             f"{source}: the tokenizer cannot be read ({type(problem).__name__})",
             "the folder needs tokenizer.json or tokenizer.model; --tokenizer-path names another one",
         ) from None
-
-
-def _tokenizer_from_gguf(path: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer inside a GGUF file, with what the conversion loses put back."""
-    from gguf import GGUFReader
-    from tokenizers import pre_tokenizers
-
-    tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-    field = GGUFReader(path).get_field("tokenizer.ggml.pre")
-    if field is not None and bytes(field.parts[field.data[0]]).decode() == "smollm":
-        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-            [
-                pre_tokenizers.Digits(individual_digits=True),
-                pre_tokenizers.ByteLevel(add_prefix_space=False),
-            ]
-        )
-    config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
-    tokenizer.model_max_length = (
-        getattr(config, "max_position_embeddings", None) or tokenizer.model_max_length
-    )
-    return tokenizer
 
 
 def _must_fit(tokenizer: PreTrainedTokenizerBase, base: ModelReference) -> None:
@@ -318,8 +298,7 @@ def config_of(base: ModelReference) -> Any:
     """
     with _explained(base):
         if base.kind == "gguf":
-            path = Path(base.path)
-            return AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+            return gguf_config(Path(base.path))
         return AutoConfig.from_pretrained(base.path, trust_remote_code=False)
 
 

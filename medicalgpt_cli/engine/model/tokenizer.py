@@ -51,7 +51,7 @@ def apply_template(
         UsageError: the tokenizer has another template already, or `template` names nothing.
         UnsafeRefused: the template does an unbounded amount of work.
     """
-    begin = "{{ bos_token }}" if _begins_with_bos(tokenizer) else ""
+    begin = _template_start(tokenizer)
     wanted = None if template is None else _source(template)
     if wanted in TEMPLATES.values():
         wanted = begin + str(wanted)
@@ -84,10 +84,22 @@ def _check_bounds(tokenizer: PreTrainedTokenizerBase, place: str) -> None:
         check_template(template, tokens, place)
 
 
-def _begins_with_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether this tokenizer puts a begin token in front of a text, so that a template has to do it, too."""
-    first = tokenizer("a")["input_ids"][:1]
-    return tokenizer.bos_token_id is not None and first == [tokenizer.bos_token_id]
+def start_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """The tokens that this tokenizer puts in front of a plain text; most put one there or none, GLM-4 two."""
+    text = tokenizer("x", add_special_tokens=False)["input_ids"]
+    whole = tokenizer("x")["input_ids"]
+    places = range(len(whole) - len(text) + 1)
+    return tuple(whole[: next((at for at in places if whole[at : at + len(text)] == text), 0)])
+
+
+def _template_start(tokenizer: PreTrainedTokenizerBase) -> str:
+    """The start tokens as a piece of a template, which has to set them itself."""
+    start = start_tokens(tokenizer)
+    if not start:
+        return ""
+    if start == (tokenizer.bos_token_id,):
+        return "{{ bos_token }}"
+    return "{{ '" + "".join(tokenizer.convert_ids_to_tokens(start)) + "' }}"
 
 
 def _source(template: str) -> str:

@@ -33,7 +33,7 @@ from medicalgpt_cli.engine.data.packing import (
     quotas,
 )
 from medicalgpt_cli.engine.data.readers import check_text_unit
-from medicalgpt_cli.engine.data.rendering import document_marks
+from medicalgpt_cli.engine.data.rendering import IGNORED, document_marks
 from medicalgpt_cli.engine.data.report import histogram, percentiles
 from medicalgpt_cli.engine.observer import Observer
 from medicalgpt_cli.engine.run.environment import cache_folder
@@ -99,7 +99,13 @@ def load_pretrain_data(
     for corpus, which in held:
         order = measured_order(corpus, which, settings.seed)
         part, out = held_out_windows(
-            corpus, order, settings.block_size, settings.eval_tokens, separate, tokenizer.decode
+            corpus,
+            order,
+            settings.block_size,
+            settings.eval_tokens,
+            separate,
+            tokenizer.decode,
+            len(start),
         )
         measured.windows += part.windows
         for group, size in part.bytes.items():
@@ -203,7 +209,7 @@ def _training_report(
 def _held_out_report(
     held: Sequence[tuple[Corpus, np.ndarray]], measured: HeldOut, left_out: int, own_files: bool
 ) -> dict[str, Any]:
-    tokens = sum(len(window.block.targets) for window in measured.windows)
+    tokens = sum(one != IGNORED for window in measured.windows for one in window.block.targets)
     notices = []
     if left_out:
         notices.append(

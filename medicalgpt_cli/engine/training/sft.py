@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 
-from medicalgpt_cli.engine.data.rendering import Example
+from medicalgpt_cli.engine.data.rendering import Example, end_of_turn
 from medicalgpt_cli.engine.evaluation.heldout import example_figures, example_items, example_nats
 from medicalgpt_cli.engine.evaluation.samples import answer_questions, paired_samples
+from medicalgpt_cli.engine.model.unlearnt import unlearnt_end
 from medicalgpt_cli.engine.observer import Observer
 from medicalgpt_cli.engine.planning.batches import Item
 from medicalgpt_cli.engine.run import processes
@@ -55,6 +56,18 @@ class SftStage(Stage):
             "tokens": round(sum(len(example.input_ids) for example in training) * passes),
             "target_tokens": round(target_count(training) * passes),
         }
+
+    def load(self, observer: Observer) -> Any:
+        model = super().load(observer)
+        frozen = self.settings.tuning == "lora" and self.settings.embeddings != "all"
+        why = unlearnt_end(model, self.tokenizer) if frozen and self.resolved.adapter is None else None
+        if why:
+            observer.on_warning(
+                f"{self.tokenizer.convert_ids_to_tokens(end_of_turn(self.tokenizer))}, with which the chat template "
+                f"ends an answer, looks as if {self.resolved.base.name} had never learnt it ({why}); an adapter alone "
+                "may not teach it, and answers then do not end: --embeddings all trains it, too"
+            )
+        return model
 
     def batch_items(self) -> list[Item]:
         return [Item((len(one.input_ids),), target_count([one])) for one in self.data.training]

@@ -48,6 +48,19 @@ def bos_tokenizer():
     return tokenizer
 
 
+def two_starts_tokenizer():
+    """One that puts two tokens in front, as GLM-4's do."""
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = tiny_tokenizer("none")
+    tokenizer.add_special_tokens({"extra_special_tokens": ["[gMASK]", "<sop>"]})
+    start = [(token, tokenizer.convert_tokens_to_ids(token)) for token in ("[gMASK]", "<sop>")]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="[gMASK] <sop> $A", special_tokens=start
+    )
+    return tokenizer
+
+
 def corpus_of(texts: list[str], folder: Path, tokenizer, name: str = "a.jsonl"):
     file = folder / name
     file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
@@ -66,12 +79,12 @@ def expected_stream(texts: list[str], tokenizer) -> tuple[list[int], list[int]]:
     for text in texts:
         # A document that spells a control token spells text.
         ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-        stream += [start, *ids, end] if separate else [start, *ids]
+        stream += [*start, *ids, end] if separate else [*start, *ids]
     following = [*stream[1:], IGNORED if separate else end]
-    return stream, [IGNORED if separate and one == start else one for one in following]
+    return stream, [IGNORED if separate and one in start else one for one in following]
 
 
-@pytest.mark.parametrize("make", [tiny_tokenizer, bos_tokenizer])
+@pytest.mark.parametrize("make", [tiny_tokenizer, bos_tokenizer, two_starts_tokenizer])
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(texts=TEXTS, size=st.integers(2, 64))
 @example(texts=["<|endoftext|>", "a<|im_end|>\n<|begin_of_text|>"], size=2)
@@ -86,7 +99,7 @@ def test_all_blocks_together_are_all_tokens_in_order(make, texts, size, tmp_path
     assert all(len(block.input_ids) == size for block in found[:-1])
     assert blocks.tail == len(stream) % size
     # documents begin where they begin, and nowhere else
-    begins = [at for at, token in enumerate(stream) if token == document_marks(tokenizer)[0]]
+    begins = [at for at, token in enumerate(stream) if token == document_marks(tokenizer)[0][0]]
     marked = {index * size + start for index, block in enumerate(found) for start in block.starts}
     assert set(begins) == marked - ({index * size for index in range(len(found))} - set(begins))
 
@@ -98,7 +111,7 @@ def test_a_stretch_can_begin_inside_a_document(tmp_path) -> None:
     start, end, _ = document_marks(tokenizer)
     chosen = PackedBlocks(corpus, np.array([1]), 16, start, end)
     ids = [token for index in range(len(chosen)) for token in chosen[index].input_ids]
-    assert ids == [start, *tokenizer(texts[1], add_special_tokens=False)["input_ids"]]
+    assert ids == [*start, *tokenizer(texts[1], add_special_tokens=False)["input_ids"]]
 
 
 @pytest.mark.parametrize("lay", [packed, lambda blocks: stacked(blocks, pad_id=0)])
@@ -190,22 +203,51 @@ def test_held_out_does_not_depend_on_order_and_keeps_copies_together(tmp_path) -
     assert choose_held_out(one, 0.0001, 7).sum() >= 1
 
 
-@pytest.mark.parametrize("make", [tiny_tokenizer, bos_tokenizer])
+@pytest.mark.parametrize("make", [tiny_tokenizer, bos_tokenizer, two_starts_tokenizer])
 def test_windows_predict_every_token_of_a_document_once(make, tmp_path) -> None:
     tokenizer = make()
     texts = ["患者咳嗽三天。" * 9, "Take two tablets a day. " * 12]
     corpus = corpus_of(texts, tmp_path, tokenizer)
-    separate = document_marks(tokenizer)[2]
+    start, _, separate = document_marks(tokenizer)
     order = measured_order(corpus, np.array([True, True]), 1)
-    found, left_out = held_out_windows(corpus, order, 16, 10**6, separate, tokenizer.decode)
+    found, left_out = held_out_windows(corpus, order, 16, 10**6, separate, tokenizer.decode, len(start))
     assert left_out == 0
     for number, language in ((0, "zh"), (1, "en")):
         group = (corpus.source.name, language)
         targets = [t for w in found.windows if w.group == group for t in w.block.targets]
-        assert targets == tokenizer(texts[number], add_special_tokens=False)["input_ids"]
+        ids = tokenizer(texts[number], add_special_tokens=False)["input_ids"]
+        assert [one for one in targets if one != IGNORED] == ids
+        read = [t for w in found.windows if w.group == group for t in w.block.input_ids]
+        assert (
+            read == [*start, *ids][:-1]
+        )  # every start token is seen, and only what is behind the last is a target
         assert found.bytes[group] == len(texts[number].encode())
     for window, following in pairwise(w for w in found.windows if w.group[1] == "zh"):
         assert following.block.input_ids[0] == window.block.targets[-1]
+
+
+def test_every_document_stands_behind_what_the_tokenizer_puts_in_front_of_a_text(tmp_path) -> None:
+    tokenizer = two_starts_tokenizer()
+    corpus = corpus_of(["rest", "咳嗽"], tmp_path, tokenizer)
+    block = blocks_of(corpus, tokenizer, 64)[0]
+    end = [tokenizer.eos_token_id]
+    assert block.input_ids == [*tokenizer("rest")["input_ids"], *end, *tokenizer("咳嗽")["input_ids"], *end]
+    assert block.starts == [0, len(tokenizer("rest")["input_ids"]) + 1]
+
+
+def test_a_start_token_that_is_the_end_of_text_stands_once_between_documents(tmp_path) -> None:
+    """OPT's tokenizer puts </s> in front of a text, and its documents are separated by one."""
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = tiny_tokenizer("none")
+    end = (tokenizer.eos_token, tokenizer.eos_token_id)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"{end[0]} $A", special_tokens=[end]
+    )
+    corpus = corpus_of(["rest", "咳嗽"], tmp_path, tokenizer)
+    block = blocks_of(corpus, tokenizer, 64)[0]
+    assert block.input_ids == [*tokenizer("rest")["input_ids"], *tokenizer("咳嗽")["input_ids"]]
+    assert block.targets[-1] == end[1]
 
 
 def test_budget_is_kept_and_told(tmp_path) -> None:
@@ -296,7 +338,7 @@ def test_isolated_documents_have_the_loss_of_documents_alone(tmp_path) -> None:
     start, end, _ = document_marks(tokenizer)
     alone = 0.0
     for text in texts:
-        ids = torch.tensor([[start, *tokenizer(text, add_special_tokens=False)["input_ids"], end]])
+        ids = torch.tensor([[*start, *tokenizer(text, add_special_tokens=False)["input_ids"], end]])
         with torch.no_grad():
             logits = model(input_ids=ids[:, :-1]).logits
         alone += float(torch.nn.functional.cross_entropy(logits[0], ids[0, 1:], reduction="sum"))

@@ -389,9 +389,31 @@ def test_stop_tokens_hold_the_template_s_end(style):
     assert stop_token_ids(tokenizer) == sorted(wanted)
 
 
-def test_raw_text_has_the_tokenizer_s_start():
+@pytest.mark.parametrize(
+    "start", ["<|begin_of_text|>", "<|eot_id|>", "<|end_of_text|> <|begin_of_text|>", ""]
+)
+def test_raw_text_has_the_tokenizer_s_start(start):
+    """Whatever it is: GLM-4's is two tokens, OPT's is its end token."""
+    from tokenizers.processors import TemplateProcessing
+
     tokenizer = tokenizer_of("llama3")
+    tokens = [(token, tokenizer.convert_tokens_to_ids(token)) for token in start.split()]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"{start} $A".strip(), special_tokens=tokens
+    )
     assert encode_raw(tokenizer, "diabetes") == tokenizer("diabetes")["input_ids"]
+    assert encode_raw(tokenizer, "diabetes")[: len(tokens)] == [number for _, number in tokens]
+
+
+def test_an_end_that_the_tokenizer_puts_behind_a_text_is_no_start():
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = tokenizer_of("llama3")
+    end = (tokenizer.eos_token, tokenizer.eos_token_id)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"$A {end[0]}", special_tokens=[end]
+    )
+    assert encode_raw(tokenizer, "diabetes") == tokenizer("diabetes")["input_ids"][:-1]
 
 
 # -- the real tokenizer ------------------------------------------------------------------------------------

@@ -12,7 +12,9 @@ is held against is plain transformers: `forward` of each row alone, and `generat
 from __future__ import annotations
 
 import argparse
+import ast
 import contextlib
+import importlib.util
 import json
 import os
 import resource
@@ -33,18 +35,19 @@ from tests.tiny import tiny_tokenizer, write_jsonl
 CHECKS = ("packed", "padded", "alone", "batch", "served", "lora", "merge", "reward", "rl", "plan")
 LOSS_TOLERANCE = 1e-5  # nats a token, of a row in a batch against that row alone in plain transformers
 TIE = 1e-4  # of logits: greedy answers may part where two tokens are as likely as each other
-SECONDS, BYTES = 240, 12 * 2**30
+SECONDS, BYTES = 300, 12 * 2**30  # of a processor and of address space, for one architecture
 NEW_TOKENS = 24
 
+# No text twice: an index that chooses among tokens has to have something to choose by.
 QUESTIONS = [
-    "What are the symptoms of diabetes? " * 3,
-    "感冒发烧39度怎么办？",
-    "Check with your doctor if you have any of the following problems. " * 2,
+    "What are the symptoms of diabetes, and is tiredness with weight loss or easy bruising one of them?",
+    "感冒发烧39度怎么办？高血压患者能喝酒吗？",
+    "Check with your doctor if the treatment of hypertension is a change of diet, exercise and medicine.",
 ]
 ANSWERS = [
-    "The symptoms include thirst, tiredness and weight loss.",
+    "Signs include thirst, fever and bleeding.",
     "建议多饮水、物理降温，并及时就医。",
-    "Yes. " * 9,
+    "You are right: rest, and have it checked.",
 ]
 
 
@@ -286,12 +289,13 @@ class Checks:
         import torch
         from transformers import AutoModelForCausalLM
 
+        from medicalgpt_cli.engine.model.loading import load_model
         from medicalgpt_cli.engine.training import attention
         from medicalgpt_cli.engine.training.batches import IGNORED
         from medicalgpt_cli.engine.training.losses import target_loss
 
         stage = self._stage("sft", "sft", layout=layout, output_dir=self.folder / "unused")
-        model = stage.load(self._observer()).eval()
+        model = load_model(stage.settings, stage.resolved)
         stage.padding_free = stage.keeps_apart(model, self._observer())
         examples = [replace(one, labels=list(one.input_ids)) for one in stage.data.training]
         assert min(len(one.input_ids) for one in examples) > WINDOW
@@ -462,15 +466,18 @@ def apart(model_type: str, wanted: Sequence[str] = CHECKS, *, debug: bool = Fals
         text = answer.read()
     if text:
         found = json.loads(text)
-    elif os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGALRM:
-        found = {"made": f"it took more than {SECONDS} s"}
+    elif os.WIFSIGNALED(status) and os.WTERMSIG(status) in (signal.SIGXCPU, signal.SIGALRM):
+        found = dict.fromkeys(wanted, f"wrong: it took more than {SECONDS} s of a processor")
     else:
-        found = {"made": f"its process ended with status {status}"}
+        found = dict.fromkeys(wanted, f"wrong: its process ended with status {status}")
     return {**found, "seconds": f"{time.monotonic() - began:.0f}"}
 
 
 def _examine_into(model_type: str, wanted: Sequence[str], path: str, debug: bool) -> None:
-    signal.alarm(SECONDS)
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    limit = SECONDS + int(used.ru_utime + used.ru_stime)
+    resource.setrlimit(resource.RLIMIT_CPU, (limit, limit + 5))
+    signal.alarm(10 * SECONDS)  # what waits without end uses no processor
     resource.setrlimit(resource.RLIMIT_AS, (BYTES, BYTES))
     if not debug:
         quiet = os.open(os.devnull, os.O_WRONLY)
@@ -481,10 +488,15 @@ def _examine_into(model_type: str, wanted: Sequence[str], path: str, debug: bool
 
 
 def architectures() -> list[str]:
-    """The model types of every causal architecture that the installed transformers lists."""
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
-    return list(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+    """The model types of every causal architecture that the installed transformers lists; read without importing it."""
+    package = Path(importlib.util.find_spec("transformers").origin).parent
+    tree = ast.parse((package / "models" / "auto" / "modeling_auto.py").read_text(encoding="utf-8"))
+    listed = next(
+        one.value
+        for one in tree.body
+        if isinstance(one, ast.Assign) and one.targets[0].id == "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES"
+    )
+    return [name for name, _ in ast.literal_eval(listed.args[0] if isinstance(listed, ast.Call) else listed)]
 
 
 def preload() -> None:
@@ -501,6 +513,54 @@ def preload() -> None:
 
 
 # -- the table ---------------------------------------------------------------------------------------------
+
+PAGE = Path(__file__).parents[3] / "docs" / "models.md"
+_BEGIN, _END = "<!-- architectures -->", "<!-- /architectures -->"
+_COLUMNS = {
+    "loss, end to end": ("packed",),
+    "loss, padded": ("padded",),
+    "answers": ("alone", "batch", "served"),
+    "LoRA": ("lora",),
+    "merge": ("merge",),
+    "reward": ("reward",),
+    "rl": ("rl",),
+    "plan": ("plan",),
+}
+
+
+def table(rows: dict[str, dict[str, str]]) -> str:
+    """What was found as Markdown: architectures with the same marks share a row; what was said or is wrong, below."""
+    groups: dict[tuple[str, ...], list[str]] = {}
+    for name, row in rows.items():
+        if "made" not in row:
+            groups.setdefault(tuple(_mark(row, checks) for checks in _COLUMNS.values()), []).append(name)
+    lines = ["| architectures | " + " | ".join(_COLUMNS) + " |", "|---" * (1 + len(_COLUMNS)) + "|"]
+    for marks, names in sorted(groups.items(), key=lambda group: -len(group[1])):
+        lines.append(f"| {', '.join(names)} | " + " | ".join(marks) + " |")
+    said: dict[str, list[str]] = {}
+    for name, row in rows.items():
+        for check in CHECKS:
+            word = row.get(check, "")
+            if word.startswith(("said", "wrong")):
+                said.setdefault(f"{check}, {word}", []).append(name)
+    lines += ["", *(f"- {', '.join(names)}: {word}" for word, names in said.items())]
+    lines += ["", "No tiny model could be made of:", ""]
+    lines += [f"- {name}: {row['made']}" for name, row in rows.items() if "made" in row]
+    return "\n".join(lines)
+
+
+def _mark(row: dict[str, str], checks: Sequence[str]) -> str:
+    words = {row.get(check, "").partition(":")[0] for check in checks}
+    for word, mark in (("wrong", "✗"), ("said", "refused"), ("", "–"), ("pads", "padded instead")):
+        if word in words:
+            return mark
+    return "✓"
+
+
+def write_table(rows: dict[str, dict[str, str]]) -> None:
+    before, _, rest = PAGE.read_text(encoding="utf-8").partition(_BEGIN)
+    behind = rest.partition(_END)[2]
+    PAGE.write_text(f"{before}{_BEGIN}\n{table(rows)}\n{_END}{behind}", encoding="utf-8")
 
 
 def main() -> None:
@@ -532,6 +592,8 @@ def main() -> None:
         print(name, json.dumps(known[name], ensure_ascii=False), flush=True)
         if asked.json:
             asked.json.write_text(json.dumps(known, indent=1, ensure_ascii=False), encoding="utf-8")
+    if asked.write:
+        write_table({name: known[name] for name in architectures() if name in known})
 
 
 def bad(row: dict[str, str]) -> list[str]:

@@ -65,6 +65,21 @@ def test_a_begin_token_that_the_tokenizer_adds_is_in_the_template() -> None:
     assert encode_prompt(tokenizer, CONVERSATION)[0] == bos[1]
 
 
+def test_all_tokens_that_the_tokenizer_puts_in_front_are_in_the_template() -> None:
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = tiny_tokenizer("llama3")
+    tokenizer.chat_template = None
+    start = [
+        (token, tokenizer.convert_tokens_to_ids(token)) for token in ("<|end_of_text|>", "<|begin_of_text|>")
+    ]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"{start[0][0]} {start[1][0]} $A", special_tokens=start
+    )
+    apply_template(tokenizer, "plain")
+    assert encode_prompt(tokenizer, CONVERSATION)[:2] == [number for _, number in start]
+
+
 def test_a_model_without_a_template_gets_the_plain_one_and_says_so(tmp_path: Path) -> None:
     tiny_model(tmp_path / "m", "none")
     settings = ModelSettings(base_model=str(tmp_path / "m"))

@@ -23,7 +23,8 @@ _SIZES: tuple[tuple[str, int], ...] = (
     (r"H_cycles|L_cycles", 1),
     (r"(num_|swa_num_|linear_num_)?(key_value_heads|kv_heads|key_heads|query_groups)|n_kv_heads", 2),
     (r"(swa_)?num_attention_heads|(num_)?attention_heads|n_heads?|(num|decoder|encoder)(_\w+)?_attention_heads", HEADS),
-    (r"num_heads|linear_num_heads|linear_num_value_heads|index_n_heads|linear_num_key_heads", HEADS),
+    (r"num_heads|linear_num_heads|linear_num_value_heads|linear_num_key_heads", HEADS),
+    (r"index_n_heads", 32),  # with few, many scores are 0, and which of equal ones is taken is left to chance
     (r"mamba_n_heads|mamba_num_heads", 8),
     (r"n_mamba_heads|mamba_n_groups|mamba_ngroups|n_groups|o_groups", 2),
     (r"n_group|topk_group|num_expert_group", 1),
@@ -52,14 +53,26 @@ _PATTERNS = [(re.compile(pattern), value) for pattern, value in _SIZES]
 _HINTS: dict[str, dict[str, Any]] = {
     "blt": {"encoder_hash_byte_group_vocab": 300},
     "cohere_compass_text": {"layer_types": ["sliding_attention"] * 3 + ["full_attention"]},
-    "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0}},
+    "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0}},
     "dots3_note": {"num_key_value_heads": HEADS},
     "dots3_note_text": {"num_key_value_heads": HEADS},
     "gpt_neo": {"num_layers": 2, "attention_types": [[["global", "local"], 1]], "attention_layers": None},
+    "dots1": {"n_shared_experts": 1, "n_group": 1, "topk_group": 1},
+    "mamba2": {"num_heads": 8},
+    "nemotron": {"num_key_value_heads": 2},
+    "reformer": {"axial_pos_embds_dim": [16, 48], "axial_pos_shape": [16, 32]},
+    "zamba": {"attention_hidden_size": 2 * HIDDEN, "attention_head_dim": 2 * HEAD_SIZE},
+    "zamba2": {"attention_hidden_size": 2 * HIDDEN, "attention_head_dim": 2 * HEAD_SIZE},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
 }
 # What the library leaves open by default, and then fails without.
-_OPEN = {"num_experts_per_tok": 2, "n_routed_experts": 4, "num_local_experts": 4, "head_dim": HEAD_SIZE}
+_OPEN = {
+    "num_experts_per_tok": 2,
+    "n_routed_experts": 4,
+    "num_local_experts": 4,
+    "head_dim": HEAD_SIZE,
+    "sliding_window": WINDOW,
+}
 
 
 def tiny_config(model_type: str, vocabulary: int, end: int) -> Any:
@@ -112,6 +125,12 @@ def _small(config: Any, vocabulary: int, end: int) -> dict[str, Any]:
         found |= {"num_key_value_heads": HEADS}
         if "head_dim" in given:
             found["head_dim"] = 8
+    if given.get("use_sliding_window") is False:
+        found["use_sliding_window"] = True
+    if "max_window_layers" in given:
+        found["max_window_layers"] = LAYERS // 2
+    if "sliding_window" in given and set(found.get("layer_types", [])) == {"full_attention"}:
+        found["layer_types"] = ["sliding_attention", "full_attention"] * (LAYERS // 2)
     if "is_decoder" in given:
         found["is_decoder"] = True
     for name in ("initializer_range", "init_std"):
