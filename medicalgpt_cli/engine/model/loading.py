@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from medicalgpt_cli.engine import starter
 from medicalgpt_cli.engine.model.experts import has_experts
+from medicalgpt_cli.engine.model.pull import check_pulled
 from medicalgpt_cli.engine.model.quantization import (
     check_quantization,
     compute_alike,
@@ -263,6 +264,8 @@ def load_base(
     with _explained(base):
         _refuse_unsafe(base)
         weight_files_of(base)
+        if base.kind == "folder" and processes.rank() == 0:
+            check_pulled(Path(base.path), observer or Observer())
         if base.kind == "gguf":
             check_gguf_blocks(base.name, Path(base.path))
         if quantization:
@@ -279,10 +282,12 @@ def load_base(
     _must_be_complete(base.name, set(found["missing_keys"]) - set(may_lack))
     files = weight_files_of(base)
     check_all_used(base.name, files, loaded, found["unexpected_keys"], observer or Observer())
-    if quantised or is_spread(loaded):
-        check_numbers_in(base.name, files)
-    else:
-        check_numbers(base.name, loaded, dtype)
+    # All processes read the same files, and under FSDP the others have no weights yet.
+    if processes.rank() == 0:
+        if quantised or is_spread(loaded):
+            check_numbers_in(base.name, files)
+        else:
+            check_numbers(base.name, loaded, dtype)
     if quantised:
         compute_alike(loaded)
     return loaded if gpus > 1 or quantised else _to_device(loaded, device)
