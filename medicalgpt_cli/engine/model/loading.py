@@ -17,6 +17,7 @@ from medicalgpt_cli.engine import starter
 from medicalgpt_cli.engine.model.experts import has_experts
 from medicalgpt_cli.engine.model.gguf_parts import gguf_config, gguf_tokenizer
 from medicalgpt_cli.engine.model.longrope import choose_by_text
+from medicalgpt_cli.engine.model.pull import check_pulled
 from medicalgpt_cli.engine.model.quantization import (
     check_quantization,
     compute_alike,
@@ -245,6 +246,8 @@ def load_base(
     with _explained(base):
         _refuse_unsafe(base)
         weight_files_of(base)
+        if base.kind == "folder" and processes.rank() == 0:
+            check_pulled(Path(base.path), observer or Observer())
         if base.kind == "gguf":
             check_gguf_blocks(base.name, Path(base.path))
         if quantization:
@@ -261,10 +264,12 @@ def load_base(
     _must_be_complete(base.name, set(found["missing_keys"]) - set(may_lack))
     files = weight_files_of(base)
     check_all_used(base.name, files, loaded, found["unexpected_keys"], observer or Observer())
-    if quantised or is_spread(loaded):
-        check_numbers_in(base.name, files)
-    else:
-        check_numbers(base.name, loaded, dtype)
+    # All processes read the same files, and under FSDP the others have no weights yet.
+    if processes.rank() == 0:
+        if quantised or is_spread(loaded):
+            check_numbers_in(base.name, files)
+        else:
+            check_numbers(base.name, loaded, dtype)
     choose_by_text(loaded)
     if quantised:
         compute_alike(loaded)

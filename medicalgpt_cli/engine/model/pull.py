@@ -15,6 +15,7 @@ from filelock import FileLock
 from medicalgpt_cli.engine.model.references import ModelReference, pulled_models
 from medicalgpt_cli.engine.observer import Observer
 from medicalgpt_cli.engine.run.files import atomic_write, sha256_file, staged
+from medicalgpt_cli.engine.run.fingerprints import fingerprint_files
 from medicalgpt_cli.errors import EnvironmentFailure, UnsafeRefused, UsageError
 from medicalgpt_cli.settings.fields import did_you_mean
 from medicalgpt_cli.settings.stages import PullSettings
@@ -132,13 +133,40 @@ def pull(settings: PullSettings, observer: Observer) -> Path:
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.parent / f".{settings.name}.lock"):
         if folder.is_dir():
+            check_pulled(folder, observer)
             observer.on_notice(f"{settings.name} is in the cache already")
             return folder
         with staged(folder) as new:
             origin = _fetch(settings, known, new, observer)
-            details = {"name": settings.name, **asdict(known), **origin}
+            weights = fingerprint_files({one.name: one for one in new.glob("*.safetensors")})
+            details = {"name": settings.name, **asdict(known), **origin, "files": weights}
             atomic_write(new / ORIGIN, json.dumps(details, indent=2, ensure_ascii=False) + "\n")
     return folder
+
+
+def check_pulled(folder: Path, observer: Observer) -> None:
+    """See that the weights of a pulled model are those that were pulled. Other folders are passed over.
+
+    Raises:
+        UsageError: they are not.
+    """
+    record = folder / ORIGIN
+    if not record.is_file():
+        return
+    again = f"delete {folder} and pull the model again"
+    try:
+        files = json.loads(record.read_text(encoding="utf-8")).get(
+            "files", {}
+        )  # none where an older medgpt pulled
+        present = {
+            name: folder / name for name in files if Path(name).name == name and (folder / name).is_file()
+        }
+        now = fingerprint_files(present, observer, folder.name)
+    except (OSError, ValueError, AttributeError, TypeError):
+        raise UsageError(f"{record} cannot be read", again) from None
+    for name in files:
+        if now.get(name) != files[name]:
+            raise UsageError(f"{folder.name}: {name} is not what was pulled", again)
 
 
 def _known(name: str) -> KnownModel:

@@ -16,7 +16,7 @@ from medicalgpt_cli.engine.observer import Observer
 from medicalgpt_cli.engine.pipeline.figures import figures
 from medicalgpt_cli.engine.pipeline.recipe import OUTPUTS, TRAINING, Pipeline, Step
 from medicalgpt_cli.engine.pipeline.report import write_report
-from medicalgpt_cli.engine.pipeline.state import Done, State, fingerprint
+from medicalgpt_cli.engine.pipeline.state import Done, State, fingerprint, left_in
 from medicalgpt_cli.engine.run import manifest
 from medicalgpt_cli.engine.run.files import atomic_write
 from medicalgpt_cli.errors import MedgptError, UsageError
@@ -89,9 +89,13 @@ def _one(
     known = state.steps.get(step.name)
     same = known is not None and known.fingerprint == wanted
     if same and Path(known.output).exists() and _is_done(step, known):
-        state.put(step.name, Done(**{**vars(known), "status": "done"}))
-        observer.on_notice(f"{label}: done and unchanged")
-        return False
+        left = left_in(known.output)
+        if known.left in ("", left):
+            state.put(step.name, Done(**{**vars(known), "status": "done", "left": left}))
+            observer.on_notice(f"{label}: done and unchanged")
+            return False
+        observer.on_warning(f"{label}: {known.output} is not what the step left there; it is done again")
+        same = False
     output = known.output if same else str(_free(_place(step, folder)))
     settings = step.resolved({name: state.steps[name].output for name in needs})
     settings |= _where(step, output)
@@ -101,7 +105,8 @@ def _one(
     began = time.monotonic()
     with _named(step.name, again):
         prepare(step.command, settings)(observer)
-    state.put(step.name, Done(step.command, wanted, output, "done", time.monotonic() - began))
+    seconds = time.monotonic() - began
+    state.put(step.name, Done(step.command, wanted, output, "done", seconds, left_in(output)))
     _free_memory()
     return True
 

@@ -11,11 +11,12 @@ from typing import Any
 
 from medicalgpt_cli import __version__
 from medicalgpt_cli.engine import starter
-from medicalgpt_cli.engine.run.files import atomic_write, sha256_file
+from medicalgpt_cli.engine.run import manifest
+from medicalgpt_cli.engine.run.files import atomic_write
+from medicalgpt_cli.engine.run.fingerprints import fingerprint_files
 from medicalgpt_cli.errors import UsageError
 
 NAME = "pipeline.json"
-_LARGE = 16 << 20  # bytes; a larger file is known by its size and time instead of its content
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,7 @@ class Done:
     output: str  # the folder or file that it leaves
     status: str  # running or done
     seconds: float = 0.0
+    left: str = ""  # a hash of what it left (`left_in`); none where an older medgpt ran it
 
 
 class State:
@@ -80,9 +82,17 @@ def _texts(value: Any) -> list[str]:
     return [value, value.rpartition(":")[0]] if ":" in value[1:] else [value]
 
 
+def left_in(output: str) -> str:
+    """A hash of what a step has left for others: the model of a run, else the folder or file."""
+    path = Path(output)
+    content = _content(path / "model" if (path / manifest.NAME).is_file() else path)
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode("utf-8", "surrogateescape")).hexdigest()
+
+
 def _content(path: Path) -> Any:
-    if path.is_dir():
-        files = sorted(one for one in path.rglob("*") if one.is_file() and "checkpoints" not in one.parts)
-        return {str(one.relative_to(path)): _content(one) for one in files}
-    about = path.stat()
-    return sha256_file(path) if about.st_size <= _LARGE else [about.st_size, about.st_mtime_ns]
+    """The SHA-256 of a file, or of each below a folder by its name; nothing where there is none."""
+    if path.is_file():
+        return fingerprint_files({"": path})[""]["sha256"]
+    files = sorted(one for one in path.rglob("*") if one.is_file() and "checkpoints" not in one.parts)
+    found = fingerprint_files({str(one.relative_to(path)): one for one in files})
+    return {name: about["sha256"] for name, about in found.items()}

@@ -23,21 +23,30 @@ def read(path: Path | str) -> list[dict[str, Any]]:
     path = Path(path)
     if not path.exists():
         return []
-    records = []
-    for line in path.read_bytes().splitlines():
-        try:
-            record = json.loads(line)
-        except (UnicodeDecodeError, json.JSONDecodeError):
-            continue
-        if isinstance(record, dict):
-            records.append(record)
-    return records
+    records = [_record(line) for line in path.read_bytes().splitlines()]
+    return [record for record in records if record is not None]
 
 
-def drop_after(path: Path | str, step: int) -> None:
-    """Forget what came after `step`, and a torn last line: a resumed run writes those steps again."""
-    kept = [record for record in read(path) if record.get("step", 0) <= step]
+def _record(line: bytes) -> dict[str, Any] | None:
+    """A line's record; None where it is none."""
+    try:
+        record = json.loads(line)
+    except (UnicodeDecodeError, json.JSONDecodeError):
+        return None
+    return record if isinstance(record, dict) else None
+
+
+def drop_after(path: Path | str, step: int) -> int:
+    """Forget what came after `step`, and a torn last line: a resumed run writes those steps again.
+
+    Returns:
+        How many lines in front of the last one could not be read; they are lost, too.
+    """
+    path, kept = Path(path), [record for record in read(path) if record.get("step", 0) <= step]
+    lines = path.read_bytes().splitlines() if path.exists() else []
+    unreadable = sum(_record(line) is None for line in lines[:-1])
     atomic_write(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in kept))
+    return unreadable
 
 
 def series(records: list[dict[str, Any]], name: str) -> list[tuple[float, float]]:

@@ -386,7 +386,9 @@ def _checkpoint_to_go_on_from(folder: RunFolder, observer: Observer) -> Path | N
         observer.on_warning(f"{name} is left out: {reason}")
     checkpoint = checkpoints.newest_complete(folder.checkpoints)
     step = checkpoints.step_of(checkpoint) if checkpoint else 0
-    metrics.drop_after(folder.metrics, step)
+    unreadable = metrics.drop_after(folder.metrics, step)
+    if unreadable:
+        observer.on_warning(f"{folder.metrics.name}: {unreadable} damaged lines are left out")
     checkpoints.drop_after(folder.checkpoints, step)
     return checkpoint
 

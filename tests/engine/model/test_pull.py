@@ -107,6 +107,21 @@ def test_a_second_pull_takes_what_is_there(made, home: Path) -> None:
     assert (first / "config.json").stat().st_mtime_ns == changed
 
 
+def test_weights_that_are_not_what_was_pulled_are_refused(made, home: Path) -> None:
+    folder = pull(PullSettings(name="tiny", from_file=made[0]), Observer())
+    weights, settings = folder / "model.safetensors", ModelSettings(base_model="tiny", use_cpu=True)
+    load_model(settings, resolve_models(settings))
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    for again in (
+        lambda: pull(PullSettings(name="tiny"), Observer()),
+        lambda: load_model(settings, resolve_models(settings)),
+    ):
+        with pytest.raises(UsageError, match=r"tiny: model\.safetensors is not what was pulled"):
+            again()
+
+
 def test_the_command_lists_what_can_be_pulled(tmp_path: Path) -> None:
     done = medgpt("pull", "--list", env={"MEDGPT_HOME": str(tmp_path)})
     assert done.returncode == 0, done.stderr

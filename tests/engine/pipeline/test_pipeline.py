@@ -86,6 +86,20 @@ def test_steps_build_on_each_other_and_what_is_done_is_not_done_again(place: Pat
     assert (fourth["done"], fourth["unchanged"]) == (2, 3)
 
 
+def test_a_step_whose_result_has_changed_since_is_done_again(place: Path) -> None:
+    first = run(written(place))
+    weights = place / "out/merge-lora/model.safetensors"
+    before = weights.read_bytes()
+    content = bytearray(before)
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    second = run(written(place))
+    assert (second["done"], second["unchanged"]) == (1, 4)
+    assert second["steps"]["merge-lora"] == "out/merge-lora-2"  # what was changed is kept
+    assert (place / "out/merge-lora-2/model.safetensors").read_bytes() == before
+    assert {**second["steps"], "merge-lora": ""} == {**first["steps"], "merge-lora": ""}
+
+
 def test_the_kept_recipe_of_a_step_is_the_command_alone(place: Path) -> None:
     run(written(place))
     values = yaml.safe_load((place / "out/recipes/sft.yaml").read_text(encoding="utf-8"))

@@ -44,3 +44,10 @@ def test_drop_after_forgets_the_steps_that_are_done_again(tmp_path: Path) -> Non
         metrics.append(file, {"step": step, "loss": float(step)})
     metrics.drop_after(file, 3)
     assert [record["step"] for record in metrics.read(file)] == [1, 2, 3]
+
+
+def test_damaged_lines_in_front_of_the_last_are_counted(tmp_path: Path) -> None:
+    file = tmp_path / "metrics.jsonl"
+    file.write_text('{"step": 1}\n{"step": 2, "lo\n[3]\n{"step": 4}\n{"step": 5, "l')
+    assert metrics.drop_after(file, 9) == 2
+    assert metrics.drop_after(file, 9) == 0
