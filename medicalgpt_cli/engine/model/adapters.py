@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import torch
 
 from medicalgpt_cli.engine.model.experts import expert_weights, layers_beside_experts
+from medicalgpt_cli.engine.model.model_files import read_object
 from medicalgpt_cli.errors import UsageError
 from medicalgpt_cli.settings.fields import did_you_mean
 from medicalgpt_cli.settings.groups import AdapterSettings
@@ -77,10 +77,10 @@ def add_adapter(model: Any, adapter: AdapterSettings, *, seed: int, new_rows: Se
 
 def different_shape(folder: Path, adapter: AdapterSettings) -> dict[str, Any]:
     """Settings in which an adapter on disk differs from `adapter`: field name to the adapter's own value."""
-    config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    config = read_object(folder / "adapter_config.json")
     own = {
-        "lora_rank": config["r"],
-        "lora_alpha": config["lora_alpha"],
+        "lora_rank": config.get("r"),
+        "lora_alpha": config.get("lora_alpha"),
         "dora": config.get("use_dora", False),
         "rslora": config.get("use_rslora", False),
     }
