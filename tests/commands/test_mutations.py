@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import random
 import shutil
@@ -161,3 +162,132 @@ def test_some_mutations_of_a_model_file(name, home, tmp_path, capsys, monkeypatc
 @pytest.mark.parametrize("name", MODEL_FILES)
 def test_every_mutation_of_a_model_file(name, home, tmp_path, capsys, monkeypatch):
     run_model_file(home, name, tmp_path, capsys, monkeypatch, slice(None))
+
+
+# -- data ---------------------------------------------------------------------------------------------------
+
+PAIR = {"prompt": "Why?", "chosen": "So.", "rejected": "No."}
+CHOICE = {"question": "Which?", "options": {"A": "this", "B": "that"}, "answer": "A"}
+ALPACA = {"instruction": "Why?", "input": "", "output": "So.", "history": [["a", "b"]], "system": "s"}
+SHAREGPT = {
+    "conversations": [{"from": "human", "value": "Why?"}, {"from": "gpt", "value": "So."}],
+    "system": "s",
+}
+ROWS = {
+    "sft": [ROW, ALPACA, SHAREGPT],
+    "reward": [PAIR],
+    "rl": [CHOICE, PAIR],
+    "pretrain": [{"text": "Some words."}],
+}
+OPTIONS = {
+    "rl": ["--reward-rule", "right-option:1"],
+    "reward": [],
+    "sft": [],
+    "pretrain": ["--block-size", "32"],
+}
+
+
+def row_mutations(record: Any, depth: int = 4) -> Iterator[Any]:
+    if isinstance(record, dict) and depth:
+        for key, value in record.items():
+            yield {name: one for name, one in record.items() if name != key}
+            for wrong in WRONG.values():
+                yield {**record, key: wrong}
+            for inner in row_mutations(value, depth - 1):
+                yield {**record, key: inner}
+    elif isinstance(record, list) and depth:
+        for place, value in enumerate(record):
+            for inner in [*WRONG.values(), *row_mutations(value, depth - 1)]:
+                yield [*record[:place], inner, *record[place + 1 :]]
+
+
+def containers(rows: list[Any]) -> dict[str, bytes]:
+    """The rows in every kind of file that is read."""
+    import io
+
+    import pyarrow
+    import pyarrow.parquet
+    import zstandard
+
+    lines = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    texts = [{name: value for name, value in row.items() if isinstance(value, str)} for row in rows]
+    head = list(texts[0])
+    table = "".join(",".join(one) + "\n" for one in [head, *([row[name] for name in head] for row in texts)])
+    packed = io.BytesIO()
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), packed)
+    return {
+        "a.jsonl": lines,
+        "a.json": json.dumps(rows, indent=1).encode(),
+        "a.csv": table.encode(),
+        "a.tsv": table.replace(",", "\t").encode(),
+        "a.jsonl.gz": gzip.compress(lines, mtime=0),
+        "a.jsonl.zst": zstandard.compress(lines),
+        "a.parquet": packed.getvalue(),
+        "a.txt": lines,
+    }
+
+
+def data_mutations(stage: str) -> Iterator[tuple[str, str, bytes]]:
+    """(what, name of the file, its bytes)."""
+    for kind, base in enumerate(ROWS[stage]):
+        rows = [{**base, "id": number} for number in range(3)]
+        for number, changed in enumerate(row_mutations(base)):
+            lines = "".join(json.dumps(row) + "\n" for row in [*rows, changed])
+            yield f"row {kind}.{number} {changed}"[:80], "a.jsonl", lines.encode()
+        for name, raw in containers([base] * 3).items():
+            for said, content in byte_mutations(raw, is_json=False):
+                yield f"{name} {said}", name, content
+        for text in (
+            "null",
+            "[]",
+            "1",
+            '"x"',
+            "{}",
+            "[" * 100_000,
+            '{"a":' * 100_000,
+            "[" + "[]," * 9,
+            "1e999",
+        ):
+            for name in ("a.json", "a.jsonl"):
+                yield f"{name} {text[:9]}", name, text.encode()
+
+
+def run_data(home, stage, tmp_path, capsys, monkeypatch, part: slice) -> None:
+    found = []
+    for said, name, content in list(data_mutations(stage))[part]:
+        path = tmp_path / name
+        path.write_bytes(content)
+        commands: list[list[Any]] = [
+            [
+                stage,
+                "--train-data",
+                path,
+                "--base-model",
+                home / "base",
+                "--dry-run",
+                "--use-cpu",
+                *OPTIONS[stage],
+            ],
+            ["data", path],
+        ]
+        if stage == "sft":
+            commands.append(
+                ["infer", "--base-model", home / "base", "--data-file", path, "--max-new-tokens", 1]
+            )
+            commands[-1] += ["--predictions-file", tmp_path / "out.json", "--overwrite", "--use-cpu"]
+        for arguments in commands:
+            code, err = run(capsys, monkeypatch, *arguments)
+            found.append((f"{arguments[0]}: {said}", ended_well(code, err)))
+        path.unlink()
+    check_all(found)
+
+
+@pytest.mark.parametrize("stage", ROWS)
+def test_some_mutations_of_data(stage, home, tmp_path, capsys, monkeypatch):
+    run_data(home, stage, tmp_path, capsys, monkeypatch, slice(1, None, 37))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ROWS)
+def test_every_mutation_of_data(stage, home, tmp_path, capsys, monkeypatch):
+    run_data(home, stage, tmp_path, capsys, monkeypatch, slice(None))

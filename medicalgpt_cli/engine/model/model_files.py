@@ -47,9 +47,9 @@ def read_object(path: Path) -> dict[str, Any]:
     except RecursionError:
         raise UnsafeRefused(f"{path}: more than {_DEEPEST} objects and lists in one another", _HINT) from None
     except ValueError:  # of JSON, of UTF-8, and of numbers of thousands of digits
-        raise UsageError(f"{path}: not a valid JSON object", _HINT) from None
+        raise UsageError(f"{path}: not a JSON object", _HINT) from None
     if not isinstance(content, dict):
-        raise UsageError(f"{path}: not a valid JSON object", _HINT)
+        raise UsageError(f"{path}: not a JSON object", _HINT)
     return content
 
 
