@@ -140,6 +140,14 @@ def main() -> None:
         # Who started this process says what ended the other one.
         lost = processes.lost_partner(error) and not debug
         code = processes.LOST if lost else _fail(_unexpected(error), debug, error)
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":  # of a library in Rust; no Exception
+            raise
+        message = UsageError(
+            "a library gave up on a file of the model or the data",
+            "--debug shows where; is the tokenizer damaged?",
+        )
+        code = _fail(message, debug, error)
     sys.exit(code if isinstance(code, int) else 0)
 
 

@@ -12,13 +12,16 @@ import unicodedata
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise, takewhile
+from typing import Any
 
 from jinja2.exceptions import TemplateError
 from transformers import AddedToken, GenerationConfig, PreTrainedTokenizerBase
 
 from medicalgpt_cli.engine.data.formats import Conversation, Counts, Message
+from medicalgpt_cli.engine.model.model_files import is_panic
 from medicalgpt_cli.engine.model.template_check import check_rendered
 from medicalgpt_cli.engine.model.tokenizer import start_tokens
+from medicalgpt_cli.engine.model.tokenizer_check import gave_up
 from medicalgpt_cli.errors import UsageError
 
 IGNORED = -100
@@ -79,11 +82,7 @@ def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> li
         if _GUARD in text or (special.spelling and special.spelling.search(text))
     }
     plain = [text for index, text in enumerate(texts) if index not in odd]
-    encoded = iter(
-        tokenizer(plain, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
-        if plain
-        else []
-    )
+    encoded = iter(_ids(tokenizer, plain) if plain else [])
     return [
         _encode(tokenizer, _defuse(tokenizer, text, special)) if index in odd else next(encoded)
         for index, text in enumerate(texts)
@@ -634,4 +633,20 @@ def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 
 
 def _encode_piece(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] if text else []
+    return _ids(tokenizer, text) if text else []
+
+
+def _ids(tokenizer: PreTrainedTokenizerBase, texts: Any) -> Any:
+    """Token ids of a text, or of each of several, without a start token.
+
+    Raises:
+        UnsafeRefused: the library gives up on one.
+    """
+    try:
+        return tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)[
+            "input_ids"
+        ]
+    except BaseException as problem:  # a panic is no Exception
+        if is_panic(problem):
+            raise gave_up() from None
+        raise

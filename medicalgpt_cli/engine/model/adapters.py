@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ import torch
 from transformers.pytorch_utils import Conv1D
 
 from medicalgpt_cli.engine.model.experts import block_of, blocks_with_experts
+from medicalgpt_cli.engine.model.model_files import read_object
 from medicalgpt_cli.engine.model.parts import beside_text, text_modules
 from medicalgpt_cli.engine.model.score_head import HEAD
 from medicalgpt_cli.errors import UsageError
@@ -81,10 +81,10 @@ def add_adapter(model: Any, adapter: AdapterSettings, *, seed: int, new_rows: Se
 
 def different_shape(folder: Path, adapter: AdapterSettings) -> dict[str, Any]:
     """Settings in which an adapter on disk differs from `adapter`: field name to the adapter's own value."""
-    config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    config = read_object(folder / "adapter_config.json")
     own = {
-        "lora_rank": config["r"],
-        "lora_alpha": config["lora_alpha"],
+        "lora_rank": config.get("r"),
+        "lora_alpha": config.get("lora_alpha"),
         "dora": config.get("use_dora", False),
         "rslora": config.get("use_rslora", False),
     }

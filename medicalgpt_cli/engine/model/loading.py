@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 from collections.abc import Collection
 from pathlib import Path
@@ -11,12 +10,26 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedTokenizerBase,
+)
 
 from medicalgpt_cli.engine import starter
 from medicalgpt_cli.engine.model.experts import has_experts
 from medicalgpt_cli.engine.model.gguf_parts import gguf_config, gguf_tokenizer
 from medicalgpt_cli.engine.model.longrope import choose_by_text
+from medicalgpt_cli.engine.model.model_files import (
+    building,
+    check_sizes,
+    is_about_memory,
+    is_panic,
+    read_object,
+)
+from medicalgpt_cli.engine.model.model_files import read_config as read_sizes
 from medicalgpt_cli.engine.model.pull import check_pulled
 from medicalgpt_cli.engine.model.quantization import (
     check_quantization,
@@ -27,6 +40,7 @@ from medicalgpt_cli.engine.model.quantization import (
 from medicalgpt_cli.engine.model.references import ModelReference, ResolvedModel
 from medicalgpt_cli.engine.model.spread import is_spread
 from medicalgpt_cli.engine.model.tokenizer import apply_template, check_fingerprint
+from medicalgpt_cli.engine.model.tokenizer_check import check_tokenizer
 from medicalgpt_cli.engine.model.weight_files import (
     check_all_used,
     check_gguf_blocks,
@@ -37,7 +51,7 @@ from medicalgpt_cli.engine.model.weight_files import (
 )
 from medicalgpt_cli.engine.observer import Observer
 from medicalgpt_cli.engine.run import processes
-from medicalgpt_cli.errors import EnvironmentFailure, UnsafeRefused, UsageError
+from medicalgpt_cli.errors import EnvironmentFailure, MedgptError, UnsafeRefused, UsageError
 from medicalgpt_cli.settings.groups import DeviceSettings, ModelSettings
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -137,8 +151,15 @@ def read_tokenizer(source: str) -> PreTrainedTokenizerBase:
     try:
         if path.suffix == ".gguf":
             return gguf_tokenizer(path)
-        return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as problem:
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        check_tokenizer(tokenizer, source)
+        tokenizer("A few words, 12 of them. 几个字。")  # a damaged file shows itself
+        return tokenizer
+    except (MedgptError, MemoryError, KeyboardInterrupt):
+        raise
+    except BaseException as problem:  # a panic of the Rust library is no Exception
+        if not isinstance(problem, Exception) and not is_panic(problem):
+            raise
         if not path.exists():
             raise EnvironmentFailure(
                 f"{source} is no local folder, and the hub does not give it ({type(problem).__name__})",
@@ -154,9 +175,10 @@ def _must_fit(tokenizer: PreTrainedTokenizerBase, base: ModelReference) -> None:
     """Refuse a tokenizer with more tokens than a base folder's embedding has rows."""
     if base.kind != "folder":
         return
-    config = json.loads((Path(base.path) / "config.json").read_text(encoding="utf-8"))
-    rows = config.get("text_config", config).get("vocab_size")
-    if rows is not None and len(tokenizer) > rows:
+    config = read_object(Path(base.path) / "config.json")
+    inner = config.get("text_config")
+    rows = (inner if isinstance(inner, dict) else config).get("vocab_size")
+    if isinstance(rows, int) and len(tokenizer) > rows:
         raise UsageError(
             f"the tokenizer has {len(tokenizer)} tokens, {base.name} only {rows}",
             "they do not belong together: check --tokenizer-path and --base-model",
@@ -304,6 +326,8 @@ def config_of(base: ModelReference) -> Any:
     with _explained(base):
         if base.kind == "gguf":
             return gguf_config(Path(base.path))
+        if base.kind == "hub":
+            check_sizes(PreTrainedConfig.get_config_dict(base.path)[0], base.path)
         return AutoConfig.from_pretrained(base.path, trust_remote_code=False)
 
 
@@ -325,25 +349,20 @@ def config_of_new_model(resolved: ResolvedModel) -> Any:
         UsageError: the file is none.
     """
     path = Path(resolved.base.path)
+    content = read_sizes(path)
     tokenizer = read_tokenizer(resolved.tokenizer)
     with _explained_config(path):
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-        given = json.loads(path.read_text(encoding="utf-8")).get("vocab_size", 0)
+        given = content.get("vocab_size", 0)
         config.vocab_size = max(given, -(-len(tokenizer) // 64) * 64)  # a multiple of 64 is faster
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
             setattr(config, name, getattr(tokenizer, name))
         return config
 
 
-@contextlib.contextmanager
 def _explained_config(path: Path) -> Any:
-    try:
-        yield
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError) as problem:
-        raise UsageError(
-            f"{path}: no model can be made of it ({type(problem).__name__})",
-            'expected a config.json with "model_type" and sizes; --debug shows more',
-        ) from problem
+    hint = 'expected a config.json with "model_type" and sizes; --debug shows more'
+    return building(path, "no model can be made of it", hint)
 
 
 def attach_adapter(model: Any, folder: Path, *, trainable: bool = False) -> Any:
@@ -368,30 +387,30 @@ def attach_adapter(model: Any, folder: Path, *, trainable: bool = False) -> Any:
         "leave out --base-model: the adapter knows its base",
     )
     check_numbers_in(str(folder), [folder / "adapter_model.safetensors"])
-    try:
-        own_tables = _restore_rows(model, folder / "adapter_model.safetensors")
-        attached = PeftModel.from_pretrained(model, folder, is_trainable=trainable)
-    except SafetensorError:
-        raise UsageError(
-            f"{folder}: adapter_model.safetensors is damaged", "was the copy complete?"
-        ) from None
-    except (RuntimeError, ValueError, KeyError) as problem:
-        text = str(problem)
-        if "size mismatch" in text or "not found in the base model" in text:
-            raise misfit from None
-        raise
-    # PEFT only warns where the file and the model have different layers; the rest would stay untrained.
-    with safe_open(folder / "adapter_model.safetensors", "pt") as file:
-        expected = get_peft_model_state_dict(attached, save_embedding_layers=False)
-        # Of tables that were resized, PEFT saves copies under several names.
-        different = set(file.keys()) ^ set(expected)
-        if any(not name.startswith(tuple(own_tables)) for name in different):
-            raise misfit
+    with building(folder, "no adapter over this base model can be made of adapter_config.json"):
+        try:
+            own_tables = _restore_rows(model, folder / "adapter_model.safetensors")
+            attached = PeftModel.from_pretrained(model, folder, is_trainable=trainable)
+        except SafetensorError:
+            raise UsageError(
+                f"{folder}: adapter_model.safetensors is damaged", "was the copy complete?"
+            ) from None
+        except (RuntimeError, ValueError, KeyError) as problem:
+            if "size mismatch" in str(problem) or "not found in the base model" in str(problem):
+                raise misfit from None
+            raise
+        # PEFT only warns where the file and the model have different layers; the rest would stay untrained.
+        with safe_open(folder / "adapter_model.safetensors", "pt") as file:
+            expected = get_peft_model_state_dict(attached, save_embedding_layers=False)
+            # Of tables that were resized, PEFT saves copies under several names.
+            different = set(file.keys()) ^ set(expected)
+            if any(not name.startswith(tuple(own_tables)) for name in different):
+                raise misfit
     return attached
 
 
 def _config_of(adapter: Path) -> dict[str, Any]:
-    return json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+    return read_object(adapter / "adapter_config.json")
 
 
 def _restore_rows(model: Any, file: Path) -> set[str]:
@@ -423,9 +442,11 @@ def _must_be_complete(name: str, missing: Collection[str]) -> None:
 
 def _refuse_unsafe(base: ModelReference) -> None:
     folder = base.folder
+    if base.kind == "hub":
+        check_sizes(PreTrainedConfig.get_config_dict(base.path)[0], base.path)
     if base.kind != "folder" or folder is None:
         return
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config = read_object(folder / "config.json")
     if "auto_map" in config and config.get("model_type") not in _known_types():
         raise UnsafeRefused(
             f"{base.name} wants to run code of its own (auto_map in config.json)",
@@ -441,9 +462,7 @@ def _refuse_unsafe(base: ModelReference) -> None:
 def _refuse_reward_model(base: ModelReference) -> None:
     """One with tied embeddings would load as a language model, and speak as one that was trained to score."""
     config = Path(base.path) / "config.json"
-    if base.kind == "folder" and "SequenceClassification" in str(
-        json.loads(config.read_text(encoding="utf-8")).get("architectures")
-    ):
+    if base.kind == "folder" and "SequenceClassification" in str(read_object(config).get("architectures")):
         raise UsageError(f"{base.name} is a reward model: it scores answers", "medgpt score takes it")
 
 
@@ -457,13 +476,15 @@ def _known_types() -> Any:
 def _explained(base: ModelReference) -> Any:
     try:
         yield
-    except (UnsafeRefused, UsageError):
+    except (MedgptError, MemoryError):
         raise
     except torch.OutOfMemoryError:
         raise EnvironmentFailure(
             f"{base.name} does not fit into the GPU's memory", "--dtype bf16, or --use-cpu"
         ) from None
-    except (OSError, ValueError, KeyError, SafetensorError) as problem:
+    except Exception as problem:  # whatever a library makes of files that it cannot use
+        if is_about_memory(problem):
+            raise
         if base.kind == "hub":
             raise EnvironmentFailure(
                 f"{base.name} is no local folder, and the hub does not give it ({type(problem).__name__})",

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from medicalgpt_cli.engine.model.model_files import read_object
 from medicalgpt_cli.engine.model.references import ModelReference, ResolvedModel
 from medicalgpt_cli.engine.model.spread import size_of
 from medicalgpt_cli.errors import EnvironmentFailure, UsageError
@@ -26,8 +26,12 @@ def stored_quantization(base: ModelReference) -> str | None:
     config = Path(base.path) / "config.json"
     if base.kind != "folder" or not config.is_file():
         return None
-    stored = json.loads(config.read_text(encoding="utf-8")).get("quantization_config")
-    return str(stored.get("quant_method", "an unknown method")) if stored else None
+    stored = read_object(config).get("quantization_config")
+    if not stored:
+        return None
+    if not isinstance(stored, dict):
+        raise UsageError(f"{config}: quantization_config is no object", "was the copy complete?")
+    return str(stored.get("quant_method", "an unknown method"))
 
 
 def check_quantization(resolved: ResolvedModel, quantization: str | None, tuning: str = "lora") -> None:
@@ -68,7 +72,7 @@ def check_quantization(resolved: ResolvedModel, quantization: str | None, tuning
 
 def _is_dora(adapter: ModelReference) -> bool:
     config = Path(adapter.path) / "adapter_config.json"
-    return bool(json.loads(config.read_text(encoding="utf-8")).get("use_dora"))
+    return bool(read_object(config).get("use_dora"))
 
 
 def quantization_config(quantization: str, dtype: torch.dtype, kept: tuple[str, ...] = ()) -> Any:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from medicalgpt_cli.engine import starter
+from medicalgpt_cli.engine.model.model_files import read_adapter_config, read_config, read_object
 from medicalgpt_cli.engine.run import manifest
 from medicalgpt_cli.engine.run.environment import cache_folder
 from medicalgpt_cli.errors import UsageError
@@ -139,8 +139,10 @@ def _folder(name: str, path: Path, follow: bool) -> ModelReference:
             )
         path = path / "model"
     if (path / "adapter_config.json").is_file():
+        read_adapter_config(path)
         return ModelReference(name, "adapter", str(path), _base_of(path) if follow else None)
     if (path / "config.json").is_file():
+        read_config(path / "config.json")
         return ModelReference(name, "folder", str(path))
     inside = sorted(path.glob("*.gguf"))
     if len(inside) == 1:
@@ -154,13 +156,12 @@ def _folder(name: str, path: Path, follow: bool) -> ModelReference:
 
 
 def _recorded_base(adapter: Path) -> str:
-    try:
-        config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
-        return config.get("base_model_name_or_path") or "none is recorded"
-    except (ValueError, AttributeError):
+    recorded = read_object(adapter / "adapter_config.json").get("base_model_name_or_path")
+    if recorded and (not isinstance(recorded, str) or "\0" in recorded):
         raise UsageError(
-            f"{adapter}/adapter_config.json is not a valid JSON object", "was the copy complete?"
-        ) from None
+            f"{adapter}/adapter_config.json: base_model_name_or_path is no name", "name it with --base-model"
+        )
+    return recorded or "none is recorded"
 
 
 def _base_of(adapter: Path) -> ModelReference | None:

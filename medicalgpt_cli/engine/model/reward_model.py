@@ -21,6 +21,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 from medicalgpt_cli.engine.model.adapters import target_layers
 from medicalgpt_cli.engine.model.loading import choose_device, choose_dtype, config_of, load_base
 from medicalgpt_cli.engine.model.merged_weights import fold
+from medicalgpt_cli.engine.model.model_files import building, read_object
 from medicalgpt_cli.engine.model.parts import body_of
 from medicalgpt_cli.engine.model.references import ModelReference, ResolvedModel
 from medicalgpt_cli.engine.model.score_head import HEAD, class_with_head
@@ -132,17 +133,7 @@ def read_record(place: ModelReference) -> dict[str, Any]:
         UsageError: it is damaged.
     """
     path = place.folder / RECORD if place.folder else None
-    return _object(path) if path and path.is_file() else {}
-
-
-def _object(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        content = None
-    if not isinstance(content, dict):
-        raise UsageError(f"{path}: not a JSON object", "was the copy complete?")
-    return content
+    return read_object(path) if path and path.is_file() else {}
 
 
 # -- scores ------------------------------------------------------------------------------------------------
@@ -229,8 +220,13 @@ def _with_adapter(model: Any, adapter: AdapterSettings, given: ModelReference | 
 
     if given is not None:
         _refuse_own_embeddings(given)
-    config = score_adapter(model, adapter, None if given is None else PeftConfig.from_pretrained(given.path))
-    wrapped = get_peft_model(model, config)
+    with building(
+        given.name if given else "--target-modules", "no adapter over this base model can be made of it"
+    ):
+        config = score_adapter(
+            model, adapter, None if given is None else PeftConfig.from_pretrained(given.path)
+        )
+        wrapped = get_peft_model(model, config)
     if given is not None:
         _names(Path(given.path))  # refuses a file that is missing or damaged
         content = load_file(Path(given.path) / "adapter_model.safetensors")
@@ -282,12 +278,13 @@ def _attached(model: Any, adapter: ModelReference) -> Any:
     """The model under a trained adapter with its head."""
     from peft import PeftModel, get_peft_model_state_dict
 
-    try:
-        wrapped = PeftModel.from_pretrained(model, adapter.path)
-    except (RuntimeError, ValueError, KeyError) as problem:
-        if "size mismatch" in str(problem) or "not found in the base model" in str(problem):
-            raise _misfit(adapter) from None
-        raise
+    with building(adapter.name, "no adapter over this base model can be made of adapter_config.json"):
+        try:
+            wrapped = PeftModel.from_pretrained(model, adapter.path)
+        except (RuntimeError, ValueError, KeyError) as problem:
+            if "size mismatch" in str(problem) or "not found in the base model" in str(problem):
+                raise _misfit(adapter) from None
+            raise
     # PEFT only warns where the file and the model have different layers.
     if set(_names(Path(adapter.path))) != set(
         get_peft_model_state_dict(wrapped, save_embedding_layers=False)
@@ -305,4 +302,4 @@ def _misfit(adapter: ModelReference) -> UsageError:
 
 def _config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
-    return _object(path) if path.is_file() else {}
+    return read_object(path) if path.is_file() else {}

@@ -12,14 +12,15 @@ steps:
 
 from __future__ import annotations
 
+import itertools
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from medicalgpt_cli.engine import starter
-from medicalgpt_cli.errors import UsageError
+from medicalgpt_cli.errors import UnsafeRefused, UsageError
 from medicalgpt_cli.settings.fields import did_you_mean
 
 # What a step of each command leaves, and the option that says where.
@@ -35,6 +36,7 @@ OUTPUTS = {
 }
 TRAINING = ("pretrain", "sft", "reward", "rl")
 BUILT_IN = {"samples": str(starter.SAMPLES)}  # the sample records that ship with medgpt
+_LARGEST, _MOST_VALUES = 1 << 20, 100_000  # characters of a recipe's file; values in it
 _REFERENCE = re.compile(r"\$\{([^}]*)\}")
 
 
@@ -69,19 +71,39 @@ class Pipeline:
     output_dir: Path | None
 
 
+def _values(content: Any) -> Iterator[Any]:
+    """All values, those behind an alias each time that it stands there."""
+    yield content
+    if isinstance(content, dict):
+        content = [*content, *content.values()]
+    if isinstance(content, list | tuple):
+        for one in content:
+            yield from _values(one)
+
+
 def read_yaml(path: Path, shape: str) -> Any:
     """The content of a recipe's file; `shape` is the hint where it is none.
 
     Raises:
         UsageError: the file is missing or is not YAML.
+        UnsafeRefused: it is larger, or stands for more values, than a recipe does.
     """
     import yaml
 
     try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
+        if path.exists() and not path.is_file() and not str(path).startswith("/dev/fd/"):
+            raise UsageError(f"--recipe {path} is no file", "name a YAML file")
+        with path.open(encoding="utf-8") as file:
+            text = file.read(_LARGEST + 1)
+        if len(text) > _LARGEST:
+            raise UnsafeRefused(f"--recipe {path}: more than {_LARGEST:,} characters", "name a YAML file")
+        content = yaml.safe_load(text)
+        if sum(1 for _ in itertools.islice(_values(content), _MOST_VALUES)) == _MOST_VALUES:
+            raise UnsafeRefused(f"{path}: its references stand for {_MOST_VALUES:,} values", shape)
+        return content
     except OSError as problem:
         raise UsageError(f"--recipe {path}: {problem.strerror}", "name a YAML file") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as problem:
+    except (yaml.YAMLError, ValueError, RecursionError, TypeError) as problem:
         mark = getattr(problem, "problem_mark", None)
         raise UsageError(f"{path}{f':{mark.line + 1}' if mark else ''}: not valid YAML", shape) from None
 

@@ -28,6 +28,7 @@ QUIET = {
     "TRL_EXPERIMENTAL_SILENCE": "1",
     "BITSANDBYTES_NOWELCOME": "1",
     "TQDM_DISABLE": "1",  # bars of libraries that know no variable of their own (reading GGUF)
+    "RUST_BACKTRACE": "0",  # what a library in Rust says as it gives up stays one line
     # Data workers are forked after the tokenizer was used; without this, each fork is a warning.
     "TOKENIZERS_PARALLELISM": "false",
 }
