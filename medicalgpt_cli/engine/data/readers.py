@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from medicalgpt_cli.engine.run.hub_names import is_hub_name, nearest_path
 from medicalgpt_cli.errors import DataError, UsageError
 
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".txt", ".md")
@@ -537,18 +538,14 @@ def _is_hidden(file: Path, root: Path) -> bool:
 
 
 def _looks_like_hub_name(source: str) -> bool:
-    name = source.partition(":")[0]
-    return (
-        name.count("/") == 1
-        and not Path(source).suffix
-        and not Path(name.split("/")[0]).exists()
-        and name[0] not in "./~"
-    )
+    return is_hub_name(source.partition(":")[0]) and not Path(source).suffix
 
 
 def _nearest(path: Path) -> str:
     from medicalgpt_cli.settings.fields import did_you_mean
 
+    if near := nearest_path(str(path)):
+        return f"did you mean {near}?"
     folder = path.parent if path.parent.is_dir() else None
     near = did_you_mean(path.name, [file.name for file in folder.iterdir()]) if folder else None
     return f"did you mean {folder / near}?" if near else "check the path"

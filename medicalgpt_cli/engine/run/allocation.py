@@ -7,6 +7,8 @@ import os
 import platform
 import sys
 
+from medicalgpt_cli.engine.run import signals
+
 _TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD = -1, -2, -3  # names of mallopt(3)
 LARGEST = 32 * 2**20  # that glibc takes
 _TUNABLES, _HUGE_PAGES = "GLIBC_TUNABLES", "THP_MEM_ALLOC_ENABLE"
@@ -28,6 +30,7 @@ def start_for_training() -> None:
         return
     os.environ[_TUNABLES] = "glibc.malloc.tcache_count=0"
     sys.stdout.flush()
+    signals.hold_back()
     os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
