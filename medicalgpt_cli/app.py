@@ -6,7 +6,6 @@ import errno
 import importlib
 import json
 import os
-import signal
 import sys
 from typing import Annotated
 
@@ -15,7 +14,8 @@ import typer
 from medicalgpt_cli import __version__
 from medicalgpt_cli.commands.bridge import command_function
 from medicalgpt_cli.commands.catalogue import COMMANDS, GROUPS, Command
-from medicalgpt_cli.errors import EnvironmentFailure, MedgptError, Stopped, UsageError
+from medicalgpt_cli.engine.run import signals
+from medicalgpt_cli.errors import EnvironmentFailure, Interrupted, MedgptError, Stopped, UsageError
 from medicalgpt_cli.settings.groups import DeviceSettings, OutputSettings
 from medicalgpt_cli.settings.stages import InferSettings, PipelineSettings, QuickstartSettings, TrainSettings
 
@@ -113,18 +113,18 @@ def _run(command: Command, settings: OutputSettings) -> None:
 
 def main() -> None:
     """Entry point: runs the app and ends with the exit code that the error asks for."""
-    _stop_on_terminate()
     debug = "--debug" in sys.argv
     try:
+        signals.listen()
         code = app(standalone_mode=False)
+        if code and signals.received() is not None:  # Typer makes a silent exit of KeyboardInterrupt
+            code = _fail(_stopped(), debug)
     except MedgptError as error:
         code = _fail(error, debug)
-    except typer.Abort as error:
-        code = _fail(Stopped("stopped"), debug, error)
+    except (typer.Abort, KeyboardInterrupt) as error:
+        code = _fail(_stopped(), debug, error)
     except typer.TyperException as error:
         code = _fail(_usage(error), debug, error)
-    except KeyboardInterrupt as error:
-        code = _fail(Stopped("stopped"), debug, error)
     except BrokenPipeError:
         # The reader of our output went away (`medgpt … | head`): nothing is wrong.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -139,7 +139,9 @@ def main() -> None:
 
         # Who started this process says what ended the other one.
         lost = processes.lost_partner(error) and not debug
-        code = processes.LOST if lost else _fail(_unexpected(error), debug, error)
+        # A signal inside an import or a callback can come out as another exception.
+        failure = _stopped() if signals.received() is not None else _unexpected(error)
+        code = processes.LOST if lost else _fail(failure, debug, error)
     except BaseException as error:
         if type(error).__name__ != "PanicException":  # of a library in Rust; no Exception
             raise
@@ -161,6 +163,15 @@ def _fail(error: MedgptError, debug: bool, cause: BaseException | None = None) -
         sys.stderr.write(safe_traceback(cause or error))
     print_error(error)
     return error.exit_code
+
+
+def _stopped() -> Stopped:
+    """The word for the signal that came; without one somebody answered a question by Ctrl-C or Ctrl-D."""
+    number = signals.received()
+    if number is None:
+        return Stopped("stopped")
+    interrupted = Interrupted(number)
+    return Stopped(f"stopped by {interrupted.signal_name}", exit_code=interrupted.exit_code)
 
 
 def _usage(error: typer.TyperException) -> MedgptError:
@@ -195,17 +206,3 @@ def _unexpected(error: Exception) -> MedgptError:
         frame = frame.tb_next
     where = f"{os.path.basename(frame.tb_frame.f_code.co_filename)}:{frame.tb_lineno}" if frame else "?"  # noqa: PTH119
     return MedgptError(f"unexpected {type(error).__name__} at {where}", "--debug shows the whole story")
-
-
-def _stop_on_terminate() -> None:
-    """SIGTERM and SIGHUP end the program by an exception, so that files are closed and locks are freed.
-
-    Training replaces these handlers by ones that save a checkpoint first.
-    """
-
-    def stop(number: int, _frame: object) -> None:
-        raise Stopped(f"stopped by {signal.Signals(number).name}", exit_code=143)
-
-    for name in ("SIGTERM", "SIGHUP"):
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), stop)

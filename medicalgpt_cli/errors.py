@@ -6,6 +6,8 @@ Exit codes (docs/operations.md): 0 done, 1 unexpected, 2 wrong usage, settings o
 
 from __future__ import annotations
 
+import signal
+
 
 class MedgptError(Exception):
     """A failure with a message for the user. `hint` says what to do next."""
@@ -49,6 +51,15 @@ class TrainingFailed(MedgptError):
     """Training went wrong (NaN, divergence). The last good checkpoint is kept and named in the hint."""
 
     exit_code = 5
+
+
+class Interrupted(KeyboardInterrupt):
+    """A signal that asks to stop came. As Ctrl-C does, it passes every `except Exception` on its way."""
+
+    def __init__(self, number: int):
+        super().__init__()
+        self.signal_name = signal.Signals(number).name
+        self.exit_code = 130 if number == signal.SIGINT else 143
 
 
 class Stopped(MedgptError):

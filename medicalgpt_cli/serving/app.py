@@ -6,7 +6,8 @@ import asyncio
 import contextlib
 import logging
 import socket
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 from fastapi import FastAPI
 
 from medicalgpt_cli.engine.observer import Observer
+from medicalgpt_cli.engine.run import signals
 from medicalgpt_cli.errors import EnvironmentFailure, Stopped
 from medicalgpt_cli.serving.access import Access, read_users
 from medicalgpt_cli.serving.answers import Answers
@@ -53,8 +55,9 @@ def serve(settings: ServeSettings, observer: Observer) -> None:
             app = build_app(settings, served, Access(users))
             server = make_server(app, settings, lambda: observer.on_notice(_where(settings)))
             asyncio.run(server.serve(sockets=[listener]))
-        except KeyboardInterrupt:
-            raise Stopped("stopped by SIGINT") from None
+        except KeyboardInterrupt as stopped:
+            name = getattr(stopped, "signal_name", "SIGINT")
+            raise Stopped(f"stopped by {name}", exit_code=getattr(stopped, "exit_code", 130)) from None
         finally:
             served.answers.close()
     finally:
@@ -150,6 +153,16 @@ def make_server(app: Guard, settings: ServeSettings, on_ready: Callable[[], None
     from medicalgpt_cli.serving.sockets import PatientProtocol
 
     class Server(uvicorn.Server):
+        @contextlib.contextmanager
+        def capture_signals(self) -> Iterator[None]:
+            """uvicorn's own ends at SIGINT and SIGTERM; SIGHUP and SIGUSR1 mean the same here."""
+            with super().capture_signals():
+                if threading.current_thread() is not threading.main_thread():
+                    yield
+                    return
+                with signals.handled(self.handle_exit):
+                    yield
+
         async def startup(self, sockets: list[socket.socket] | None = None) -> None:
             await super().startup(sockets)
             if not self.should_exit:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from medicalgpt_cli.engine.observer import Observer
+from medicalgpt_cli.engine.run import signals
 from medicalgpt_cli.errors import MedgptError
 from medicalgpt_cli.settings.stages import ChatSettings, InferSettings
 from medicalgpt_cli.terminal.console import messages, print_error
@@ -173,7 +174,10 @@ def _typed(prompt: str) -> Iterator[str]:
     while True:
         try:
             line = session.prompt(prompt)
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as stop:
+            if getattr(stop, "exit_code", 130) != 130:
+                raise  # no Ctrl-C
+            signals.forget()
             _dim("Ctrl-D or /exit to leave")
             continue
         except EOFError:

@@ -21,7 +21,7 @@ POISON = (
 )  # fmt: skip
 MARK = "import os; open(os.path.join({folder!r}, 'ran-{name}'), 'w').close()\n"
 # The console script, as pip writes it.
-PROGRAM = "import sys\nfrom medicalgpt_cli.__main__ import main\nsys.exit(main())\n"
+PROGRAM = "import sys\nfrom medicalgpt_cli.__main__ import run\nsys.exit(run())\n"
 TINY = ("--base-model", "model", "--use-cpu", "--dtype", "fp32")
 
 

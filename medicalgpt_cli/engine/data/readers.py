@@ -23,6 +23,7 @@ from typing import IO, Any
 from medicalgpt_cli.engine.data.folders import FolderFiles
 from medicalgpt_cli.engine.data.known_keys import KEYS
 from medicalgpt_cli.engine.run import bounded
+from medicalgpt_cli.engine.run.hub_names import is_hub_name, nearest_path
 from medicalgpt_cli.errors import DataError, UnsafeRefused, UsageError
 
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".txt", ".md")
@@ -700,18 +701,14 @@ def _access(path: Path) -> bool:
 
 
 def _looks_like_hub_name(source: str) -> bool:
-    name = source.partition(":")[0]
-    return (
-        name.count("/") == 1
-        and not Path(source).suffix
-        and not Path(name.split("/")[0]).exists()
-        and name[0] not in "./~"
-    )
+    return is_hub_name(source.partition(":")[0]) and not Path(source).suffix
 
 
 def _nearest(path: Path) -> str:
     from medicalgpt_cli.settings.fields import did_you_mean
 
+    if near := nearest_path(str(path)):
+        return f"did you mean {near}?"
     folder = path.parent if path.parent.is_dir() else None
     near = did_you_mean(path.name, [file.name for file in folder.iterdir()]) if folder else None
     return f"did you mean {folder / near}?" if near else "check the path"

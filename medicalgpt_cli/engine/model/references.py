@@ -11,6 +11,7 @@ from medicalgpt_cli.engine import starter
 from medicalgpt_cli.engine.model.model_files import read_adapter_config, read_config, read_object
 from medicalgpt_cli.engine.run import manifest
 from medicalgpt_cli.engine.run.environment import cache_folder
+from medicalgpt_cli.engine.run.hub_names import is_hub_name, nearest_path
 from medicalgpt_cli.errors import UsageError
 from medicalgpt_cli.settings.fields import did_you_mean
 from medicalgpt_cli.settings.groups import ModelSettings
@@ -92,8 +93,7 @@ def resolve(name: str, *, follow: bool = True) -> ModelReference:
     pulled = pulled_models() / name
     if pulled.is_dir() and "/" not in name:
         return ModelReference(name, "folder", str(pulled))
-    local = name[0] in "./~" or name.startswith("runs/") or Path(name.split("/")[0]).exists()
-    if name.count("/") == 1 and not local:
+    if is_hub_name(name) and not name.startswith("runs/"):
         return ModelReference(name, "hub", name)
     raise _not_found(name)
 
@@ -215,8 +215,10 @@ def _tokenizer_source(model: ModelSettings, base: ModelReference, adapter: Model
 
 
 def _not_found(name: str) -> UsageError:
-    near = did_you_mean(name, _names_around(name))
+    near = nearest_path(name) or did_you_mean(name, _names_around(name))
     looked = "looked for a folder, a .gguf file, a run, a pulled model and a hub name"
+    if "/" in name:
+        looked += "; the hub is not asked for what looks like a path"
     hint = f"did you mean {near}?" if near else "`medgpt pull --list` shows what can be fetched"
     return UsageError(f"no model named {name} ({looked})", hint)
 

@@ -7,6 +7,7 @@ import os
 import platform
 import sys
 
+from medicalgpt_cli.engine.run import signals
 from medicalgpt_cli.working_folder import environment, python
 
 _TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD = -1, -2, -3  # names of mallopt(3)
@@ -30,6 +31,7 @@ def start_for_training() -> None:
         return
     os.environ[_TUNABLES] = "glibc.malloc.tcache_count=0"
     sys.stdout.flush()
+    signals.hold_back()
     os.execve(sys.executable, python(*sys.orig_argv[1:]), environment())
 
 

@@ -24,13 +24,12 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 from medicalgpt_cli import working_folder
-from medicalgpt_cli.engine.run import manifest
+from medicalgpt_cli.engine.run import manifest, signals
 from medicalgpt_cli.errors import EnvironmentFailure
 from medicalgpt_cli.settings.stages import InferSettings, TrainSettings
 
 LOST = 75  # exit code of a process that has lost another one of its run
 _GRACE = 5.0  # seconds in which the others may end by themselves once one has failed
-_FORWARDED = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")
 _PARENT_DEATH = 1  # PR_SET_PDEATHSIG
 _CHANNELS = "MEDGPT_CHANNELS"  # the open files of a process that lead to others
 
@@ -193,7 +192,11 @@ def _start(arguments: Sequence[str], launch: Launch, logs: Sequence[Path]) -> li
 
 
 def _end_with_parent() -> None:
-    """On Linux a process of a run does not outlive the one that started it."""
+    """On Linux a process of a run does not outlive the one that started it.
+
+    Signals that are passed on to it wait until it listens.
+    """
+    signals.hold_back()
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(_PARENT_DEATH, signal.SIGTERM)
 
@@ -205,16 +208,8 @@ def _passed_on(children: Sequence[subprocess.Popen]) -> Iterator[None]:
             if child.poll() is None:
                 child.send_signal(number)
 
-    before = {
-        number: signal.signal(number, pass_on)
-        for name in _FORWARDED
-        if (number := getattr(signal, name, None))
-    }
-    try:
+    with signals.handled(pass_on):
         yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _wait(children: Sequence[subprocess.Popen]) -> int | None:

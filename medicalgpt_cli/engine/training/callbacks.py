@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,11 +11,9 @@ from typing import Any
 from transformers import TrainerCallback
 
 from medicalgpt_cli.engine.observer import Observer
-from medicalgpt_cli.engine.run import metrics, processes
+from medicalgpt_cli.engine.run import metrics, processes, signals
 from medicalgpt_cli.engine.training import together
-
-STOP_SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")
-
+from medicalgpt_cli.errors import Interrupted
 
 # What the library logs itself; everything else is a stage's own.
 _OF_THE_LIBRARY = (
@@ -74,33 +71,26 @@ class StopOnSignal(TrainerCallback):
     """The first signal ends training after the running update, with a checkpoint; a second one ends at once."""
 
     def __init__(self) -> None:
-        self.received: int | None = None
+        self.received = signals.received()  # perhaps while the model was loaded, where a library swallowed it
 
     @contextmanager
     def listening(self) -> Iterator[StopOnSignal]:
-        before = {}
 
         def note(number: int, _frame: object) -> None:
             if self.received is not None:
-                raise KeyboardInterrupt
+                signals.interrupt(number)
             self.received = number
 
-        for name in STOP_SIGNALS:
-            if hasattr(signal, name):
-                before[name] = signal.signal(getattr(signal, name), note)
-        try:
+        with signals.handled(note):
             yield self
-        finally:
-            for name, handler in before.items():
-                signal.signal(getattr(signal, name), handler)
 
     @property
     def exit_code(self) -> int:
-        return 130 if self.received == signal.SIGINT else 143
+        return Interrupted(self.received).exit_code if self.received else 0
 
     @property
     def name(self) -> str:
-        return signal.Signals(self.received).name if self.received else ""
+        return Interrupted(self.received).signal_name if self.received else ""
 
     def on_step_end(self, args, state, control, **_):
         if together.largest(self.received or 0, args.device):  # all stop after the same update

@@ -226,10 +226,12 @@ def run(stage: Stage, observer: Observer) -> dict[str, Any]:
             raise Stopped(
                 stopped.message, _how_to_go_on(folder, stage), exit_code=stopped.exit_code
             ) from None
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as stopped:
             folder.finish("stopped")
             raise Stopped(
-                "stopped at once, without another checkpoint", _how_to_go_on(folder, stage)
+                f"stopped at once by {getattr(stopped, 'signal_name', 'SIGINT')}, without another checkpoint",
+                _how_to_go_on(folder, stage),
+                exit_code=getattr(stopped, "exit_code", 130),
             ) from None
         except BaseException:
             folder.finish("failed")
