@@ -147,6 +147,11 @@ def _get(weight: Any, part: str | None, optimizer: Any) -> torch.Tensor:
     return found.detach().float().cpu()
 
 
+def get_weight(weight: Any, optimizer: Any) -> torch.Tensor:
+    """A weight that processes share, whole, in fp32 and on the processor; all have to call together."""
+    return _get(weight, None, optimizer)
+
+
 @torch.no_grad()
 def set_weight(weight: Any, value: torch.Tensor, optimizer: Any) -> None:
     """Give a weight that processes share new numbers; all have to call together with the same ones."""

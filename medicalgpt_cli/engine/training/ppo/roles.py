@@ -173,8 +173,7 @@ class Roles(torch.nn.Module):
 
     def values(self, batch: dict[str, torch.Tensor], positions: torch.Tensor) -> torch.Tensor:
         """The value function at positions counted through all rows: (positions,)."""
-        hidden = self.hidden("value", batch)[positions]
-        return self.value_head(hidden.to(self.value_head.weight.dtype)).squeeze(-1)
+        return _through(self.value_head, self.hidden("value", batch)[positions])
 
     def head_from_reward_model(self, scale: float, shift: float) -> tuple[torch.Tensor, torch.Tensor] | None:
         """Weight and bias of a value head that predicts scale · score + shift; None without a shared reward model."""
@@ -182,13 +181,18 @@ class Roles(torch.nn.Module):
         if head is None or self.value_head is None:
             return None
         bias = torch.zeros_like(self.value_head.bias) if head.bias is None else head.bias.detach()
-        return head.weight.detach() * scale, bias * scale + shift
+        return head.weight.detach() * scale, bias.detach() * scale + shift
 
     @torch.no_grad()
     def scores(self, batch: dict[str, torch.Tensor]) -> list[float]:
         """The shared reward model's score at each row's end."""
-        last = self.hidden("reward", batch)[batch["ends"]]
-        return self.reward_head(last.to(self.reward_head.weight.dtype)).squeeze(-1).tolist()
+        return _through(self.reward_head, self.hidden("reward", batch)[batch["ends"]]).tolist()
+
+
+def _through(head: torch.nn.Linear, hidden: torch.Tensor) -> torch.Tensor:
+    """A head's number for each row, in float32 at least."""
+    found = head(hidden.to(head.weight.dtype)).squeeze(-1)
+    return found.to(torch.promote_types(found.dtype, torch.float32))
 
 
 def _recompute(layer: Any, run: Callable[..., Any], *inputs: Any) -> Any:

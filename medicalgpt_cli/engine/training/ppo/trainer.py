@@ -173,8 +173,8 @@ class PPOTrainer(MedgptTrainer):
             return
         scale, shift = mathematics.change_of_units(before, self.moments)
         if (scale, shift) != (1.0, 0.0):
-            head = roles.value_head
-            self._set_value_head(roles, head.weight.detach() * scale, head.bias.detach() * scale + shift)
+            weight, bias = self._value_head(roles)
+            self._set_value_head(roles, weight * scale, bias * scale + shift)
             rollout.values = (rollout.values * scale + shift) * rollout.mask
 
     def _start_values(self, roles: Roles, rollout: Rollout) -> None:
@@ -195,6 +195,11 @@ class PPOTrainer(MedgptTrainer):
         rollout.values = values_of(
             roles, rollout.asked, rollout.answers, self.lay, batch_size=self.rl.answers_a_pass
         )
+
+    def _value_head(self, roles: Roles) -> list[torch.Tensor]:
+        """Weight and bias in all their digits: DeepSpeed may compute with fewer."""
+        found = [roles.value_head.weight, roles.value_head.bias]
+        return [shares.get_weight(one, self.optimizer) if self.spread else one.detach() for one in found]
 
     def _set_value_head(self, roles: Roles, weight: torch.Tensor, bias: torch.Tensor) -> None:
         for parameter, value in ((roles.value_head.weight, weight), (roles.value_head.bias, bias)):
