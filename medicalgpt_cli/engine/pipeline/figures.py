@@ -64,8 +64,8 @@ def _by_source(
         past = old.get((one["source"], one.get("language")))
         source = Path(one["source"]).name
         if "accuracy" in one:
-            interval = percent_interval(one)
-            difference = change_text(change_of_part(change, one, "accuracy"), 1, 100)
+            interval = percent_interval(one, " %")
+            difference = change_text(change_of_part(change, one, "accuracy"), 1, 100, " pp")
             was = f"{100 * past['accuracy']:.1f} %" if past else "–"
             better = past and one["accuracy"] > past["accuracy"]
             label = (

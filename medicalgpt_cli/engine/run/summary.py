@@ -34,21 +34,21 @@ class DataPart:
     histogram: list[Mapping[str, int]]  # {"from", "to", "count"}: examples by length in tokens
 
 
-def interval_text(low: float | None, high: float | None, digits: int) -> str:
+def interval_text(low: float | None, high: float | None, digits: int, unit: str = "") -> str:
     """A 95 % interval; where no resample differed from another there is none."""
     if low is None or high is None:
         return "no spread"
     between = " to " if low < 0 else "–"
-    return f"{low:.{digits}f}{between}{high:.{digits}f}".replace("-", "−")
+    return f"{low:.{digits}f}{between}{high:.{digits}f}{unit}".replace("-", "−")
 
 
-def change_text(change: Mapping[str, Any] | None, digits: int, scale: float = 1.0) -> str:
+def change_text(change: Mapping[str, Any] | None, digits: int, scale: float = 1.0, unit: str = "") -> str:
     """The 95 % interval of a paired difference (`paired_differences`); empty where it was not taken."""
     if not change:
         return ""
     if change["low"] is None:
         return "no spread"
-    return f"{signed(scale * change['low'], digits)} to {signed(scale * change['high'], digits)}"
+    return f"{signed(scale * change['low'], digits)} to {signed(scale * change['high'], digits)}{unit}"
 
 
 def signed(value: float, digits: int) -> str:
@@ -144,10 +144,10 @@ def part_table(
     return head, rows
 
 
-def percent_interval(part: Mapping[str, Any]) -> str:
+def percent_interval(part: Mapping[str, Any], unit: str = "") -> str:
     """The interval of an accuracy, in percent."""
     low, high = (None if part[end] is None else 100 * part[end] for end in ("low", "high"))
-    return interval_text(low, high, 1)
+    return interval_text(low, high, 1, unit)
 
 
 def length_rows(figures: Mapping[str, Any]) -> list[list[str]]:

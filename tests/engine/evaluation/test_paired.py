@@ -175,6 +175,26 @@ def test_the_difference_stands_wherever_before_and_after_do() -> None:
     assert "difference, 95 %: −0.7500 to −0.2500" in report and "no spread" in report
 
 
+def test_each_source_has_its_own_difference() -> None:
+    one = {
+        "source": "a/dev.jsonl",
+        "pairs": 40,
+        "longer_wins": 0.7,
+        "accuracy": 0.975,
+        "low": 0.871,
+        "high": 0.996,
+    }
+    change = {
+        "parts": [{"source": "a/dev.jsonl", "accuracy": {"difference": 0.6, "low": 0.475, "high": 0.775}}]
+    }
+    before = {"parts": [{**one, "accuracy": 0.35}]}
+    (found,) = figures("reward", {"result": {"before": before, "after": {"parts": [one]}, "change": change}})
+    assert (found.interval, found.difference) == ("87.1–99.6 %", "+47.5 to +77.5 pp")
+    sure = {**one, "accuracy": 1.0, "low": None, "high": None}
+    (found,) = figures("reward", {"result": {"before": before, "after": {"parts": [sure]}}})
+    assert (found.interval, found.difference) == ("no spread", "")
+
+
 def test_a_brute_force_over_all_resamples_of_a_run_result() -> None:
     """What stands in run.json is what anybody finds who draws the four prompts in all 256 ways."""
     before, after = [0.0, 0.5, 1.0, 0.25], [1.0, 0.5, 1.5, 2.25]
