@@ -19,7 +19,13 @@ _CHOSEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_
 def has_experts(config: Any) -> bool:
     """Whether a model of this configuration routes tokens to experts."""
     text = config.get_text_config()
-    return any((getattr(text, name, None) or 0) > 1 for name in _COUNTS)
+    return any(_of_any_layer(text, name) > 1 for name in _COUNTS)
+
+
+def _of_any_layer(text: Any, name: str) -> int:
+    """A number of a configuration, the largest where layers have their own; 0 where it has none."""
+    own = name in (text.per_layer_attributes or ())
+    return max(getattr(layer, name, None) or 0 for layer in (text.per_layer_config if own else [text]))
 
 
 def experts_a_token(config: Any) -> int:
@@ -30,8 +36,8 @@ def experts_a_token(config: Any) -> int:
     """
     text = config.get_text_config()
     for name in _CHOSEN:
-        if getattr(text, name, None):
-            return getattr(text, name)
+        if found := _of_any_layer(text, name):
+            return found
     raise NotImplementedError("experts a token")
 
 

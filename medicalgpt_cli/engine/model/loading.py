@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -482,6 +483,12 @@ def _explained(base: ModelReference) -> Any:
         raise EnvironmentFailure(
             f"{base.name} does not fit into the GPU's memory", "--dtype bf16, or --use-cpu"
         ) from None
+    except ImportError as problem:  # some towers for pictures come from packages of their own
+        wanted = re.search(r"pip install ([\w.-]+)", str(problem))
+        raise EnvironmentFailure(
+            f"{base.name} needs a package that is not installed",
+            f"pip install {wanted[1]}" if wanted else "--debug says which one",
+        ) from problem
     except Exception as problem:  # whatever a library makes of files that it cannot use
         if is_about_memory(problem):
             raise

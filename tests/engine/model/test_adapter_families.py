@@ -94,8 +94,11 @@ def test_a_named_layer_that_cannot_have_lora_is_refused(name: str, layer: str, s
     assert caught.value.hint
 
 
-@pytest.mark.parametrize("name", ["falcon_h1", "mamba"])
-def test_a_stage_says_what_it_leaves_out(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "left_out", "layer"),
+    [("falcon_h1", "no LoRA on out_proj", "out_proj"), ("gemma3", "no LoRA on model.vision_tower", "fc1")],
+)
+def test_a_stage_says_what_it_leaves_out(name: str, left_out: str, layer: str, tmp_path: Path) -> None:
     tokenizer = tiny_tokenizer()
     language_model(name).save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
@@ -108,7 +111,10 @@ def test_a_stage_says_what_it_leaves_out(name: str, tmp_path: Path) -> None:
     )
     flags = ("sft", *flags, "--max-length", 48, "--max-steps", 1, "--batch-size", 2, "--eval-fraction", 0)
     done = medgpt(*flags, "--output-dir", tmp_path / "run")
+    assert done.returncode == 0 and left_out in done.stderr and "plan: " in done.stderr, done.stderr
+    done = medgpt(
+        "merge-lora", "--lora-model", tmp_path / "run", "--output-dir", tmp_path / "merged", "--use-cpu"
+    )
     assert done.returncode == 0, done.stderr
-    assert "no LoRA on " in done.stderr and "out_proj" in done.stderr
-    done = medgpt(*flags, "--output-dir", tmp_path / "other", "--target-modules", "out_proj")
-    assert done.returncode == 2 and "--target-modules out_proj" in done.stderr and "hint: " in done.stderr
+    done = medgpt(*flags, "--output-dir", tmp_path / "other", "--target-modules", layer)
+    assert done.returncode == 2 and f"--target-modules {layer}" in done.stderr and "hint: " in done.stderr

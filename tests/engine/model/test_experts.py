@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, Lfm2MoeConfig, MixtralConfig, Qwen3MoeConfig
 
 from medicalgpt_cli.engine.model.adapters import Targets, target_layers
-from medicalgpt_cli.engine.model.experts import expert_weights, has_experts
+from medicalgpt_cli.engine.model.experts import expert_weights, experts_a_token, has_experts
 from tests.cli import medgpt
 from tests.tiny import tiny_model, tiny_tokenizer, write_jsonl
 
@@ -40,6 +40,14 @@ def test_which_layers_every_token_passes(tmp_path: Path) -> None:
     assert {name.rpartition(".")[2] for name in expert_weights(model)} == {"gate_up_proj", "down_proj"}
     dense = AutoModelForCausalLM.from_pretrained(tiny_model(tmp_path / "dense"))
     assert not has_experts(dense.config) and not expert_weights(dense)
+
+
+def test_layers_with_numbers_of_experts_of_their_own() -> None:
+    own = {index: {"num_experts": 8, "num_experts_per_tok": 1} for index in (0, 2)}
+    config = Qwen3MoeConfig(**SIZES, **ROUTED, per_layer_config=own)
+    with pytest.raises(RuntimeError):
+        _ = config.num_experts_per_tok  # the library refuses to answer for the whole
+    assert has_experts(config) and experts_a_token(config) == 2
 
 
 @pytest.fixture(scope="module")

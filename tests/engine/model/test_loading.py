@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoConfig
 
 from medicalgpt_cli.engine.model.adapters import add_adapter, save_adapter
 from medicalgpt_cli.engine.model.loading import attach_adapter, choose_device, choose_dtype, load_model
 from medicalgpt_cli.engine.model.references import resolve_models
 from medicalgpt_cli.errors import EnvironmentFailure, UnsafeRefused, UsageError
 from medicalgpt_cli.settings.groups import AdapterSettings, DeviceSettings, ModelSettings
+from tests.families import family
 from tests.tiny import tiny_model
 
 
@@ -69,6 +72,17 @@ def test_incomplete_weights_are_refused_and_not_made_up(tmp_path: Path) -> None:
     save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(UsageError, match="1 weights are missing"):
         load(model)
+
+
+@pytest.mark.skipif(find_spec("timm") is not None, reason="the package is there")
+def test_a_package_that_a_model_needs_is_named(tmp_path: Path) -> None:
+    """The tower for pictures of Gemma 3n comes from a package of its own."""
+    model = tiny_model(tmp_path / "m")
+    config = AutoConfig.for_model("gemma3n", text_config=family("gemma3n_text").to_dict())
+    config.save_pretrained(model)
+    with pytest.raises(EnvironmentFailure, match="needs a package") as caught:
+        load(model)
+    assert caught.value.hint == "pip install timm"
 
 
 def test_damaged_files_are_said(tmp_path: Path) -> None:
