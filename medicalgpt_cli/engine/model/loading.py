@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from medicalgpt_cli.engine import starter
+from medicalgpt_cli.engine.model.causality import must_be_causal
 from medicalgpt_cli.engine.model.experts import has_experts
 from medicalgpt_cli.engine.model.gguf_parts import gguf_config, gguf_tokenizer
 from medicalgpt_cli.engine.model.quantization import (
@@ -240,7 +241,11 @@ def load_base(
     _must_be_complete(base.name, set(found["missing_keys"]) - set(may_lack))
     if quantised:
         compute_alike(loaded)
-    return loaded if gpus > 1 or quantised else _to_device(loaded, device)
+    if gpus == 1 and not quantised:
+        loaded = _to_device(loaded, device)
+    if kind is AutoModelForCausalLM:
+        must_be_causal(loaded, base.name)
+    return loaded
 
 
 def _refuse_experts(base: ModelReference, quantization: str) -> None:
