@@ -20,6 +20,7 @@ from transformers import (
 )
 
 from medicalgpt_cli.engine import starter
+from medicalgpt_cli.engine.model.causality import must_be_causal
 from medicalgpt_cli.engine.model.experts import has_experts
 from medicalgpt_cli.engine.model.gguf_parts import gguf_config, gguf_tokenizer
 from medicalgpt_cli.engine.model.longrope import choose_by_text
@@ -296,7 +297,11 @@ def load_base(
     choose_by_text(loaded)
     if quantised:
         compute_alike(loaded)
-    return loaded if gpus > 1 or quantised else _to_device(loaded, device)
+    if gpus == 1 and not quantised:
+        loaded = _to_device(loaded, device)
+    if kind is AutoModelForCausalLM:
+        must_be_causal(loaded, base.name)
+    return loaded
 
 
 def _refuse_experts(base: ModelReference, quantization: str) -> None:
