@@ -48,7 +48,7 @@ def _files_of(model: ModelReference) -> dict[str, Path] | None:
     if model.kind in ("gguf", "config"):
         return {Path(model.path).name: Path(model.path)}
     folder, weights = files_folder(model), weight_files_of(model)
-    if folder is None or not weights:
+    if folder is None or not weights or (model.kind == "adapter" and not weights[0].is_file()):
         return None if model.kind == "hub" else {}  # what is missing is said where it is loaded
     found = [*weights, *(folder / name for name in _CONFIG if (folder / name).is_file())]
     return {file.relative_to(folder).as_posix(): file for file in found}

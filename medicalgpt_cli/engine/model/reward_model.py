@@ -26,6 +26,7 @@ from medicalgpt_cli.engine.model.parts import body_of
 from medicalgpt_cli.engine.model.references import ModelReference, ResolvedModel
 from medicalgpt_cli.engine.model.score_head import HEAD, class_with_head
 from medicalgpt_cli.engine.model.spread import written_to
+from medicalgpt_cli.engine.model.weight_files import ADAPTER, check_numbers_in
 from medicalgpt_cli.engine.observer import Observer
 from medicalgpt_cli.errors import UsageError
 from medicalgpt_cli.settings.groups import AdapterSettings
@@ -100,6 +101,7 @@ def check_head(place: ModelReference) -> None:
                 f"{place.name} is an adapter without a score head, not a reward model",
                 "name a run of `medgpt reward`",
             )
+        check_numbers_in(place.name, [folder / ADAPTER])
     elif not _scores(_config(folder).get("architectures")):
         raise UsageError(
             f"{place.name} is a language model, not a reward model", "name a run of `medgpt reward`"
@@ -229,6 +231,7 @@ def _with_adapter(model: Any, adapter: AdapterSettings, given: ModelReference | 
         wrapped = get_peft_model(model, config)
     if given is not None:
         _names(Path(given.path))  # refuses a file that is missing or damaged
+        check_numbers_in(given.name, [Path(given.path) / ADAPTER])
         content = load_file(Path(given.path) / "adapter_model.safetensors")
         # PEFT asks for a head, which an adapter of a language model does not have.
         content.setdefault(f"base_model.model.{HEAD}.weight", getattr(model, HEAD).weight.detach())

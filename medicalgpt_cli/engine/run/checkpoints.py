@@ -68,7 +68,11 @@ def problem(checkpoint: Path | str, needed: Collection[str] = ()) -> str | None:
         expected = {name: (entry["bytes"], entry["sha256"]) for name, entry in files.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return f"it has no valid {SEAL}"
-    present = {file.relative_to(checkpoint).as_posix() for file in checkpoint.rglob("*") if file.is_file()}
+    present = {  # hidden files come from whoever has looked at the folder
+        file.relative_to(checkpoint).as_posix()
+        for file in checkpoint.rglob("*")
+        if file.is_file() and not file.name.startswith(".")
+    }
     unnamed = sorted((present | set(needed)) - {SEAL} - expected.keys())
     if unnamed or not expected:
         return f"{SEAL} does not name {unnamed[0] if unnamed else 'any file'}"

@@ -49,6 +49,12 @@ def go_on(
         UsageError: a model has changed since, and it was not accepted; an adapter is never.
     """
     parents, accepted, refused = {**recorded.get("parents", {})}, {}, []
+    for prefix, resolved in models.items():
+        # A hub model may not have been here as the run began; an older medgpt recorded no files.
+        if not parents.get(f"{prefix}base", {}).get("files"):
+            different = check_base(resolved, observer, accept=accept)
+            if different:
+                accepted[f"{prefix}base"] = different
     for name, one in _parts(models).items():
         files, before = describe(one, observer), parents.get(name, {}).get("files")
         if files is None:

@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from medicalgpt_cli.engine.model.base_record import RECORD, check_base, read_record
+from medicalgpt_cli.engine.model.base_record import RECORD, check_base, known_base, read_record
 from medicalgpt_cli.engine.model.references import resolve_models
 from medicalgpt_cli.engine.observer import Observer
+from medicalgpt_cli.engine.training import origins
 from medicalgpt_cli.errors import UsageError
 from medicalgpt_cli.settings.groups import ModelSettings
 from tests.cli import medgpt
@@ -103,11 +104,23 @@ def test_a_base_in_the_hubs_cache_is_followed_to_its_files(place: Path, tmp_path
     (cache / "models--own--tiny" / "refs" / "main").write_text("a" * 40)
     for file in (place / "other").iterdir():
         (snapshot / file.name).symlink_to(file)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
     models = resolve_models(ModelSettings(base_model="own/tiny", lora_model=str(place / "tuned")))
     assert models.base.kind == "hub"
+    assert check_base(models, Observer()) == []  # it is not here yet
+    with (
+        pytest.raises(UsageError, match="trained over another base"),
+        known_base(models, Observer(), accept=False),
+    ):
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))  # loading fetches it
     with pytest.raises(UsageError, match=r"model\.safetensors changed"):
         check_base(models, Observer())
+    # A run that begins before it is here knows it as soon as it is loaded.
+    run = {"parents": {"base": {"name": "own/tiny", "files": None}}}
+    with pytest.raises(UsageError, match=r"model\.safetensors changed"):
+        origins.go_on(run, {"": models}, Observer(), tmp_path, accept=False)
+    later = origins.go_on(run, {"": models}, Observer(), tmp_path, accept=True)
+    assert later["parents"]["base"]["files"]["model.safetensors"]["bytes"] > 0
+    assert later["accepted_other_base"][0]["base"] == ["model.safetensors changed"]
 
 
 OVER_OTHER = ("--base-model", "other", "--lora-model", "tuned")

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from medicalgpt_cli.engine.model.loading import load_base, load_model
 from medicalgpt_cli.engine.model.references import ModelReference, resolve_models
-from medicalgpt_cli.engine.model.reward_model import load_reward_model
+from medicalgpt_cli.engine.model.reward_model import check_head, load_reward_model
 from medicalgpt_cli.engine.model.weight_files import weight_files
 from medicalgpt_cli.engine.observer import Observer
 from medicalgpt_cli.errors import UnsafeRefused, UsageError
@@ -173,6 +173,21 @@ def test_a_reward_model_without_numbers_or_with_another_layer_count_is_refused(t
     spoilt(folder / "model.safetensors", "score", math.nan)
     with pytest.raises(UsageError, match=r"score\.weight holds numbers that are not finite"):
         load_reward_model(resolved, torch.float32, CPU)
+
+
+def test_a_reward_adapter_with_weights_that_are_no_numbers_is_refused(tmp_path: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForSequenceClassification
+
+    base, folder = tiny_model(tmp_path / "m"), tmp_path / "rm"
+    model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=1)
+    config = LoraConfig(task_type="SEQ_CLS", target_modules=["q_proj"], modules_to_save=["score"])
+    get_peft_model(model, config).save_pretrained(folder)
+    reward = resolve_models(ModelSettings(lora_model=str(folder))).adapter
+    check_head(reward)
+    spoilt(folder / "adapter_model.safetensors", "score", math.inf)
+    with pytest.raises(UsageError, match=r"score.* not finite"):
+        check_head(reward)
 
 
 @pytest.mark.parametrize("bits", ["8bit", "4bit"])
