@@ -8,23 +8,28 @@ from pathlib import Path
 import medicalgpt_cli
 from medicalgpt_cli.errors import MedgptError
 
-_PACKAGE = Path(medicalgpt_cli.__file__).parent
+_PACKAGE = str(Path(medicalgpt_cli.__file__).parent)
 # Where records are in hand as text. Libraries that are called from here quote them in their errors.
 _HANDLES_TEXT = tuple(
-    str(_PACKAGE / place)
+    f"{_PACKAGE}/{place}"
     for place in (
         "engine/data",
         "engine/evaluation",
-        "engine/generation",
+        "engine/generation/conversation",
+        "engine/generation/endpoint",
+        "engine/generation/helpers",
+        "engine/generation/infer",
+        "engine/generation/predictions",
+        "engine/generation/questions",
         "engine/pipeline/report",
         "engine/rewards",
+        "engine/run",
         "engine/training/pretrain_data",
         "engine/training/reward_data",
         "engine/training/rl_data",
         "engine/training/sft_data",
         "serving",
-        "terminal/chat",
-        "terminal/data_view",
+        "terminal",
     )
 )
 
@@ -32,15 +37,12 @@ _HANDLES_TEXT = tuple(
 def safe_traceback(error: BaseException) -> str:
     """The frames and kinds of an error and of those that led to it, the first one first.
 
-    The text of a foreign error is left out where one of them passed through code that handles records: a key
-    that is missing, a number that is none, what a template says are all quoted from the record.
+    The text of a foreign error is left out where it, or one that led to it, arose in code that handles records or
+    in a library that such code called: a key that is missing, a number that is none, what a template says are all
+    quoted from the record.
     """
     chain = _chain(error, set())
-    over_text = any(
-        frame.filename.startswith(_HANDLES_TEXT)
-        for one in chain
-        for frame in traceback.extract_tb(one.__traceback__)
-    )
+    over_text = any(_last_of_ours(one).startswith(_HANDLES_TEXT) for one in chain)
     return "\nwhich led to:\n\n".join(_described(one, over_text) for one in chain)
 
 
@@ -51,6 +53,12 @@ def _chain(error: BaseException | None, seen: set[int]) -> list[BaseException]:
     behind = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
     members = error.exceptions if isinstance(error, BaseExceptionGroup) else ()
     return [*_chain(behind, seen), *(inner for one in members for inner in _chain(one, seen)), error]
+
+
+def _last_of_ours(error: BaseException) -> str:
+    """The file of this package that was the last on the way to an error; "" where none was."""
+    files = [frame.filename for frame in traceback.extract_tb(error.__traceback__)]
+    return next((file for file in reversed(files) if file.startswith(_PACKAGE)), "")
 
 
 def _described(error: BaseException, over_text: bool) -> str:

@@ -107,10 +107,19 @@ def document_marks(tokenizer: PreTrainedTokenizerBase) -> tuple[tuple[int, ...],
 def stop_token_ids(
     tokenizer: PreTrainedTokenizerBase, generation_config: GenerationConfig | None = None
 ) -> list[int]:
-    """Tokens that end an answer: the tokenizer's end token, the template's end of turn, the model's own."""
+    """Tokens that end an answer: the tokenizer's end token, the template's end of turn, the model's own.
+
+    Raises:
+        UsageError: the model's own are no tokens.
+    """
     found = {tokenizer.eos_token_id}
     configured = getattr(generation_config, "eos_token_id", None)
-    found.update(configured if isinstance(configured, list) else [configured])
+    ends = configured if isinstance(configured, list) else [configured]
+    if not all(one is None or (isinstance(one, int) and not isinstance(one, bool)) for one in ends):
+        raise UsageError(
+            "the model's generation_config.json: eos_token_id is no token", "a number, or a list of numbers"
+        )
+    found.update(ends)
     if tokenizer.chat_template:
         found.add(end_of_turn(tokenizer))
     return sorted(token for token in found if token is not None)

@@ -19,14 +19,14 @@ _HINT = "was the copy complete, and is it from where you meant?"
 # The largest value of what a configuration counts, by the end of its name; the largest models in use have 126 layers,
 # 18,432 wide, 2,048 experts, 262,208 tokens and a context of 10,485,760.
 _BOUNDS = (
-    (re.compile(r"layers?$|depths?$|blocks?$"), 2_048),
+    (re.compile(r"layers?$|depths?$|blocks?$"), 1_024),
     (re.compile(r"experts?$|heads$|groups$"), 65_536),
     (re.compile(r"vocab_size$|num_labels$"), 1 << 26),
     (re.compile(r"(size|dim|width|rank|inner|embd|model|channels)$|^r$"), 1 << 24),
     (re.compile(r"positions|context|_len(gth)?$|window"), 1 << 40),
 )
 _OTHER_NUMBERS = 1 << 63
-_MOST_REPLICATED = 2_048  # layers that an adapter's `layer_replication` makes
+_MOST_REPLICATED = 1_024  # layers that an adapter's `layer_replication` makes
 _PATTERN_SECONDS, _PATTERN_MEMORY = 1, 256 << 20
 _PATTERN_LONGEST = 10_000
 
@@ -98,6 +98,9 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
         raise UsageError(
             f"{path}: an adapter that waits for certain tokens (aLoRA) is not supported", "take a LoRA"
         )
+    rows = content.get("trainable_token_indices")
+    if rows is not None and not isinstance(rows, list | dict):
+        raise UsageError(f"{path}: trainable_token_indices is no list", _HINT)
     _check_rank(content, folder)
     if content.get("megatron_config") is not None:
         raise UnsafeRefused(f"{path}: megatron_config names a library to be imported", _HINT)

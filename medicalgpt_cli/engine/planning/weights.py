@@ -10,8 +10,8 @@ from medicalgpt_cli.engine.model.experts import has_experts
 from medicalgpt_cli.engine.model.loading import choose_device, choose_dtype, gpus_of_the_model
 from medicalgpt_cli.engine.model.references import ResolvedModel
 from medicalgpt_cli.engine.planning.device import device_memory, program_bytes
-from medicalgpt_cli.engine.planning.skeleton import UNKNOWN, Kind, Outline, build, count, outline
-from medicalgpt_cli.errors import EnvironmentFailure, MedgptError
+from medicalgpt_cli.engine.planning.skeleton import Kind, Outline, build, count, outline
+from medicalgpt_cli.errors import EnvironmentFailure
 from medicalgpt_cli.settings.groups import DeviceSettings
 
 
@@ -36,7 +36,7 @@ def must_fit(
     try:
         shapes = outline(resolved, dtype, kind=kind, quantization=settings.quantization)
         need = _bytes(shapes)
-    except (*UNKNOWN, MedgptError):
+    except Exception:  # of any kind, since a configuration can be wrong in any way
         return
     if need <= room:
         return
