@@ -20,9 +20,11 @@ def medgpt(
     input: str | None = None,
     timeout: float = 300,
     fresh: bool = False,
+    umask: int | None = None,
 ) -> subprocess.CompletedProcess[str]:
     """Run `medgpt …` offline and give its exit code, stdout and stderr.
 
+    `umask`: of a process that is not fresh.
     `fresh`: from the very start of the interpreter; else libraries are imported already (tests/forked.py).
     A variable that is not medgpt's own may be read by a library as it is imported, and needs a fresh one.
     """
@@ -36,7 +38,7 @@ def medgpt(
             capture_output=True,
             text=True,
         )
-    return forked.run([str(one) for one in arguments], environment(env), cwd, input, timeout)
+    return forked.run([str(one) for one in arguments], environment(env), cwd, input, timeout, umask)
 
 
 def start(*arguments: object, env: dict[str, str] | None = None, **options) -> subprocess.Popen[str]:

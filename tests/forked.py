@@ -29,7 +29,12 @@ _PRELOADED = [
 
 
 def run(
-    arguments: Sequence[str], env: dict[str, str], cwd: Path | None, said: str | None, timeout: float
+    arguments: Sequence[str],
+    env: dict[str, str],
+    cwd: Path | None,
+    said: str | None,
+    timeout: float,
+    umask: int | None = None,
 ) -> subprocess.CompletedProcess[str]:
     """Like `subprocess.run` of `medgpt …` with captured text.
 
@@ -40,7 +45,8 @@ def run(
         streams = [Path(folder) / name for name in ("in", "out", "err")]
         streams[0].write_text(said or "", encoding="utf-8")
         process = _context().Process(
-            target=_main, args=(list(arguments), env, str(cwd or Path.cwd()), [str(one) for one in streams])
+            target=_main,
+            args=(list(arguments), env, str(cwd or Path.cwd()), [str(one) for one in streams], umask),
         )
         process.start()
         process.join(timeout)
@@ -69,13 +75,15 @@ def _context() -> multiprocessing.context.ForkServerContext:
     return context
 
 
-def _main(arguments: list[str], env: dict[str, str], cwd: str, streams: list[str]) -> None:
+def _main(arguments: list[str], env: dict[str, str], cwd: str, streams: list[str], umask: int | None) -> None:
     import random
 
     import numpy
 
     random.seed()  # what is not seeded by the program must not be the same in two runs
     numpy.random.seed()
+    if umask is not None:
+        os.umask(umask)
     os.environ.clear()
     os.environ.update(env)
     os.chdir(cwd)

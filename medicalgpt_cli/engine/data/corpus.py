@@ -30,7 +30,7 @@ from medicalgpt_cli.engine.data.readers import HubDataset, expand_sources
 from medicalgpt_cli.engine.data.rendering import document_marks, encode_texts
 from medicalgpt_cli.engine.model.tokenizer import fingerprint
 from medicalgpt_cli.engine.observer import Observer
-from medicalgpt_cli.engine.run.files import remove_tree, sha256_file, staged
+from medicalgpt_cli.engine.run.files import PRIVATE, private_folder, remove_tree, sha256_file, staged
 from medicalgpt_cli.errors import DataError, UsageError
 
 FORMAT = 1
@@ -109,15 +109,15 @@ def tokenise(
     """
     files, _ = expand_sources([source.name])
     tokens = cache / "tokens"
-    tokens.mkdir(parents=True, exist_ok=True, mode=0o700)
+    private_folder(tokens)
     folder = tokens / _key(files, tokenizer, text_unit)
-    with FileLock(f"{folder}.lock"):
+    with FileLock(f"{folder}.lock", mode=0o600):
         on_hub = any(isinstance(file, HubDataset) for file in files)
         if on_hub:  # what a hub name holds can change without its name
             remove_tree(folder)
         if not (folder / "meta.json").is_file():
             remove_tree(folder)
-            with staged(folder) as new:
+            with staged(folder, PRIVATE) as new:
                 _write(new, source, tokenizer, text_unit, observer)
         return Corpus(folder, source)
 

@@ -12,11 +12,13 @@ from collections.abc import Collection
 from pathlib import Path
 
 from medicalgpt_cli.engine.run.files import (
+    PRIVATE,
     TEMPORARY,
     atomic_write,
     fsync_path,
     fsync_tree,
     remove_tree,
+    set_modes,
     sha256_file,
 )
 
@@ -43,6 +45,7 @@ def publish(temporary: Path | str, final: Path | str) -> Path:
         if file.is_file() and file.name != SEAL
     }
     atomic_write(temporary / SEAL, json.dumps({"format": 1, "files": files}, indent=1) + "\n")
+    set_modes(temporary, PRIVATE)
     fsync_tree(temporary)
     if final.exists():
         _discard(final)

@@ -7,6 +7,9 @@ runs/<stage>-<model>-<time>/
   report.html    the same for people (report.py)
   checkpoints/   for --resume (checkpoints.py)
   model/         the result
+
+The user alone may read it, since metrics and reports hold held-out text and weights can know text by heart. With
+--group-readable the group may read `model/`, and pass through the run folder to get there.
 """
 
 from __future__ import annotations
@@ -21,7 +24,18 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from medicalgpt_cli.engine.run import manifest
-from medicalgpt_cli.engine.run.files import TEMPORARY, atomic_write, publish, remove_tree
+from medicalgpt_cli.engine.run.files import (
+    GROUP,
+    PASSABLE,
+    PRIVATE,
+    TEMPORARY,
+    atomic_write,
+    open_to_others,
+    private_folder,
+    publish,
+    remove_tree,
+    set_modes,
+)
 from medicalgpt_cli.errors import UsageError
 from medicalgpt_cli.settings.fields import options_of
 
@@ -35,6 +49,8 @@ class RunFolder:
         """A view of an existing folder, for reading; takes no lock."""
         self.path = Path(path)
         self._lock: FileLock | None = None
+        self.group_readable = False  # whether the group may read the model
+        self.was_open = False  # whether others could read it when it was taken up again
 
     # -- what is in it -------------------------------------------------------------------------------------
 
@@ -96,8 +112,9 @@ class RunFolder:
                 "name a new folder; an interrupted run goes on with --resume",
             )
         if path:
-            path.mkdir(parents=True, exist_ok=True)
+            private_folder(path)
         run = cls(path or _new_folder(Path("runs"), stage, model_label))
+        run.group_readable = getattr(settings, "group_readable", False)
         run._acquire()
         if run.manifest.exists():  # another process was quicker
             run.close()
@@ -107,8 +124,8 @@ class RunFolder:
         return run
 
     @classmethod
-    def open_for_resume(cls, path: Path | str, stage: str) -> RunFolder:
-        """Take up an interrupted run.
+    def open_for_resume(cls, path: Path | str, stage: str, *, group_readable: bool = False) -> RunFolder:
+        """Take up an interrupted run; what others could read in it is closed to them.
 
         Raises:
             UsageError: no run folder, another stage's, one that is done, or one another process works in.
@@ -124,6 +141,8 @@ class RunFolder:
                 f"{path} is finished", "start a new run on top of it: --lora-model or --base-model"
             )
         run._acquire()
+        run.group_readable, run.was_open = group_readable, open_to_others(run.path)
+        run.close_to_others()
         run.update(status="running", finished=None, resumed=[*known.get("resumed", []), manifest.now()])
         return run
 
@@ -142,7 +161,20 @@ class RunFolder:
         parts: dict[str, Any] = {"status": status, "finished": manifest.now()}
         if result is not None:
             parts["result"] = dict(result)
+        self.close_to_others()  # also what libraries have written
         self.update(**parts)
+
+    def close_to_others(self) -> None:
+        """Let the user alone read everything, but for a model that the group may read."""
+        opened = self.group_readable and self.model.is_dir()
+        set_modes(self.path, PRIVATE, leave_out=[self.model] if opened else [])
+        if opened:
+            set_modes(self.model, GROUP)
+            self.path.chmod(PASSABLE)
+
+    def closed_parents(self) -> list[Path]:
+        """Folders above that let nobody but their owner through, for a run whose model others are to read."""
+        return [one for one in self.path.resolve().parents if not one.stat().st_mode & 0o011]
 
     def publish_model(self) -> Path:
         """Give the finished `new_model` folder its name `model`: synced, renamed, never half there.
@@ -153,7 +185,7 @@ class RunFolder:
         remove_tree(aside)
         if self.model.exists():
             self.model.rename(aside)
-        published = publish(self.new_model, self.model)
+        published = publish(self.new_model, self.model, GROUP if self.group_readable else PRIVATE)
         remove_tree(aside)
         return published
 
@@ -170,7 +202,7 @@ class RunFolder:
         self.close()
 
     def _acquire(self) -> None:
-        lock = FileLock(self.path / _LOCK)
+        lock = FileLock(self.path / _LOCK, mode=0o600)
         try:
             lock.acquire(timeout=0)
         except Timeout:
@@ -187,6 +219,9 @@ class Onlooker(RunFolder):
         return
 
     def finish(self, status: str, result: Mapping[str, Any] | None = None) -> None:
+        return
+
+    def close_to_others(self) -> None:
         return
 
 
@@ -211,7 +246,7 @@ def _new_folder(parent: Path, stage: str, model_label: str) -> Path:
     for number in itertools.count(1):
         path = parent / (name if number == 1 else f"{name}-{number}")
         try:
-            path.mkdir(parents=True)
+            path.mkdir(parents=True, mode=PRIVATE)
         except FileExistsError:
             continue
         return path
