@@ -21,9 +21,11 @@ def medgpt(
     timeout: float = 300,
     fresh: bool = False,
     signal_in: tuple[str, int] | None = None,
+    umask: int | None = None,
 ) -> subprocess.CompletedProcess[str]:
     """Run `medgpt …` offline and give its exit code, stdout and stderr.
 
+    `umask`: of a process that is not fresh.
     `fresh`: from the very start of the interpreter; else libraries are imported already (tests/forked.py).
     `signal_in`: "module:Class.method" and the signal that the process gets as that is first called.
     A variable that is not medgpt's own may be read by a library as it is imported, and needs a fresh one.
@@ -38,7 +40,9 @@ def medgpt(
             capture_output=True,
             text=True,
         )
-    return forked.run([str(one) for one in arguments], environment(env), cwd, input, timeout, signal_in)
+    return forked.run(
+        [str(one) for one in arguments], environment(env), cwd, input, timeout, signal_in, umask
+    )
 
 
 def start(*arguments: object, env: dict[str, str] | None = None, **options) -> subprocess.Popen[str]:

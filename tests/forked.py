@@ -37,6 +37,7 @@ def run(
     said: str | None,
     timeout: float,
     signal_in: tuple[str, int] | None = None,
+    umask: int | None = None,
 ) -> subprocess.CompletedProcess[str]:
     """Like `subprocess.run` of `medgpt …` with captured text.
 
@@ -51,7 +52,7 @@ def run(
         streams[0].write_text(said or "", encoding="utf-8")
         process = _context().Process(
             target=_main,
-            args=(list(arguments), env, str(cwd or Path.cwd()), [str(one) for one in streams], signal_in),
+            args=(list(arguments), env, str(cwd or Path.cwd()), [*map(str, streams)], signal_in, umask),
         )
         process.start()
         process.join(timeout)
@@ -86,6 +87,7 @@ def _main(
     cwd: str,
     streams: list[str],
     signal_in: tuple[str, int] | None,
+    umask: int | None,
 ) -> None:
     import random
 
@@ -93,6 +95,8 @@ def _main(
 
     random.seed()  # what is not seeded by the program must not be the same in two runs
     numpy.random.seed()
+    if umask is not None:
+        os.umask(umask)
     os.environ.clear()
     os.environ.update(env)
     os.chdir(cwd)

@@ -330,6 +330,10 @@ class RunSettings(MemorySettings, OutputSettings):
         None, "The run folder; runs/<stage>-<model>-<time> where not given.", metavar="DIR"
     )
     resume: Path | None = opt(None, "Go on with this interrupted run folder.", metavar="RUN")
+    group_readable: bool = opt(
+        False,
+        "Let the run folder's group read model/, for a server of another user; all else stays readable by you alone.",
+    )
     dry_run: bool = opt(False, "Show data, steps and settings; load no weights and write nothing.")
     report_to: tuple[str, ...] = opt(
         (), "Experiment trackers, for example tensorboard or wandb; none where not given."

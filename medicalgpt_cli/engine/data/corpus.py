@@ -33,7 +33,7 @@ from medicalgpt_cli.engine.data.rendering import document_marks, encode_texts
 from medicalgpt_cli.engine.model.tokenizer import fingerprint
 from medicalgpt_cli.engine.observer import Observer
 from medicalgpt_cli.engine.run import checkpoints
-from medicalgpt_cli.engine.run.files import remove_tree, sha256_file, staged
+from medicalgpt_cli.engine.run.files import PRIVATE, private_folder, remove_tree, sha256_file, staged
 from medicalgpt_cli.errors import DataError, UsageError
 
 FORMAT = 1
@@ -112,7 +112,7 @@ def tokenise(
     """
     files, _ = expand_sources([source.name])
     tokens = cache / "tokens"
-    tokens.mkdir(parents=True, exist_ok=True, mode=0o700)
+    private_folder(tokens)
     try:
         folder = tokens / _key(files, tokenizer, text_unit)
     except OSError as problem:
@@ -120,7 +120,7 @@ def tokenise(
             f"{problem.strerror or type(problem).__name__}", "check the path", at=str(problem.filename)
         ) from None
     damage = _damage(folder) if folder.is_dir() else None  # outside the lock: several processes look at once
-    with FileLock(f"{folder}.lock"):
+    with FileLock(f"{folder}.lock", mode=0o600):
         if damage and (damage := _damage(folder)):  # unless another process has mended it
             observer.on_warning(f"the token cache of {source.name} is made anew: {damage}")
             remove_tree(folder)
@@ -128,7 +128,7 @@ def tokenise(
         if on_hub:  # what a hub name holds can change without its name
             remove_tree(folder)
         if not folder.is_dir():
-            with staged(folder) as new:
+            with staged(folder, PRIVATE) as new:
                 _write(new, source, tokenizer, text_unit, observer, folder.name)
         return Corpus(folder, source)
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from medicalgpt_cli.engine.run.files import atomic_write, fsync_path
+from medicalgpt_cli.engine.run.files import atomic_write, fsync_path, open_private
 from medicalgpt_cli.errors import UsageError
 
 _FORMAT = "medgpt-predictions-1"
@@ -48,7 +48,7 @@ class PredictionFile:
         except BaseException:
             self._unlock()
             raise
-        self._file = self.partial.open("ab")
+        self._file = open_private(self.partial, "ab")
 
     def _begin(self, identity: Mapping[str, str], resume: bool, overwrite: bool) -> None:
         if resume and self.partial.exists():
@@ -153,7 +153,7 @@ class StandardOutput:
 
 
 def _locked(path: Path) -> FileLock:
-    lock = FileLock(path.with_name(f".{path.name}.lock"))
+    lock = FileLock(path.with_name(f".{path.name}.lock"), mode=0o600)
     try:
         lock.acquire(timeout=0)
     except Timeout:

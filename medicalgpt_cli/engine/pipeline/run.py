@@ -18,7 +18,7 @@ from medicalgpt_cli.engine.pipeline.recipe import OUTPUTS, TRAINING, Pipeline, S
 from medicalgpt_cli.engine.pipeline.report import write_report
 from medicalgpt_cli.engine.pipeline.state import Done, State, fingerprint, left_in
 from medicalgpt_cli.engine.run import manifest
-from medicalgpt_cli.engine.run.files import atomic_write
+from medicalgpt_cli.engine.run.files import atomic_write, private_folder
 from medicalgpt_cli.errors import MedgptError, UsageError
 
 # Checks the settings of a command (recipe keys to values) and gives a function that runs it.
@@ -37,7 +37,7 @@ def run(pipeline: Pipeline, folder: Path, prepare: Prepare, again: str, observer
         MedgptError: what the step that failed raised, with `again` in its hint.
     """
     check(pipeline, folder, prepare)
-    folder.mkdir(parents=True, exist_ok=True)
+    private_folder(folder)
     with _locked(folder):
         state, fresh = State(folder), 0
         for number, step in enumerate(pipeline.steps, 1):
@@ -144,7 +144,7 @@ def _keep_recipe(step: Step, settings: Mapping[str, Any], folder: Path) -> None:
     import yaml
 
     place = folder / "recipes" / f"{step.name}.yaml"
-    place.parent.mkdir(exist_ok=True)
+    private_folder(place.parent)
     content = {key: value for key, value in settings.items() if key != "resume"}
     text = yaml.safe_dump(content, allow_unicode=True, sort_keys=False, width=10_000)
     atomic_write(place, f"# medgpt {step.command} --recipe {place.name}\n{text}")
@@ -166,7 +166,7 @@ def _named(name: str, again: str = "") -> Any:
 
 @contextmanager
 def _locked(folder: Path) -> Any:
-    lock = FileLock(folder / ".lock")
+    lock = FileLock(folder / ".lock", mode=0o600)
     try:
         lock.acquire(timeout=0)
     except Timeout:

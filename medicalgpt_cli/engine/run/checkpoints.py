@@ -12,11 +12,13 @@ from collections.abc import Collection
 from pathlib import Path
 
 from medicalgpt_cli.engine.run.files import (
+    PRIVATE,
     TEMPORARY,
     atomic_write,
     fsync_path,
     fsync_tree,
     remove_tree,
+    set_modes,
     sha256_file,
 )
 
@@ -48,6 +50,7 @@ def publish(temporary: Path | str, final: Path | str) -> Path:
     """
     temporary, final = Path(temporary), Path(final)
     seal(temporary)
+    set_modes(temporary, PRIVATE)
     fsync_tree(temporary)
     if final.exists():
         _discard(final)

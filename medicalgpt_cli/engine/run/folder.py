@@ -8,6 +8,9 @@ runs/<stage>-<model>-<time>/
   before.json    held-out figures before the first step, item by item: numbers and hashes, no text
   checkpoints/   for --resume (checkpoints.py)
   model/         the result
+
+The user alone may read it, since metrics and reports hold held-out text and weights can know text by heart. With
+--group-readable the group may read `model/`, and pass through the run folder to get there.
 """
 
 from __future__ import annotations
@@ -23,7 +26,18 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from medicalgpt_cli.engine.run import manifest
-from medicalgpt_cli.engine.run.files import TEMPORARY, atomic_write, publish, remove_tree
+from medicalgpt_cli.engine.run.files import (
+    GROUP,
+    PASSABLE,
+    PRIVATE,
+    TEMPORARY,
+    atomic_write,
+    open_to_others,
+    private_folder,
+    publish,
+    remove_tree,
+    set_modes,
+)
 from medicalgpt_cli.errors import UsageError
 from medicalgpt_cli.settings.fields import options_of
 
@@ -38,6 +52,8 @@ class RunFolder:
         """A view of an existing folder, for reading; takes no lock."""
         self.path = Path(path)
         self._lock: FileLock | None = None
+        self.group_readable = False  # whether the group may read the model
+        self.was_open = False  # whether others could read it when it was taken up again
 
     # -- what is in it -------------------------------------------------------------------------------------
 
@@ -99,8 +115,9 @@ class RunFolder:
                 "name a new folder; an interrupted run goes on with --resume",
             )
         if path:
-            path.mkdir(parents=True, exist_ok=True)
+            private_folder(path)
         run = cls(path or _new_folder(Path("runs"), stage, model_label))
+        run.group_readable = getattr(settings, "group_readable", False)
         run._acquire()
         if run.manifest.exists():  # another process was quicker
             run.close()
@@ -110,8 +127,8 @@ class RunFolder:
         return run
 
     @classmethod
-    def open_for_resume(cls, path: Path | str, stage: str) -> RunFolder:
-        """Take up an interrupted run.
+    def open_for_resume(cls, path: Path | str, stage: str, *, group_readable: bool = False) -> RunFolder:
+        """Take up an interrupted run; what others could read in it is closed to them.
 
         Raises:
             UsageError: no run folder, another stage's, one that is done, or one another process works in.
@@ -127,6 +144,8 @@ class RunFolder:
                 f"{path} is finished", "start a new run on top of it: --lora-model or --base-model"
             )
         run._acquire()
+        run.group_readable, run.was_open = group_readable, open_to_others(run.path)
+        run.close_to_others()
         run.update(status="running", finished=None, resumed=[*known.get("resumed", []), manifest.now()])
         return run
 
@@ -154,7 +173,20 @@ class RunFolder:
         parts: dict[str, Any] = {"status": status, "finished": manifest.now()}
         if result is not None:
             parts["result"] = dict(result)
+        self.close_to_others()  # also what libraries have written
         self.update(**parts)
+
+    def close_to_others(self) -> None:
+        """Let the user alone read everything, but for a model that the group may read."""
+        opened = self.group_readable and self.model.is_dir()
+        set_modes(self.path, PRIVATE, leave_out=[self.model] if opened else [])
+        if opened:
+            set_modes(self.model, GROUP)
+            self.path.chmod(PASSABLE)
+
+    def closed_parents(self) -> list[Path]:
+        """Folders above that let nobody but their owner through, for a run whose model others are to read."""
+        return [one for one in self.path.resolve().parents if not one.stat().st_mode & 0o011]
 
     def publish_model(self) -> Path:
         """Give the finished `new_model` folder its name `model`: synced, renamed, never half there.
@@ -165,7 +197,7 @@ class RunFolder:
         remove_tree(aside)
         if self.model.exists():
             self.model.rename(aside)
-        published = publish(self.new_model, self.model)
+        published = publish(self.new_model, self.model, GROUP if self.group_readable else PRIVATE)
         remove_tree(aside)
         return published
 
@@ -182,7 +214,7 @@ class RunFolder:
         self.close()
 
     def _acquire(self) -> None:
-        lock = FileLock(self.path / _LOCK)
+        lock = FileLock(self.path / _LOCK, mode=0o600)
         try:
             lock.acquire(timeout=0)
         except Timeout:
@@ -202,6 +234,9 @@ class Onlooker(RunFolder):
         return
 
     def finish(self, status: str, result: Mapping[str, Any] | None = None) -> None:
+        return
+
+    def close_to_others(self) -> None:
         return
 
 
@@ -226,7 +261,7 @@ def _new_folder(parent: Path, stage: str, model_label: str) -> Path:
     for number in itertools.count(1):
         path = parent / (name if number == 1 else f"{name}-{number}")
         try:
-            path.mkdir(parents=True)
+            path.mkdir(parents=True, mode=PRIVATE)
         except FileExistsError:
             continue
         return path

@@ -27,7 +27,7 @@ STATUSES = ("running", "done", "stopped", "failed")
 # Settings that say how one call behaves; a resumed run takes them from the new call.
 OF_THE_CALL = ("output_dir", "resume", "dry_run", "force", "accept_other_base", "json", "debug")
 # Settings that a new call may change, since they do not change what is learnt.
-MAY_CHANGE = ("report_to", "keep_checkpoints", "processes", "gpus", "accelerate_config")
+MAY_CHANGE = ("report_to", "keep_checkpoints", "processes", "gpus", "accelerate_config", "group_readable")
 
 _Settings = TypeVar("_Settings")
 

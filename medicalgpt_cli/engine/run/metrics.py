@@ -8,13 +8,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from medicalgpt_cli.engine.run.files import atomic_write
+from medicalgpt_cli.engine.run.files import atomic_write, open_private
 
 
 def append(path: Path | str, record: Mapping[str, Any]) -> None:
     """Add one line. JSON has no NaN or infinity: such a value is written as null."""
     line = json.dumps({name: _finite(value) for name, value in record.items()}, ensure_ascii=False)
-    with Path(path).open("ab") as file:
+    with open_private(path, "ab") as file:
         file.write(line.encode("utf-8") + b"\n")
 
 

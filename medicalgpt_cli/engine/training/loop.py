@@ -29,6 +29,7 @@ from medicalgpt_cli.engine.planning.needs import Case
 from medicalgpt_cli.engine.planning.start import before_loading
 from medicalgpt_cli.engine.run import checkpoints, metrics, processes
 from medicalgpt_cli.engine.run.allocation import LARGEST, give_back_freed_memory, keep_freed_memory
+from medicalgpt_cli.engine.run.files import open_to_others
 from medicalgpt_cli.engine.run.folder import Onlooker, RunFolder
 from medicalgpt_cli.engine.run.manifest import read as read_manifest
 from medicalgpt_cli.engine.run.manifest import resumed_settings
@@ -215,6 +216,8 @@ def run(stage: Stage, observer: Observer) -> dict[str, Any]:
     stage.agree(device)
     with _open_folder(stage, observer) as folder:
         folder.update(plan=planned)
+        if processes.rank() == 0:
+            _say_who_can_read(folder, observer)
         try:
             summary = _train_in(folder, stage, observer)
             together.leave()
@@ -280,9 +283,19 @@ def _make_folder(stage: Stage, observer: Observer) -> RunFolder:
     origin = origins.go_on(
         recorded, stage.models(), observer, settings.resume, accept=settings.accept_other_base
     )
-    folder = RunFolder.open_for_resume(settings.resume, stage.name)
+    folder = RunFolder.open_for_resume(settings.resume, stage.name, group_readable=settings.group_readable)
     folder.update(**origin)
     return folder
+
+
+def _say_who_can_read(folder: RunFolder, observer: Observer) -> None:
+    """What was open is closed; what could not be closed, or is closed against a wish, is worth a word."""
+    if open_to_others(folder.path):
+        observer.on_warning(f"others can read {folder.path}: its file system does not keep them out")
+    elif folder.was_open:
+        observer.on_notice(f"others could read {folder.path}; now you alone can")
+    if folder.group_readable and (closed := folder.closed_parents()):
+        observer.on_warning(f"--group-readable: {closed[0]} lets nobody else through to the model")
 
 
 def _train_in(folder: RunFolder, stage: Stage, observer: Observer) -> dict[str, Any]:

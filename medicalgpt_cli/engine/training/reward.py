@@ -15,6 +15,7 @@ from medicalgpt_cli.engine.model.reward_model import new_reward_model, write_rec
 from medicalgpt_cli.engine.observer import Observer
 from medicalgpt_cli.engine.planning.batches import Item
 from medicalgpt_cli.engine.run import processes
+from medicalgpt_cli.engine.run.files import private_folder
 from medicalgpt_cli.engine.run.folder import RunFolder
 from medicalgpt_cli.engine.training import attention, together
 from medicalgpt_cli.engine.training.batches import IGNORED, EpochSampler
@@ -155,6 +156,6 @@ class RewardStage(Stage):
             "head_trained": True,
             "trained_on": self.data.prompts,
         }
-        folder.new_model.mkdir(exist_ok=True)
+        private_folder(folder.new_model)
         write_record(folder.new_model, record)
         super().save(model, folder, after)

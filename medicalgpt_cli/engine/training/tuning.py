@@ -19,6 +19,7 @@ from medicalgpt_cli.engine.model.references import VOCABULARY, ResolvedModel
 from medicalgpt_cli.engine.model.tokenizer import save_tokenizer
 from medicalgpt_cli.engine.model.vocabulary import new_token_ids
 from medicalgpt_cli.engine.observer import Observer
+from medicalgpt_cli.engine.run.files import private_folder
 from medicalgpt_cli.engine.run.folder import RunFolder
 from medicalgpt_cli.errors import UsageError
 from medicalgpt_cli.settings.fields import flag_of
@@ -92,7 +93,7 @@ def save_result(
     folder: RunFolder,
 ) -> None:
     """Write `model/`: the adapter or the weights, the tokenizer with its template, the generation settings."""
-    folder.new_model.mkdir(exist_ok=True)
+    private_folder(folder.new_model)
     if settings.tuning == "lora":
         save_adapter(model, folder.new_model, resolved.base.path)
         files = folder.read().get("parents", {}).get("base", {}).get("files")
