@@ -115,12 +115,14 @@ class RlStage(Stage):
 
     def facts(self) -> dict[str, Any]:
         """Prompts, and the answers of the whole run."""
+        names = ("value_learning_rate", "gae_lambda") if self.settings.algorithm == "ppo" else ("group_size",)
         return {
             "prompts": len(self.data.training),
             "held_out_prompts": len(self.data.held_out),
             "algorithm": self.settings.algorithm,
             "rollout_prompts": self.rollout_prompts,
             "minibatch": self.settings.minibatch_size,
+            **{name: getattr(self.settings, name) for name in names},
             "answers": self.schedule.updates
             * min(self.settings.batch_size * processes.size(), len(self.data.training))
             * self.settings.answers_a_prompt,
