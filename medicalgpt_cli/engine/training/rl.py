@@ -102,12 +102,17 @@ class RlStage(Stage):
             record = read_record(self.reward_resolved.adapter or self.reward_resolved.base)
             seen = record.get("trained_on", [])
         data = load_rl_data(self.settings, self.tokenizer, frozenset(seen), self._context(), observer)
-        asked = self.settings.batch_size * max(self.settings.wanted_processes, processes.size())
-        if len(data.training) < asked:
+        if len(data.training) < self.rollout_prompts:
             observer.on_notice(
-                f"the {len(data.training):,} prompts are fewer than a rollout of {asked:,}: each has all of them"
+                f"the {len(data.training):,} prompts are fewer than a rollout of {self.rollout_prompts:,}: "
+                "each has all of them"
             )
         return data
+
+    @property
+    def rollout_prompts(self) -> int:
+        """Prompts of a rollout, of all processes together."""
+        return self.settings.batch_size * max(self.settings.wanted_processes, processes.size())
 
     def _context(self) -> int:
         limit = self.tokenizer.model_max_length
@@ -123,12 +128,14 @@ class RlStage(Stage):
 
     def facts(self) -> dict[str, Any]:
         """Prompts, and the answers of the whole run."""
+        names = ("value_learning_rate", "gae_lambda") if self.settings.algorithm == "ppo" else ("group_size",)
         return {
             "prompts": len(self.data.training),
             "held_out_prompts": len(self.data.held_out),
             "algorithm": self.settings.algorithm,
-            "rollout_prompts": self.settings.batch_size * processes.size(),
+            "rollout_prompts": self.rollout_prompts,
             "minibatch": self.settings.minibatch_size,
+            **{name: getattr(self.settings, name) for name in names},
             "answers": self.schedule.updates
             * min(self.settings.batch_size * processes.size(), len(self.data.training))
             * self.settings.answers_a_prompt,
