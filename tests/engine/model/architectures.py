@@ -626,7 +626,8 @@ def main() -> None:
     if asked.failing:
         names = [name for name in names if bad(known.get(name, {})) or not _is_full(known.get(name, {}))]
     for name, found in all_apart(names, asked.checks.split(","), jobs=asked.jobs, debug=asked.debug):
-        known[name] = found if "made" in found else {**known.get(name, {}), **found}
+        before = {} if "made" in found else known.get(name, {})
+        known[name] = {**{key: value for key, value in before.items() if key != "made"}, **found}
         print(name, json.dumps(known[name], ensure_ascii=False), flush=True)
         if asked.json:
             asked.json.write_text(json.dumps(known, indent=1, ensure_ascii=False), encoding="utf-8")
