@@ -81,8 +81,10 @@ def make_model(model_type: str, folder: Path) -> None:
         for weight in model.parameters():
             if weight.is_floating_point() and weight.ndim == 1:
                 weight += 0.1 * torch.randn(weight.shape, generator=generator)
-            elif weight.is_floating_point() and weight.ndim > 1 and float(weight.std()) < 0.05:
-                weight.copy_(0.2 * torch.randn(weight.shape, generator=generator))
+            elif weight.is_floating_point() and weight.ndim > 1:
+                # The row of a padding token begins with zeros, which leave an index nothing to choose by.
+                rows = weight.flatten(1).abs().sum(1) == 0 if float(weight.std()) > 0.05 else slice(None)
+                weight[rows] = 0.2 * torch.randn(weight.shape, generator=generator)[rows]
     ids = torch.arange(3, 3 + 3 * WINDOW)[None]
     with torch.no_grad():
         logits = model(input_ids=ids, use_cache=False).logits
