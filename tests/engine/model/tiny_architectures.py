@@ -52,7 +52,13 @@ _PATTERNS = [(re.compile(pattern), value) for pattern, value in _SIZES]
 # What a name does not say; a setting whose hint is None is left to the library.
 _HINTS: dict[str, dict[str, Any]] = {
     "blt": {"encoder_hash_byte_group_vocab": 300},
-    "cohere_compass_text": {"layer_types": ["sliding_attention"] * 3 + ["full_attention"]},
+    "cohere_compass_text": {
+        "layer_types": ["sliding_attention"] * 3 + ["full_attention"],
+        "rope_parameters": {
+            kind: {"rope_type": "default", "rope_theta": 10000.0}
+            for kind in ("sliding_attention", "full_attention")
+        },
+    },
     "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0}},
     "dots3_note": {"num_key_value_heads": HEADS},
     "dots3_note_text": {"num_key_value_heads": HEADS},
@@ -60,7 +66,15 @@ _HINTS: dict[str, dict[str, Any]] = {
     "dots1": {"n_shared_experts": 1, "n_group": 1, "topk_group": 1},
     "mamba2": {"num_heads": 8},
     "nemotron": {"num_key_value_heads": 2},
+    "qwen4_exp_text": {
+        "indexer_n_heads": 32,
+        "indexer_kv_heads": 1,
+        "indexer_head_dim": HEAD_SIZE,
+        "indexer_budget": WINDOW,
+        "indexer_compress_ratio": 4,
+    },
     "reformer": {"axial_pos_embds_dim": [16, 48], "axial_pos_shape": [16, 32]},
+    "xmod": {"default_language": "en_XX"},
     "zamba": {"attention_hidden_size": 2 * HIDDEN, "attention_head_dim": 2 * HEAD_SIZE},
     "zamba2": {"attention_hidden_size": 2 * HIDDEN, "attention_head_dim": 2 * HEAD_SIZE},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
@@ -106,6 +120,8 @@ def _small(config: Any, vocabulary: int, end: int) -> dict[str, Any]:
     for name, value in given.items():
         if isinstance(value, bool):
             continue
+        if name == "pad_token_id" and isinstance(value, int) and value < CONTEXT:
+            continue  # some count positions from it
         if name in ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", "sep_token_id"):
             found[name] = end
         elif isinstance(value, int) and re.fullmatch(r"\w+_(token_id|token_index|index)", name):
