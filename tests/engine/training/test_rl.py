@@ -264,7 +264,7 @@ def test_a_reward_model_that_cannot_be_trusted(place: Path, tmp_path: Path, kind
         "untrained": "never trained",
         "torn": "not a JSON object",
         "constant": "the same score",
-        "nan": "no number",
+        "nan": "numbers that are not finite",
     }[kind]
-    assert done.returncode == (5 if kind == "nan" else 2), done.stderr
-    assert word in done.stderr and "Traceback" not in done.stderr
+    assert done.returncode == 2, done.stderr
+    assert word in " ".join(done.stderr.split()) and "Traceback" not in done.stderr
