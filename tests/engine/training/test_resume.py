@@ -104,7 +104,6 @@ CASES = [
     pytest.param("pretrain", "lora", marks=SLOW),
     pytest.param("sft", "full", marks=SLOW),
     pytest.param("reward", "full", marks=SLOW),
-    pytest.param("rl", "full", marks=SLOW),
 ]
 
 

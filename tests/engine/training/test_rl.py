@@ -286,10 +286,10 @@ def test_a_reward_model_that_cannot_be_trusted(place: Path, tmp_path: Path, kind
         "untrained": "never trained",
         "torn": "not a JSON object",
         "constant": "the same score",
-        "nan": "no number",
+        "nan": "numbers that are not finite",
     }[kind]
-    assert done.returncode == (5 if kind == "nan" else 2), done.stderr
-    assert word in done.stderr and "Traceback" not in done.stderr
+    assert done.returncode == 2, done.stderr
+    assert word in " ".join(done.stderr.split()) and "Traceback" not in done.stderr
 
 
 def test_a_model_whose_own_attention_is_not_sdpa(tmp_path: Path) -> None:
