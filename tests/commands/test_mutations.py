@@ -155,7 +155,7 @@ def run_model_file(home, name, tmp_path, capsys, monkeypatch, part: slice) -> No
 
 @pytest.mark.parametrize("name", MODEL_FILES)
 def test_some_mutations_of_a_model_file(name, home, tmp_path, capsys, monkeypatch):
-    run_model_file(home, name, tmp_path, capsys, monkeypatch, slice(3, None, 23))
+    run_model_file(home, name, tmp_path, capsys, monkeypatch, slice(3, None, 60))
 
 
 @pytest.mark.slow
@@ -284,7 +284,7 @@ def run_data(home, stage, tmp_path, capsys, monkeypatch, part: slice) -> None:
 
 @pytest.mark.parametrize("stage", ROWS)
 def test_some_mutations_of_data(stage, home, tmp_path, capsys, monkeypatch):
-    run_data(home, stage, tmp_path, capsys, monkeypatch, slice(1, None, 37))
+    run_data(home, stage, tmp_path, capsys, monkeypatch, slice(1, None, 150))
 
 
 @pytest.mark.slow

@@ -15,6 +15,7 @@ from medicalgpt_cli.errors import MedgptError, UnsafeRefused, UsageError
 
 _LARGEST = 16 << 20  # bytes of a configuration
 _DEEPEST = 50  # objects and lists in one another
+_SCRIPT = Path(pattern_child.__file__)
 _HINT = "was the copy complete, and is it from where you meant?"
 # The largest value of what a configuration counts, by the end of its name; the largest models in use have 126 layers,
 # 18,432 wide, 2,048 experts, 262,208 tokens and a context of 10,485,760.
@@ -141,16 +142,15 @@ def _check_patterns(content: dict[str, Any], path: Path) -> None:
     patterns = sorted({one for one in found if isinstance(one, str) and re.escape(one) != one})
     if any(len(one) > _PATTERN_LONGEST for one in patterns):
         raise UnsafeRefused(f"{path}: a pattern of more than {_PATTERN_LONGEST:,} characters", _HINT)
-    if not patterns or bounded.passed_before("pattern", patterns):
+    if not patterns or bounded.passed_before(_SCRIPT, patterns):
         return
-    script = Path(pattern_child.__file__)
     try:
-        valid = bounded.ask(script, patterns, memory=_PATTERN_MEMORY, seconds=_PATTERN_SECONDS)
+        valid = bounded.ask(_SCRIPT, patterns, memory=_PATTERN_MEMORY, seconds=_PATTERN_SECONDS)
     except bounded.OutOfBounds as bound:
         raise UnsafeRefused(f"{path}: a pattern takes more than {bound} for some names", _HINT) from None
     if not valid:
         raise UsageError(f"{path}: a pattern is no regular expression", _HINT)
-    bounded.remember("pattern", patterns)
+    bounded.remember(_SCRIPT, patterns)
 
 
 @contextlib.contextmanager

@@ -41,9 +41,12 @@ def conversations() -> Iterator[list[dict[str, str]]]:
     yield [{"role": "user", "content": "a"}, {"role": "tool", "content": "b"}]
 
 
-def refusal(source: str, tokens: dict[str, str]) -> str | None:
-    """Why a template is not to be rendered; None where nothing is wrong. Errors of its own it may raise."""
-    from jinja2 import TemplateError
+def refusal(source: str, tokens: dict[str, str]) -> str | int | None:
+    """Why a template is not to be rendered, or the line at which it is none; None where nothing is wrong.
+
+    Errors of its own it may raise.
+    """
+    from jinja2 import TemplateError, TemplateSyntaxError
 
     try:
         tree = _environment().parse(source)
@@ -52,6 +55,8 @@ def refusal(source: str, tokens: dict[str, str]) -> str | None:
         template = _environment().from_string(source)
     except RecursionError:
         return "it is nested too deeply"
+    except TemplateSyntaxError as problem:
+        return problem.lineno
     except TemplateError:
         return None
     for messages in conversations():

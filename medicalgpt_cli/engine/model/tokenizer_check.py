@@ -11,6 +11,7 @@ from medicalgpt_cli.engine.run import bounded
 from medicalgpt_cli.errors import UnsafeRefused, UsageError
 
 SECONDS, MEMORY = 10, 1 << 30  # of processor time and address space, for some 70 short texts
+_SCRIPT = Path(tokenizer_child.__file__)
 _HINT = "it comes with the model: take the tokenizer from somewhere else, or look at its tokenizer.json"
 _PARTS = ("normalizer", "pre_tokenizer", "decoder")
 _PLAIN = {
@@ -40,15 +41,15 @@ def check_tokenizer(tokenizer: Any, source: str) -> None:
     if backend is None:
         return
     parts = {name: _state(getattr(backend, name)) for name in _PARTS}
-    if _kinds(parts) <= _PLAIN or bounded.passed_before("tokenizer", parts):
+    if _kinds(parts) <= _PLAIN or bounded.passed_before(_SCRIPT, parts):
         return
     try:
-        problem = bounded.ask(Path(tokenizer_child.__file__), parts, memory=MEMORY, seconds=SECONDS)
+        problem = bounded.ask(_SCRIPT, parts, memory=MEMORY, seconds=SECONDS)
     except bounded.OutOfBounds as bound:
         problem = f"it takes more than {bound} for short texts"
     if problem:
         raise UnsafeRefused(f"{source}: the tokenizer is refused: {problem}", _HINT)
-    bounded.remember("tokenizer", parts)
+    bounded.remember(_SCRIPT, parts)
 
 
 def gave_up() -> UnsafeRefused:

@@ -15,7 +15,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from medicalgpt_cli import __version__
 from medicalgpt_cli.engine.run import limited
 from medicalgpt_cli.engine.run.environment import cache_folder
 
@@ -57,21 +56,21 @@ def ask(script: Path, question: Any, *, memory: int, seconds: int) -> Any:
     return json.loads(said)
 
 
-def passed_before(kind: str, question: Any) -> bool:
-    """Whether this was found to be within bounds before, by this version: the answer is kept as a file's name."""
-    return _mark(kind, question).is_file()
+def passed_before(script: Path, question: Any) -> bool:
+    """Whether this very script found nothing wrong with it before: the answer is kept as a file's name."""
+    return _mark(script, question).is_file()
 
 
-def remember(kind: str, question: Any) -> None:
-    mark = _mark(kind, question)
+def remember(script: Path, question: Any) -> None:
+    mark = _mark(script, question)
     with contextlib.suppress(OSError):  # it is only asked again
         mark.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         mark.touch()
 
 
-def _mark(kind: str, question: Any) -> Path:
-    asked = json.dumps([kind, __version__, question], sort_keys=True)
-    return cache_folder() / "checked" / hashlib.sha256(asked.encode()).hexdigest()
+def _mark(script: Path, question: Any) -> Path:
+    asked = script.read_bytes() + json.dumps(question, sort_keys=True).encode()
+    return cache_folder() / "checked" / hashlib.sha256(asked).hexdigest()
 
 
 def why_ended(code: int, *, memory: int, seconds: int = 0) -> str:

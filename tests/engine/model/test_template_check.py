@@ -62,13 +62,10 @@ def test_templates_in_use_pass(tmp_path):
 
 
 def test_a_template_that_raises_is_not_refused_here():
-    for template in (
-        "{{ raise_exception('no') }}",
-        "{{ 1 / 0 }}",
-        "{% if %}",
-        "{{ messages[99].content.x.y }}",
-    ):
+    for template in ("{{ raise_exception('no') }}", "{{ 1 / 0 }}", "{{ messages[99].content.x.y }}"):
         check_template(template, {}, "x")
+    with pytest.raises(UsageError, match="line 2 of the chat template is not valid Jinja"):
+        check_template("\n{% if %}", {}, "x")
 
 
 def test_what_is_written_is_bounded():
