@@ -172,7 +172,7 @@ def test_a_run_that_was_open_is_closed_by_its_resume(place):
 def test_a_run_of_two_processes_and_a_pipeline_are_private(place):
     out = place / "two"
     done = medgpt(
-        "sft", *STAGES["sft"], "--processes", "2", "--output-dir", out, cwd=place, umask=0, fresh=False
+        "sft", *STAGES["sft"], "--processes", "2", "--output-dir", out, cwd=place, umask=0, timeout=600
     )
     assert done.returncode == 0, done.stderr
     assert modes(out) == {}
