@@ -48,7 +48,7 @@ def medgpt(
 def start(*arguments: object, env: dict[str, str] | None = None, **options) -> subprocess.Popen[str]:
     """Start `medgpt …`, for tests that send it signals.
 
-    A test run that was itself started in the background ignores SIGINT, and so would what it starts.
+    A test run in the background ignores SIGINT, one under nohup SIGHUP, and so would what it starts.
     """
     options.setdefault("stdout", subprocess.PIPE)
     options.setdefault("stderr", subprocess.PIPE)
@@ -56,9 +56,14 @@ def start(*arguments: object, env: dict[str, str] | None = None, **options) -> s
         command(*arguments),
         env=environment(env),
         text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        preexec_fn=_heed_signals,
         **options,
     )
+
+
+def _heed_signals() -> None:
+    for one in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(one, signal.SIG_DFL)
 
 
 def command(*arguments: object) -> list[str]:

@@ -100,7 +100,7 @@ def _add_errors(app: FastAPI) -> None:
         """Says which field is wrong and why, and never quotes what was sent."""
         first = problem.errors()[0]
         # What a field may be ("str") stands in the path, too. A field that is not ours is a word of the client's.
-        path = [part for part in first["loc"] if part not in ("body", "str")]
+        path = [part for part in first["loc"] if part not in ("body", "str", "constrained-str")]
         named = [str(part) if isinstance(part, int) or looks_like_a_name(part) else "?" for part in path]
         place = ".".join(named)
         words = {

@@ -80,7 +80,7 @@ def test_a_full_context_drops_the_oldest_turns_with_a_word(place: Path):
     assert "oldest" in done.stderr
     long = chat(place, "fever " * 300 + "\nWhat is fever?\n", "--max-context", "120")
     assert long.returncode == 0  # said, and the conversation goes on
-    assert "context 120" in long.stderr and long.stdout.strip()
+    assert "context of 120" in long.stderr and long.stdout.strip()
 
 
 class Terminal:

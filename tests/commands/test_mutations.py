@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 from medicalgpt_cli import app
+from medicalgpt_cli.engine.run import signals
 from tests.tiny import tiny_model, tiny_tokenizer, write_jsonl
 
 WRONG: dict[str, Any] = {
@@ -95,7 +96,7 @@ def mutations(folder: Path, name: str) -> Iterator[tuple[str, bytes]]:
 def run(capsys, monkeypatch, *arguments: Any) -> tuple[int, str]:
     """The program in this process: its exit code and what it says of an error."""
     monkeypatch.setattr(sys, "argv", ["medgpt", *map(str, arguments)])
-    monkeypatch.setattr(app, "_stop_on_terminate", lambda: None)
+    monkeypatch.setattr(signals, "listen", lambda: None)
     with pytest.raises(SystemExit) as ended:
         app.main()
     return ended.value.code or 0, capsys.readouterr().err

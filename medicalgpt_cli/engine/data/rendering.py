@@ -179,7 +179,7 @@ def encode_within(
         UsageError: as `encode_prompt`.
     """
     if isinstance(asked, str):
-        text, start = _defuse(tokenizer, asked), encode_raw(tokenizer, "")
+        text, start = _defuse(tokenizer, asked, _known(tokenizer).asked), encode_raw(tokenizer, "")
     else:
         text, start = _render(tokenizer, asked, generation=True), []
     if _surely_exceeds(tokenizer, text, most):

@@ -62,9 +62,10 @@ def passed_before(script: Path, question: Any) -> bool:
 
 
 def remember(script: Path, question: Any) -> None:
+    """Keep that nothing was wrong. Without a cache folder nothing is kept: a dry run does not make one."""
     mark = _mark(script, question)
     with contextlib.suppress(OSError):  # it is only asked again
-        mark.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        mark.parent.mkdir(exist_ok=True, mode=0o700)
         mark.touch()
 
 

@@ -48,6 +48,11 @@ class LocalMask:
 
     size: int | None  # tokens of the window or chunk; None where it is more than that
 
+    def __getitem__(self, positions: tuple[slice, ...]) -> LocalMask:
+        """Gemma 4 cuts a mask to the positions that it goes on with, which are all of them as we call it."""
+        everything = all(part in (slice(None), slice(0, None)) for part in positions)
+        return self if everything else LocalMask(None)
+
 
 def _mask(*, local_size: int | None = None, use_vmap: bool = False, **_: object) -> LocalMask | None:
     """The library asks for a mask of a whole row; ours is causal inside each example and needs none.

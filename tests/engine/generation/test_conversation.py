@@ -44,7 +44,7 @@ def test_a_question_without_an_answer_leaves_the_history_alone(folder):
     conversation = talk(folder, max_context=120)
     "".join(conversation.ask("What is fever?"))
     before = list(conversation.turns)
-    with pytest.raises(UsageError, match="context 120"):
+    with pytest.raises(UsageError, match="context of 120"):
         "".join(conversation.ask("fever " * 300))
     assert conversation.turns == before
     stopped = conversation.ask("Why?")

@@ -139,7 +139,7 @@ def test_scores_of_two_answers_on_either_side() -> None:
     for one in (library, model):
         one.forward = score_at_ends.__get__(one)
     prompt, *answers = texts((10, 4, 20))
-    pair = RenderedPair([*prompt, *answers[0]], [*prompt, *answers[1]], 0.0, None, "x")
+    pair = RenderedPair([*prompt, *answers[0]], [*prompt, *answers[1]], 0.0, None, "x", "p")
     alone = score_rows(library, [pair.chosen, pair.rejected], partial(padded_right, pad_id=0), batch_size=1)
     for packs in (True, False):
         with attention.for_batches(model, packs):

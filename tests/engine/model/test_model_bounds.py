@@ -20,6 +20,7 @@ from tests.tiny import STYLES, tiny_tokenizer
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path, monkeypatch):
+    (tmp_path / "home").mkdir()
     monkeypatch.setenv("MEDGPT_HOME", str(tmp_path / "home"))
 
 

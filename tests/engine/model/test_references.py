@@ -105,7 +105,7 @@ def test_what_is_no_model_is_said(place: Path) -> None:
         "empty": "folder without a model",
         "notes.txt": "no .gguf model",
         "runs/half": "no model yet .the run is stopped",
-        "broken": "not a valid JSON",
+        "broken": "not a JSON object",
     }.items():
         with pytest.raises(UsageError, match=words):
             resolve(name)

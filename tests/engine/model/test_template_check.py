@@ -37,6 +37,7 @@ BOMBS = {
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path, monkeypatch):
+    (tmp_path / "home").mkdir()
     monkeypatch.setenv("MEDGPT_HOME", str(tmp_path / "home"))
 
 

@@ -145,7 +145,7 @@ def test_scores_of_pairs_are_those_of_each_answer_alone(kind: str) -> None:
     model = made(kind, more, "AutoModelForSequenceClassification")
     model.forward = score_at_ends.__get__(model)
     prompt, *answers = rows()
-    pair = RenderedPair([*prompt, *answers[0]], [*prompt, *answers[1]], 0.0, None, "x")
+    pair = RenderedPair([*prompt, *answers[0]], [*prompt, *answers[1]], 0.0, None, "x", "p")
     alone = score_rows(model, [pair.chosen, pair.rejected], partial(padded_right, pad_id=0), batch_size=1)
     apart = attention.is_exact(model)
     with attention.for_batches(model, apart):
