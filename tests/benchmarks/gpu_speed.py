@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
+import os
 import resource
 import sys
 import tempfile
@@ -30,6 +31,7 @@ _ATTENTION = {"flash2": "flash_attention_2", "flash3": "flash_attention_3", "sdp
 
 def main() -> None:
     given = _arguments()
+    os.environ["GLIBC_TUNABLES"] = "glibc.malloc.tcache_count=0"  # else training starts itself anew, and loses our pipe
     with tempfile.TemporaryDirectory() as name:
         place = Path(name)
         for who, side in (("medgpt sft", _ours), ("TRL SFTTrainer", _theirs)):

@@ -207,10 +207,14 @@ def _with_head(
 
 
 def _new_head(model: Any) -> None:
-    """Small random numbers, standard deviation 1 / sqrt(width + 1) (Stiennon et al. 2020; Huang et al. 2024)."""
+    """Small random numbers, standard deviation 1 / sqrt(width + 1) (Stiennon et al. 2020; Huang et al. 2024).
+
+    Drawn on the processor, so that a run begins with the same head on every device.
+    """
     head = getattr(model, HEAD)
     with torch.no_grad(), written_to(head.weight):
-        head.weight.normal_(std=(head.in_features + 1) ** -0.5)
+        drawn = torch.empty_like(head.weight, device="cpu").normal_(std=(head.in_features + 1) ** -0.5)
+        head.weight.copy_(drawn)
 
 
 # -- adapters and full weights -----------------------------------------------------------------------------

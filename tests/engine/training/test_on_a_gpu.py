@@ -48,6 +48,7 @@ def trained(place: Path, stage: str, data: str, run: str, *flags: object) -> tup
         *("--max-steps", "4", "--output-dir", run, *flags),
         cwd=place,
         timeout=600,
+        fresh=True,
     )
     assert done.returncode == 0, done.stderr
     lines = [json.loads(line) for line in (place / run / "metrics.jsonl").read_text().splitlines()]
@@ -98,6 +99,7 @@ def test_greedy_answers_are_those_of_the_processor(place: Path):
             *("infer", "--base-model", "model", "--data-file", "in.txt", "--predictions-file", out),
             *("--dtype", "fp32", "--max-new-tokens", "24", *flags),
             cwd=place,
+            fresh=True,
         )
         assert done.returncode == 0, done.stderr
         texts.append((place / out).read_text(encoding="utf-8"))
