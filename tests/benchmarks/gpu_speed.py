@@ -31,7 +31,9 @@ _ATTENTION = {"flash2": "flash_attention_2", "flash3": "flash_attention_3", "sdp
 
 def main() -> None:
     given = _arguments()
-    os.environ["GLIBC_TUNABLES"] = "glibc.malloc.tcache_count=0"  # else training starts itself anew, and loses our pipe
+    os.environ["GLIBC_TUNABLES"] = (
+        "glibc.malloc.tcache_count=0"  # else training starts itself anew, and loses our pipe
+    )
     with tempfile.TemporaryDirectory() as name:
         place = Path(name)
         for who, side in (("medgpt sft", _ours), ("TRL SFTTrainer", _theirs)):

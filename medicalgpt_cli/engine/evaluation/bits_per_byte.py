@@ -16,26 +16,6 @@ from medicalgpt_cli.engine.observer import Observer
 from medicalgpt_cli.engine.training.losses import target_nats
 
 
-def text_loss(
-    model: torch.nn.Module,
-    text: HeldOut,
-    collate: Callable[[Sequence[Block]], dict[str, torch.Tensor]],
-    *,
-    batch_size: int,
-    observer: Observer | None = None,
-    should_stop: Callable[[], bool] = never,
-) -> dict[str, Any] | None:
-    """Loss over every token of the held-out windows, however they are batched.
-
-    Returns:
-        The `text_figures` of all windows. None where `should_stop` said so.
-    """
-    nats = window_nats(
-        model, text, collate, batch_size=batch_size, observer=observer, should_stop=should_stop
-    )
-    return None if nats is None else text_figures(text, nats)
-
-
 def window_nats(
     model: torch.nn.Module,
     text: HeldOut,

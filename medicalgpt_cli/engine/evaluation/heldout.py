@@ -28,28 +28,6 @@ def target_bytes(example: Example, tokenizer: PreTrainedTokenizerBase) -> int:
     return len(tokenizer.decode(targets_of(example), skip_special_tokens=True).encode("utf-8", "replace"))
 
 
-def held_out(
-    model: torch.nn.Module,
-    examples: Sequence[Example],
-    tokenizer: PreTrainedTokenizerBase,
-    collate: Callable[[Sequence[Example]], dict[str, torch.Tensor]],
-    *,
-    batch_size: int,
-    observer: Observer | None = None,
-    should_stop: Callable[[], bool] = never,
-) -> dict[str, Any] | None:
-    """Mean loss over every target token of `examples`, however they are batched.
-
-    Returns:
-        The `figures` of all targets. None where `should_stop` said so.
-    """
-    options = {"batch_size": batch_size, "observer": observer, "should_stop": should_stop}
-    nats = example_nats(model, examples, tokenizer, collate, **options)
-    if nats is None:
-        return None
-    return example_figures(examples, nats, tokenizer)
-
-
 def example_figures(
     examples: Sequence[Example], nats: Sequence[tuple[float, float]], tokenizer: PreTrainedTokenizerBase
 ) -> dict[str, Any]:

@@ -14,8 +14,6 @@ import torch
 
 from medicalgpt_cli.engine.data.packing import Block, HeldOut, Window
 from medicalgpt_cli.engine.data.rendering import IGNORED, Example
-from medicalgpt_cli.engine.evaluation.bits_per_byte import text_loss
-from medicalgpt_cli.engine.evaluation.heldout import held_out
 from medicalgpt_cli.engine.evaluation.paired import paired_differences, per_answer, per_text
 from medicalgpt_cli.engine.evaluation.statistics import mean_interval, wilson_interval
 from medicalgpt_cli.engine.pipeline.figures import figures
@@ -23,6 +21,7 @@ from medicalgpt_cli.engine.rewards.sources import WeightedReward
 from medicalgpt_cli.engine.run.report import page
 from medicalgpt_cli.engine.training.batches import padded, stacked
 from medicalgpt_cli.terminal.progress import end_lines
+from tests.held_out import held_out, text_loss
 from tests.tiny import tiny_model
 
 

@@ -12,7 +12,6 @@ import pytest
 import torch
 
 from medicalgpt_cli.engine.data.rendering import Example
-from medicalgpt_cli.engine.evaluation.heldout import held_out
 from medicalgpt_cli.engine.evaluation.preferences import score_pairs, score_rows
 from medicalgpt_cli.engine.generation import scheduler
 from medicalgpt_cli.engine.generation.local import LocalBackend
@@ -23,6 +22,7 @@ from medicalgpt_cli.engine.training.batches import IGNORED, end_to_end, padded
 from medicalgpt_cli.engine.training.reward_data import RenderedPair, padded_right, pair_layout
 from medicalgpt_cli.settings.groups import SamplingSettings
 from tests.engine.generation.test_caches import decoded, read_anew, served
+from tests.held_out import held_out
 from tests.tiny import tiny_tokenizer
 
 ORIGINAL = 16  # the original context, in tokens

@@ -10,10 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from medicalgpt_cli.engine.data.rendering import Example
-from medicalgpt_cli.engine.evaluation.heldout import held_out
 from medicalgpt_cli.engine.training import attention
 from medicalgpt_cli.engine.training.batches import EpochSampler, end_to_end, padded, target_count
 from medicalgpt_cli.engine.training.losses import target_loss
+from tests.held_out import held_out
 from tests.tiny import tiny_model, tiny_tokenizer
 
 

@@ -11,12 +11,12 @@ import pytest
 import torch
 
 from medicalgpt_cli.engine.data.rendering import Example
-from medicalgpt_cli.engine.evaluation.heldout import held_out
 from medicalgpt_cli.engine.evaluation.preferences import score_pairs, score_rows
 from medicalgpt_cli.engine.model.reward_model import score_at_ends
 from medicalgpt_cli.engine.training import attention
 from medicalgpt_cli.engine.training.batches import IGNORED, end_to_end, padded
 from medicalgpt_cli.engine.training.reward_data import RenderedPair, padded_right, pair_layout
+from tests.held_out import held_out
 from tests.tiny import tiny_tokenizer
 
 SIZES = {
