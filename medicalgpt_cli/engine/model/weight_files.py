@@ -28,7 +28,8 @@ _BUFFERS = "buffers that are computed"
 # What files may hold beside the weights of a language model, and what a message calls it.
 _HARMLESS = {
     _BUFFERS: r"(rotary_emb\.inv_freq|position_ids|attn\.(masked_)?bias)$",
-    "heads of other tasks": r"^(base_model\.|model\.)?(lm_head|score|classifier|qa_outputs|v_head|value_head|mtp)\b",
+    "heads of other tasks": r"^(base_model\.|model\.)?"
+    r"(lm_head|embed_out|lm_loss|pred_layer|generator_lm_head|cls|score|classifier|qa_outputs|v_head|value_head|mtp)\b",
     "parts for images or sound": r"(^|[._])(vision|visual|image|audio|speech|multi_modal)",
 }
 

@@ -190,6 +190,8 @@ def for_batches(model: PreTrainedModel, padding_free: bool) -> Iterator[None]:
         yield
         return
     inner = _inner(model)
+    # A model that takes no other attention than its own does not show that it is inside already.
+    outside = vars(inner).get("_medgpt_own_attention")
     inner._medgpt_own_attention = before
     model.set_attn_implementation(chosen)
     try:
@@ -197,7 +199,10 @@ def for_batches(model: PreTrainedModel, padding_free: bool) -> Iterator[None]:
             yield
     finally:
         model.set_attn_implementation(before)
-        del inner._medgpt_own_attention
+        if outside is None:
+            del inner._medgpt_own_attention
+        else:
+            inner._medgpt_own_attention = outside
 
 
 @contextmanager

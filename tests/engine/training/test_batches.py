@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import GPTJConfig, GPTJForCausalLM
 
 from medicalgpt_cli.engine.data.rendering import Example
 from medicalgpt_cli.engine.training import attention
@@ -182,3 +183,25 @@ def test_held_out_figures_by_hand(model):
         assert found["loss"] == pytest.approx(loss / tokens, abs=1e-5)
         assert found["perplexity"] == pytest.approx(math.exp(loss / tokens), rel=1e-4)
         assert found["bits_per_byte"] == pytest.approx(text / math.log(2) / size, abs=1e-4)
+
+
+def test_a_model_that_takes_no_other_attention_can_be_inside_twice() -> None:
+    """GPT-J keeps its own, which tells examples apart by their positions: nothing shows that it is inside already."""
+    config = GPTJConfig(
+        vocab_size=60,
+        n_embd=32,
+        n_layer=2,
+        n_head=4,
+        rotary_dim=4,
+        n_positions=64,
+        bos_token_id=0,
+        eos_token_id=1,
+    )
+    model = GPTJForCausalLM(config).eval()
+    assert attention.hindrance(model) is None
+    with attention.for_batches(model, True):
+        with attention.for_batches(model, True):
+            pass
+        with attention.own(model):
+            assert model.config._attn_implementation == "eager"
+    assert not hasattr(model, "_medgpt_own_attention")

@@ -9,6 +9,7 @@ reward      the reward model's adapter and head, frozen; a reward model over oth
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -69,8 +70,8 @@ class Roles(torch.nn.Module):
         elif self.value_head is not None:
             _add(policy, "value", config, own if has_reference else None)
         self.learning = {
-            "policy": [weight for name, weight in policy.named_parameters() if f".{POLICY}." in name],
-            "value": [weight for name, weight in policy.named_parameters() if ".value." in name],
+            "policy": _of_adapter(policy, POLICY),
+            "value": _of_adapter(policy, "value"),
         }
         if self.value_head is not None:
             self.learning["value"] += [self.value_head.weight, self.value_head.bias]
@@ -211,6 +212,12 @@ def shares_base(resolved: ResolvedModel, reward: ResolvedModel) -> bool:
     if reward.adapter is None or not resolved.base.folder or not reward.base.folder:
         return reward.adapter is not None and reward.base.path == resolved.base.path
     return reward.base.folder.resolve() == resolved.base.folder.resolve()
+
+
+def _of_adapter(policy: Any, adapter: str) -> list[torch.nn.Parameter]:
+    """The weights of one adapter. Layers of the base may be called like it: BERT has a `value`, too."""
+    place = re.compile(rf"\.(lora_\w+|modules_to_save)\.{re.escape(adapter)}(\.|$)")
+    return [weight for name, weight in policy.named_parameters() if place.search(name)]
 
 
 def _adapter_weights(policy: Any, name: str) -> dict[str, torch.Tensor]:
