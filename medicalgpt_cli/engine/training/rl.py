@@ -241,7 +241,7 @@ class RlStage(Stage):
             temperature=self.settings.temperature,
             seed=self.settings.seed,
         )
-        return LocalBackend(roles.policy, self.tokenizer, sampling)
+        return LocalBackend(roles.policy, self.tokenizer, sampling, self.observer)
 
     def batch_items(self) -> list[Item]:
         """Prompts with answers of full length."""
