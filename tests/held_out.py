@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from medicalgpt_cli.engine.data.examples import Example
 from medicalgpt_cli.engine.data.packing import Block, HeldOut
-from medicalgpt_cli.engine.data.rendering import Example
 from medicalgpt_cli.engine.evaluation.bits_per_byte import text_figures, window_nats
 from medicalgpt_cli.engine.evaluation.heldout import example_figures, example_nats
 

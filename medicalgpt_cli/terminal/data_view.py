@@ -12,8 +12,8 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.text import Text
 
+    from medicalgpt_cli.engine.data.examples import Example
     from medicalgpt_cli.engine.data.formats import Conversation
-    from medicalgpt_cli.engine.data.rendering import Example
 
 _BAR = 40  # characters of the longest bar
 _SHOWN = 4000  # characters of an example that are shown

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from medicalgpt_cli.engine.data import rendering
+from medicalgpt_cli.engine.data import control_tokens
 from tests.serving.running import running
 from tests.serving.test_api import asked, post, until
 from tests.tiny import tiny_model
@@ -25,7 +25,7 @@ def server(tmp_path_factory):
 @pytest.fixture
 def read(monkeypatch):
     """What is given to the tokenizer, and a gate behind which it does its work on long pieces."""
-    pieces, gate, whole = [], threading.Event(), rendering._encode_piece
+    pieces, gate, whole = [], threading.Event(), control_tokens.encode_piece
     gate.set()
 
     def noted(tokenizer, text):
@@ -34,7 +34,7 @@ def read(monkeypatch):
             assert gate.wait(60)
         return whole(tokenizer, text)
 
-    monkeypatch.setattr(rendering, "_encode_piece", noted)
+    monkeypatch.setattr(control_tokens, "encode_piece", noted)
     yield pieces, gate
     gate.set()
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypedDict
+from typing import Any, Literal, NotRequired, TypedDict
 
 from medicalgpt_cli.engine.data.naming import key_name, keys_found, role_name
 from medicalgpt_cli.engine.data.readers import Row, expand_sources, is_text, read_rows, unit_of
@@ -20,9 +20,24 @@ from medicalgpt_cli.settings.fields import did_you_mean
 Role = Literal["system", "user", "assistant", "tool"]
 
 
+class ToolCall(TypedDict):
+    """A call of a tool that an assistant makes. `arguments` is what the tool gets, an object."""
+
+    name: str
+    arguments: dict[str, Any]
+    id: NotRequired[str]  # by which a tool's turn says what it answers
+
+
 class Message(TypedDict):
+    """A turn. What is not said stands not there: an assistant's turn without reasoning has no key `reasoning`."""
+
     role: Role
     content: str
+    reasoning: NotRequired[str]  # what an assistant thought in front of its answer, without marks around it
+    tool_calls: NotRequired[list[ToolCall]]  # that an assistant makes behind its content
+    name: NotRequired[str]  # of a tool's turn: the tool that answers
+    tool_call_id: NotRequired[str]  # of a tool's turn: the call that it answers
+    weight: NotRequired[float]  # of an assistant's turn: its loss is multiplied by it, 0 is context only
 
 
 @dataclass(frozen=True)
@@ -31,6 +46,10 @@ class Conversation:
     at: str  # file:line
     id: str | None = None
     source: str = ""
+    tools: tuple[
+        dict[str, Any], ...
+    ] = ()  # JSON Schema of each function that may be called: name, description, parameters
+    group: str | None = None  # what belongs together (a patient, a document), of `--group`
 
 
 @dataclass

@@ -11,7 +11,7 @@ import torch
 from torch.utils.data import Dataset, Sampler
 
 from medicalgpt_cli.engine.data.corpus import LANGUAGES, Corpus
-from medicalgpt_cli.engine.data.rendering import IGNORED
+from medicalgpt_cli.engine.data.examples import IGNORED
 
 
 @dataclass(frozen=True)

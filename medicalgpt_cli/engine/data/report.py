@@ -9,6 +9,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from medicalgpt_cli.engine.data.examples import IGNORED, Example, render_conversation
 from medicalgpt_cli.engine.data.formats import (
     Conversation,
     Counts,
@@ -17,13 +18,7 @@ from medicalgpt_cli.engine.data.formats import (
     load_prompts,
     load_texts,
 )
-from medicalgpt_cli.engine.data.rendering import (
-    IGNORED,
-    Example,
-    encode_prompt,
-    encode_raw,
-    render_conversation,
-)
+from medicalgpt_cli.engine.data.rendering import encode_prompt, encode_raw
 from medicalgpt_cli.engine.observer import Observer
 
 

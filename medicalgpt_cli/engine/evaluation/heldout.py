@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from medicalgpt_cli.engine.data.rendering import Example
+from medicalgpt_cli.engine.data.examples import Example
 from medicalgpt_cli.engine.evaluation.batched import by_length, in_batches, never
 from medicalgpt_cli.engine.evaluation.paired import PerItem, per_text
 from medicalgpt_cli.engine.observer import Observer

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from medicalgpt_cli.engine.data.examples import render_answer
 from medicalgpt_cli.engine.data.prompts import Prompt
-from medicalgpt_cli.engine.data.rendering import render_answer
 from medicalgpt_cli.engine.evaluation.preferences import score_rows
 from medicalgpt_cli.engine.evaluation.statistics import mean_interval, wilson_interval
 from medicalgpt_cli.engine.rewards.rules import answer_format, length_rule, right_option

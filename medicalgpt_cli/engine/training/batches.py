@@ -8,8 +8,8 @@ from itertools import pairwise
 import torch
 from torch.utils.data import Dataset, Sampler
 
+from medicalgpt_cli.engine.data.examples import Example
 from medicalgpt_cli.engine.data.packing import Block
-from medicalgpt_cli.engine.data.rendering import Example
 
 IGNORED = -100  # the label of a position without a loss
 

@@ -24,6 +24,7 @@ from medicalgpt_cli.engine.data.corpus import (
     parse_source,
     tokenise,
 )
+from medicalgpt_cli.engine.data.examples import IGNORED
 from medicalgpt_cli.engine.data.packing import (
     AllBlocks,
     HeldOut,
@@ -33,7 +34,7 @@ from medicalgpt_cli.engine.data.packing import (
     quotas,
 )
 from medicalgpt_cli.engine.data.readers import check_text_unit
-from medicalgpt_cli.engine.data.rendering import IGNORED, document_marks
+from medicalgpt_cli.engine.data.rendering import document_marks
 from medicalgpt_cli.engine.data.report import histogram, percentiles
 from medicalgpt_cli.engine.observer import Observer
 from medicalgpt_cli.engine.run.environment import cache_folder

@@ -13,6 +13,7 @@ import torch
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
+from medicalgpt_cli.engine.data.examples import render_answer
 from medicalgpt_cli.engine.data.formats import Counts, load_prompts
 from medicalgpt_cli.engine.data.preferences import (
     Pair,
@@ -21,7 +22,7 @@ from medicalgpt_cli.engine.data.preferences import (
     load_pairs,
     prompt_hash,
 )
-from medicalgpt_cli.engine.data.rendering import encode_prompt, render_answer
+from medicalgpt_cli.engine.data.rendering import encode_prompt
 from medicalgpt_cli.engine.data.report import histogram, percentiles
 from medicalgpt_cli.engine.data.splitting import split, without_held_out
 from medicalgpt_cli.engine.observer import Observer

@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from medicalgpt_cli.engine.data.rendering import Example, end_of_turn
+from medicalgpt_cli.engine.data.examples import Example
+from medicalgpt_cli.engine.data.rendering import end_of_turn
 from medicalgpt_cli.engine.evaluation.heldout import example_figures, example_items, example_nats
 from medicalgpt_cli.engine.evaluation.samples import answer_questions, paired_samples
 from medicalgpt_cli.engine.model.unlearnt import unlearnt_end

@@ -7,9 +7,9 @@ import json
 
 import pytest
 
+from medicalgpt_cli.engine.data.examples import render_conversation
 from medicalgpt_cli.engine.data.formats import Conversation, Counts, load_conversations
 from medicalgpt_cli.engine.data.readers import read_rows
-from medicalgpt_cli.engine.data.rendering import render_conversation
 from medicalgpt_cli.engine.observer import Observer
 from medicalgpt_cli.errors import DataError
 from tests.conftest import DATA

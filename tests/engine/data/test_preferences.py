@@ -10,9 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from medicalgpt_cli.engine.data.examples import render_answer
 from medicalgpt_cli.engine.data.formats import Counts, load_conversations
 from medicalgpt_cli.engine.data.preferences import Pair, audit, audit_notices, load_pairs, prompt_hash
-from medicalgpt_cli.engine.data.rendering import encode_prompt, render_answer
+from medicalgpt_cli.engine.data.rendering import encode_prompt
 from medicalgpt_cli.engine.observer import Observer
 from medicalgpt_cli.engine.training.reward_data import RewardData, load_reward_data, render_pair
 from medicalgpt_cli.errors import DataError, UsageError

@@ -11,14 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from medicalgpt_cli.engine.data import rendering
+from medicalgpt_cli.engine.data.examples import IGNORED, render_conversation
 from medicalgpt_cli.engine.data.formats import Conversation, Counts, load_conversations
 from medicalgpt_cli.engine.data.rendering import (
-    IGNORED,
     encode_prompt,
     encode_raw,
     encode_within,
     fit_history,
-    render_conversation,
     stop_token_ids,
 )
 from medicalgpt_cli.engine.model.tokenizer import TEMPLATES

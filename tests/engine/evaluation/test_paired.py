@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import torch
 
+from medicalgpt_cli.engine.data.examples import IGNORED, Example
 from medicalgpt_cli.engine.data.packing import Block, HeldOut, Window
-from medicalgpt_cli.engine.data.rendering import IGNORED, Example
 from medicalgpt_cli.engine.evaluation.paired import paired_differences, per_answer, per_text
 from medicalgpt_cli.engine.evaluation.statistics import mean_interval, wilson_interval
 from medicalgpt_cli.engine.pipeline.figures import figures

@@ -11,7 +11,7 @@ from functools import partial
 import pytest
 import torch
 
-from medicalgpt_cli.engine.data.rendering import Example
+from medicalgpt_cli.engine.data.examples import Example
 from medicalgpt_cli.engine.evaluation.preferences import score_pairs, score_rows
 from medicalgpt_cli.engine.generation import scheduler
 from medicalgpt_cli.engine.generation.local import LocalBackend

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, Qwen2Config, Qwen3MoeConfig
 
-from medicalgpt_cli.engine.data.rendering import Example
+from medicalgpt_cli.engine.data.examples import Example
 from medicalgpt_cli.engine.model.adapters import add_adapter
 from medicalgpt_cli.engine.model.dropout import use_fast_dropout
 from medicalgpt_cli.engine.planning import rehearsal

@@ -7,7 +7,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3MoeConfig
 
-from medicalgpt_cli.engine.data.rendering import Example
+from medicalgpt_cli.engine.data.examples import Example
 from medicalgpt_cli.engine.model.adapters import add_adapter
 from medicalgpt_cli.engine.planning import work
 from medicalgpt_cli.engine.planning.work import Shape, forward, shape_of, training

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import GPTJConfig, GPTJForCausalLM
 
-from medicalgpt_cli.engine.data.rendering import Example
+from medicalgpt_cli.engine.data.examples import Example
 from medicalgpt_cli.engine.training import attention
 from medicalgpt_cli.engine.training.batches import EpochSampler, end_to_end, padded, target_count
 from medicalgpt_cli.engine.training.losses import target_loss

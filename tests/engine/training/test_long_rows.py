@@ -10,7 +10,7 @@ from functools import partial
 import pytest
 import torch
 
-from medicalgpt_cli.engine.data.rendering import Example
+from medicalgpt_cli.engine.data.examples import Example
 from medicalgpt_cli.engine.evaluation.preferences import score_pairs, score_rows
 from medicalgpt_cli.engine.model.reward_model import score_at_ends
 from medicalgpt_cli.engine.training import attention

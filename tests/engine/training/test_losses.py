@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM
 
-from medicalgpt_cli.engine.data.rendering import Example
+from medicalgpt_cli.engine.data.examples import Example
 from medicalgpt_cli.engine.training import attention, losses
 from medicalgpt_cli.engine.training.batches import IGNORED, end_to_end, padded
 from medicalgpt_cli.engine.training.losses import target_loss

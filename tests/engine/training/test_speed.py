@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from medicalgpt_cli.engine.data.rendering import Example
+from medicalgpt_cli.engine.data.examples import Example
 from medicalgpt_cli.engine.model.loading import read_config
 from medicalgpt_cli.engine.model.references import resolve_models
 from medicalgpt_cli.engine.training import attention, speed
