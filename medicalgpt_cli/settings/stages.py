@@ -22,6 +22,7 @@ from medicalgpt_cli.settings.groups import (
     OtherBaseSettings,
     OutputSettings,
     QuantizationSettings,
+    ReadingSettings,
     RewardModelSettings,
     RunSettings,
     SpeedSettings,
@@ -131,7 +132,7 @@ class PretrainSettings(CorpusSettings, SpeedSettings, TrainSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class VocabularySettings(OutputSettings, CorpusSettings, ModelSettings):
+class VocabularySettings(OutputSettings, CorpusSettings, ReadingSettings, ModelSettings):
     """Widen a model's vocabulary with the words of a corpus."""
 
     panel: ClassVar[str] = "Vocabulary"
@@ -421,7 +422,12 @@ def _is_number(text: str) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class ScoreSettings(
-    OutputSettings, RewardModelSettings, OtherBaseSettings, QuantizationSettings, MemorySettings
+    OutputSettings,
+    ReadingSettings,
+    RewardModelSettings,
+    OtherBaseSettings,
+    QuantizationSettings,
+    MemorySettings,
 ):
     """Score answers with a reward model."""
 
@@ -473,7 +479,7 @@ def _check_size(shard_size: str) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class InferSettings(OutputSettings, EndpointSettings):
+class InferSettings(OutputSettings, ReadingSettings, EndpointSettings):
     """Answer a file of questions."""
 
     panel: ClassVar[str] = "Questions"
@@ -606,7 +612,7 @@ class ServeSettings(OutputSettings, EndpointSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class InspectDataSettings(OutputSettings, ModelSettings):
+class InspectDataSettings(OutputSettings, ReadingSettings, ModelSettings):
     """Look at data files: format, counts, token lengths, loss mask."""
 
     panel: ClassVar[str] = "Data"

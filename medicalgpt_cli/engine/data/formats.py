@@ -12,7 +12,16 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, NotRequired, TypedDict
 
 from medicalgpt_cli.engine.data.naming import key_name, keys_found, role_name
-from medicalgpt_cli.engine.data.readers import Row, expand_sources, is_text, read_rows, unit_of
+from medicalgpt_cli.engine.data.readers import (
+    AS_FOUND,
+    ReadOptions,
+    Row,
+    expand_sources,
+    is_document,
+    is_text,
+    read_rows,
+    unit_of,
+)
 from medicalgpt_cli.engine.observer import Observer
 from medicalgpt_cli.errors import DataError
 from medicalgpt_cli.settings.fields import did_you_mean
@@ -154,6 +163,7 @@ def load_conversations(
     observer: Observer,
     *,
     max_samples: int | None = None,
+    reading: ReadOptions = AS_FOUND,
 ) -> list[Conversation]:
     """Conversations with at least one answer, of all sources in order; what is left out is counted.
 
@@ -161,7 +171,7 @@ def load_conversations(
         DataError: a row contradicts its format, or nothing is left.
     """
     found: list[Conversation] = []
-    for row in rows_of(sources, counts, observer):
+    for row in rows_of(sources, counts, observer, reading=reading):
         if max_samples is not None and len(found) >= max_samples:
             break
         counts.read += 1
@@ -174,14 +184,16 @@ def load_conversations(
     return found
 
 
-def load_prompts(sources: Sequence[str], counts: Counts, observer: Observer) -> list[Conversation]:
+def load_prompts(
+    sources: Sequence[str], counts: Counts, observer: Observer, *, reading: ReadOptions = AS_FOUND
+) -> list[Conversation]:
     """What a model is to answer: each row up to its last user turn.
 
     Raises:
         DataError: a row contradicts its format, or nothing is left.
     """
     found = []
-    for row in rows_of(sources, counts, observer):
+    for row in rows_of(sources, counts, observer, reading=reading):
         counts.read += 1
         messages, identifier = messages_of(row, counts)
         last = max((i for i, one in enumerate(messages) if one["role"] == "user"), default=None)
@@ -201,7 +213,12 @@ class Document:
 
 
 def iterate_texts(
-    sources: Sequence[str], counts: Counts, observer: Observer, *, text_unit: str = "auto"
+    sources: Sequence[str],
+    counts: Counts,
+    observer: Observer,
+    *,
+    text_unit: str = "auto",
+    reading: ReadOptions = AS_FOUND,
 ) -> Iterator[Document]:
     """Documents of text files and of `{"text": …}` records as a stream; empty ones are counted.
 
@@ -213,7 +230,7 @@ def iterate_texts(
         DataError: a record has no text, or nothing is found.
     """
     any_found = False
-    for row in rows_of(sources, counts, observer, text_unit=text_unit):
+    for row in rows_of(sources, counts, observer, text_unit=text_unit, with_documents=True, reading=reading):
         counts.read += 1
         kind = detect_format(row.value, row.at)
         if kind != "text":
@@ -229,17 +246,22 @@ def iterate_texts(
         raise DataError(f"{', '.join(sources)}: no text", _why_nothing(counts))
 
 
-def load_texts(sources: Sequence[str], counts: Counts, observer: Observer) -> list[str]:
+def load_texts(
+    sources: Sequence[str], counts: Counts, observer: Observer, *, reading: ReadOptions = AS_FOUND
+) -> list[str]:
     """All documents of `iterate_texts` at once."""
-    return [document.text for document in iterate_texts(sources, counts, observer)]
+    return [document.text for document in iterate_texts(sources, counts, observer, reading=reading)]
 
 
-def first_format(sources: Sequence[str]) -> str:
-    """The format of the first record, which decides what the sources are for."""
-    files, _ = expand_sources(sources)
+def first_format(sources: Sequence[str], *, reading: ReadOptions = AS_FOUND) -> str:
+    """The format of the first record, which decides what the sources are for; text where all are documents."""
+    files, _ = expand_sources(sources, with_documents=True)
     for file in files:
-        for row in read_rows(file):
-            return detect_format(row.value, row.at)
+        if not is_document(file):
+            for row in read_rows(file, reading=reading):
+                return detect_format(row.value, row.at)
+    if any(is_document(file) for file in files):
+        return "text"
     raise DataError(f"{', '.join(sources)}: no record", "is it the right file?")
 
 
@@ -512,24 +534,46 @@ def join_same_role(messages: Iterable[Message], at: str, counts: Counts) -> list
 
 
 def rows_of(
-    sources: Sequence[str], counts: Counts, observer: Observer, *, text_unit: str = "line"
+    sources: Sequence[str],
+    counts: Counts,
+    observer: Observer,
+    *,
+    text_unit: str = "line",
+    with_documents: bool = False,
+    reading: ReadOptions = AS_FOUND,
 ) -> Iterator[Row]:
-    """The rows of all sources in order."""
-    files, ignored = expand_sources(sources, counts.notices)
+    """The rows of all sources in order.
+
+    Args:
+        with_documents: whether documents (`.docx`, …) are read; where not, those of a folder are left out and counted.
+
+    Raises:
+        DataError: what is wrong with a file, or a document is named where it is of no use.
+    """
+    files, ignored = expand_sources(sources, counts.notices, with_documents=with_documents)
     if ignored:
+        word = "of unknown kind" if with_documents else "that hold no records"
         counts.notices.append(
-            f"{len(ignored)} files of unknown kind in the folders are left out, such as {ignored[0]}"
+            f"{len(ignored)} files {word} in the folders are left out, such as {ignored[0]}"
         )
     for file in files:
+        if is_document(file) and not with_documents:
+            raise DataError(
+                "a document has no questions and answers",
+                "its text is for pretrain and vocabulary",
+                at=str(file),
+            )
         task = f"reading {getattr(file, 'name', file)}"
         observer.on_task_start(task, None, "rows")
         number = 0
         if is_text(file):
-            unit = unit_of(file) if text_unit == "auto" else text_unit
+            unit = unit_of(file, reading) if text_unit == "auto" else text_unit
             counts.formats[str(file)] = f"text, a document a {unit}"
         else:
             unit = "line"
-        for number, row in enumerate(read_rows(file, text_unit=unit, notices=counts.notices), 1):
+        for number, row in enumerate(
+            read_rows(file, text_unit=unit, notices=counts.notices, reading=reading), 1
+        ):
             if number % 1000 == 0:
                 observer.on_task_advance(task, number)
             yield row

@@ -19,7 +19,7 @@ from medicalgpt_cli.engine.data.formats import (
     rows_of,
     with_plain_answers,
 )
-from medicalgpt_cli.engine.data.readers import Row
+from medicalgpt_cli.engine.data.readers import AS_FOUND, ReadOptions, Row
 from medicalgpt_cli.engine.observer import Observer
 from medicalgpt_cli.errors import DataError
 
@@ -42,6 +42,7 @@ def load_pairs(
     *,
     margin_column: str | None = None,
     max_samples: int | None = None,
+    reading: ReadOptions = AS_FOUND,
 ) -> list[Pair]:
     """Preference pairs of all sources in order; a pair from which nothing can be learnt is counted.
 
@@ -49,7 +50,7 @@ def load_pairs(
         DataError: a row is no preference pair, or nothing is left.
     """
     found: list[Pair] = []
-    for row in rows_of(sources, counts, observer):
+    for row in rows_of(sources, counts, observer, reading=reading):
         if max_samples is not None and len(found) >= max_samples:
             break
         counts.read += 1

@@ -8,7 +8,7 @@ from typing import Any
 
 from medicalgpt_cli.engine.data.formats import Counts, Message, messages_of, rows_of
 from medicalgpt_cli.engine.data.preferences import prompt_hash
-from medicalgpt_cli.engine.data.readers import Row
+from medicalgpt_cli.engine.data.readers import AS_FOUND, ReadOptions, Row
 from medicalgpt_cli.engine.observer import Observer
 from medicalgpt_cli.errors import DataError
 
@@ -27,14 +27,16 @@ class Prompt:
         return prompt_hash(self.messages)
 
 
-def load_rl_prompts(sources: Sequence[str], counts: Counts, observer: Observer) -> list[Prompt]:
+def load_rl_prompts(
+    sources: Sequence[str], counts: Counts, observer: Observer, *, reading: ReadOptions = AS_FOUND
+) -> list[Prompt]:
     """Each row up to its last user turn; a repeated prompt is counted and used once.
 
     Raises:
         DataError: a row contradicts its format, or nothing is left.
     """
     found: dict[str, Prompt] = {}
-    for row in rows_of(sources, counts, observer):
+    for row in rows_of(sources, counts, observer, reading=reading):
         counts.read += 1
         messages, identifier = messages_of(row, counts)
         last = max((index for index, one in enumerate(messages) if one["role"] == "user"), default=None)

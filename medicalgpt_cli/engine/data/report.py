@@ -18,6 +18,7 @@ from medicalgpt_cli.engine.data.formats import (
     load_prompts,
     load_texts,
 )
+from medicalgpt_cli.engine.data.readers import AS_FOUND, ReadOptions
 from medicalgpt_cli.engine.data.rendering import encode_prompt, encode_raw
 from medicalgpt_cli.engine.observer import Observer
 
@@ -49,7 +50,12 @@ class Inspection:
 
 
 def inspect(
-    sources: Sequence[str], tokenizer: PreTrainedTokenizerBase | None, max_length: int, observer: Observer
+    sources: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase | None,
+    max_length: int,
+    observer: Observer,
+    *,
+    reading: ReadOptions = AS_FOUND,
 ) -> Inspection:
     """Read files of any format and measure them, in tokens or (without a tokenizer) in characters.
 
@@ -57,17 +63,17 @@ def inspect(
         DataError: what is wrong with a file.
     """
     counts = Counts()
-    kind = first_format(sources)
+    kind = first_format(sources, reading=reading)
     conversations: list[Conversation] = []
     examples: list[Example] = []
     if kind == "text":
-        texts = load_texts(sources, counts, observer)
+        texts = load_texts(sources, counts, observer, reading=reading)
         lengths = [len(encode_raw(tokenizer, text) if tokenizer else text) for text in texts]
     elif kind in ("prompt", "mcq"):
-        conversations = load_prompts(sources, counts, observer)
+        conversations = load_prompts(sources, counts, observer, reading=reading)
         lengths = [_prompt_length(one, tokenizer) for one in conversations]
     else:
-        conversations = load_conversations(sources, counts, observer)
+        conversations = load_conversations(sources, counts, observer, reading=reading)
         if tokenizer is None:
             lengths = [_prompt_length(one, None) for one in conversations]
         else:

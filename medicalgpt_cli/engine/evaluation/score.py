@@ -11,6 +11,8 @@ from typing import Any
 from medicalgpt_cli.engine.data.examples import render_answer
 from medicalgpt_cli.engine.data.formats import Counts, first_format, load_conversations
 from medicalgpt_cli.engine.data.preferences import load_pairs
+from medicalgpt_cli.engine.data.readers import ReadOptions
+from medicalgpt_cli.engine.data.reading import reading_options
 from medicalgpt_cli.engine.evaluation.preferences import judge, score_pairs, score_rows
 from medicalgpt_cli.engine.model.base_record import known_base
 from medicalgpt_cli.engine.model.loading import choose_device, choose_dtype, load_tokenizer
@@ -56,8 +58,9 @@ def score(settings: ScoreSettings, observer: Observer) -> dict[str, Any]:
     check_quantization(resolved, settings.quantization)
     tokenizer = load_tokenizer(named, resolved, observer)
     counts = Counts()
-    pairs = first_format([str(settings.data_file)]) == "preference"
-    rows, lines = (_pairs if pairs else _answers)(settings, tokenizer, counts, observer)
+    reading = reading_options(settings, [str(settings.data_file)])
+    pairs = first_format([str(settings.data_file)], reading=reading) == "preference"
+    rows, lines = (_pairs if pairs else _answers)(settings, reading, tokenizer, counts, observer)
     if not rows:
         raise DataError(
             f"{settings.data_file}: no answer fits --max-length {settings.max_length}", "raise it"
@@ -101,11 +104,11 @@ def score(settings: ScoreSettings, observer: Observer) -> dict[str, Any]:
 
 
 def _pairs(
-    settings: ScoreSettings, tokenizer: Any, counts: Counts, observer: Observer
+    settings: ScoreSettings, reading: ReadOptions, tokenizer: Any, counts: Counts, observer: Observer
 ) -> tuple[list[RenderedPair], list[dict[str, Any]]]:
     """The pairs as token ids, and a line for each."""
     rows, lines = [], []
-    for pair in load_pairs([str(settings.data_file)], counts, observer):
+    for pair in load_pairs([str(settings.data_file)], counts, observer, reading=reading):
         one = render_pair(tokenizer, pair, settings.max_length, counts)
         if one is not None:
             rows.append(one)
@@ -114,11 +117,11 @@ def _pairs(
 
 
 def _answers(
-    settings: ScoreSettings, tokenizer: Any, counts: Counts, observer: Observer
+    settings: ScoreSettings, reading: ReadOptions, tokenizer: Any, counts: Counts, observer: Observer
 ) -> tuple[list[list[int]], list[dict[str, Any]]]:
     """The last answer of each conversation, behind what was said before it."""
     rows, lines = [], []
-    for conversation in load_conversations([str(settings.data_file)], counts, observer):
+    for conversation in load_conversations([str(settings.data_file)], counts, observer, reading=reading):
         *before, answer = conversation.messages
         ids = render_answer(tokenizer, before, answer["content"], settings.max_length)
         if ids is None:

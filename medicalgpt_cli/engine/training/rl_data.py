@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from medicalgpt_cli.engine.data.formats import Counts
 from medicalgpt_cli.engine.data.prompts import Prompt, load_rl_prompts
+from medicalgpt_cli.engine.data.reading import reading_options
 from medicalgpt_cli.engine.data.rendering import encode_prompt
 from medicalgpt_cli.engine.data.report import histogram, percentiles
 from medicalgpt_cli.engine.data.splitting import split, without_held_out
@@ -46,9 +47,10 @@ def load_rl_data(
         DataError: nothing is left to learn on. UsageError: a rule of options meets a question without them.
     """
     counts, held_counts = Counts(), Counts()
-    training = load_rl_prompts(settings.train_data, counts, observer)
+    reading = reading_options(settings, [*settings.train_data, *settings.eval_data])
+    training = load_rl_prompts(settings.train_data, counts, observer, reading=reading)
     if settings.eval_data:
-        held = load_rl_prompts(settings.eval_data, held_counts, observer)
+        held = load_rl_prompts(settings.eval_data, held_counts, observer, reading=reading)
         training = without_held_out(training, held, counts)
     else:
         training, held = split(training, settings.eval_fraction, settings.seed)

@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from medicalgpt_cli.engine.data.examples import Example, render_conversation
 from medicalgpt_cli.engine.data.formats import Conversation, Counts, load_conversations
+from medicalgpt_cli.engine.data.reading import reading_options
 from medicalgpt_cli.engine.data.report import describe, fingerprint
 from medicalgpt_cli.engine.data.splitting import prompt_key, split, without_held_out
 from medicalgpt_cli.engine.observer import Observer
@@ -33,9 +34,12 @@ def load_sft_data(settings: SftSettings, tokenizer: PreTrainedTokenizerBase, obs
         DataError: nothing is left to train on.
     """
     counts, held_counts = Counts(), Counts()
-    training = load_conversations(settings.train_data, counts, observer, max_samples=settings.max_samples)
+    reading = reading_options(settings, [*settings.train_data, *settings.eval_data])
+    training = load_conversations(
+        settings.train_data, counts, observer, max_samples=settings.max_samples, reading=reading
+    )
     if settings.eval_data:
-        held = load_conversations(settings.eval_data, held_counts, observer)
+        held = load_conversations(settings.eval_data, held_counts, observer, reading=reading)
         training = without_held_out(training, held, counts)
     else:
         training, held = split(training, settings.eval_fraction, settings.seed)
