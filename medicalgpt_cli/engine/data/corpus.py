@@ -28,7 +28,8 @@ from transformers import PreTrainedTokenizerBase
 
 from medicalgpt_cli.engine.data.formats import Counts, Document, iterate_texts
 from medicalgpt_cli.engine.data.language import language_of
-from medicalgpt_cli.engine.data.readers import AS_FOUND, HubDataset, ReadOptions, expand_sources
+from medicalgpt_cli.engine.data.read_options import AS_FOUND, ReadOptions
+from medicalgpt_cli.engine.data.readers import HubDataset, expand_sources
 from medicalgpt_cli.engine.data.rendering import document_marks, encode_texts
 from medicalgpt_cli.engine.model.tokenizer import fingerprint
 from medicalgpt_cli.engine.observer import Observer
@@ -170,12 +171,12 @@ def _write(
     key: str,
     reading: ReadOptions,
 ) -> None:
-    counts, languages, seen = Counts(), Counter(), hashlib.sha256()
+    counts, languages, seen = Counts(reading=reading), Counter(), hashlib.sha256()
     start, _, separate = document_marks(tokenizer)
     end = [document_marks(tokenizer)[1]] if separate else []
     dtype = np.dtype("<u2" if len(tokenizer) <= 2**16 else "<u4")
     at = documents = size = 0
-    texts = iterate_texts([source.name], counts, observer, text_unit=text_unit, reading=reading)
+    texts = iterate_texts([source.name], counts, observer, text_unit=text_unit)
     with (folder / "tokens.bin").open("wb") as tokens, (folder / "documents.bin").open("wb") as table:
         for batch in _batches(texts):
             records = np.zeros(len(batch), dtype=_DOCUMENT)

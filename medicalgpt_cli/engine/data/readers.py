@@ -25,7 +25,7 @@ from medicalgpt_cli.errors import DataError, UsageError
 
 __all__ = [
     "AS_FOUND", "HubDataset", "ReadOptions", "Row", "check_text_unit", "expand_sources", "is_document", "is_text",
-    "must_be_a_file", "parse_json", "read_rows", "text_lines", "unit_of",
+    "must_be_a_file", "parse_json", "read_again", "read_as", "read_rows", "renamed", "text_lines", "unit_of",
 ]  # fmt: skip
 
 _JSON = (".jsonl", ".ndjson", ".json")
@@ -130,9 +130,23 @@ def read_rows(
         DataError: what is wrong, with the file and line.
     """
     name = str(source) if isinstance(source, Path) else source.name
+    _READ_AS[name] = reading
     for line, value in _records(source, text_unit, notices, reading):
         row = Row(name, line, value)
-        yield _renamed(row, reading.columns) if reading.columns else row
+        yield renamed(row, reading.columns) if reading.columns else row
+
+
+def read_again(path: Path) -> Iterator[Row]:
+    """The rows of a file in the way in which this program read it last, for a second look at all of them."""
+    yield from read_rows(path, reading=read_as(path))
+
+
+def read_as(path: Path) -> ReadOptions:
+    """How this program read a file last."""
+    return _READ_AS.get(str(path), AS_FOUND)
+
+
+_READ_AS: dict[str, ReadOptions] = {}
 
 
 def _records(
@@ -155,7 +169,7 @@ def _records(
     return json_records(source, kind == ".json", reading, notices)
 
 
-def _renamed(row: Row, columns: Sequence[tuple[str, str]]) -> Row:
+def renamed(row: Row, columns: Sequence[tuple[str, str]]) -> Row:
     """The row with the keys that `--columns` gives it; a column that it does not have changes nothing.
 
     Raises:

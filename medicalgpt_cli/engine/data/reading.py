@@ -33,7 +33,7 @@ def reading_options(asked: _Asked, sources: Sequence[str]) -> ReadOptions:
     """What `--encoding`, `--sheet` and `--columns` ask for.
 
     Args:
-        sources: all files of the command that are read so.
+        sources: all files of the command that are read so; none where they come as a stream.
 
     Raises:
         UsageError: an unknown encoding or key, or an option that is about none of the sources.
@@ -44,7 +44,9 @@ def reading_options(asked: _Asked, sources: Sequence[str]) -> ReadOptions:
         asked.sheet,
         parse_columns(asked.columns),
     )
-    if reading == AS_FOUND:
+    if reading.sheet is not None and not sources:
+        raise UsageError(f"--sheet {reading.sheet}: a stream is no workbook", "leave it out")
+    if reading == AS_FOUND or not sources:
         return reading
     files, _ = expand_sources(sources, with_documents=True)
     if reading.encoding and not any(has_encoding(file) for file in files):

@@ -18,7 +18,7 @@ from medicalgpt_cli.engine.data.formats import (
     load_prompts,
     load_texts,
 )
-from medicalgpt_cli.engine.data.readers import AS_FOUND, ReadOptions
+from medicalgpt_cli.engine.data.read_options import AS_FOUND, ReadOptions
 from medicalgpt_cli.engine.data.rendering import encode_prompt, encode_raw
 from medicalgpt_cli.engine.observer import Observer
 
@@ -62,18 +62,18 @@ def inspect(
     Raises:
         DataError: what is wrong with a file.
     """
-    counts = Counts()
-    kind = first_format(sources, reading=reading)
+    counts = Counts(reading=reading)
+    kind = first_format(sources, reading)
     conversations: list[Conversation] = []
     examples: list[Example] = []
     if kind == "text":
-        texts = load_texts(sources, counts, observer, reading=reading)
+        texts = load_texts(sources, counts, observer)
         lengths = [len(encode_raw(tokenizer, text) if tokenizer else text) for text in texts]
     elif kind in ("prompt", "mcq"):
-        conversations = load_prompts(sources, counts, observer, reading=reading)
+        conversations = load_prompts(sources, counts, observer)
         lengths = [_prompt_length(one, tokenizer) for one in conversations]
     else:
-        conversations = load_conversations(sources, counts, observer, reading=reading)
+        conversations = load_conversations(sources, counts, observer)
         if tokenizer is None:
             lengths = [_prompt_length(one, None) for one in conversations]
         else:

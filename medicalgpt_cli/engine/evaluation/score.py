@@ -11,7 +11,6 @@ from typing import Any
 from medicalgpt_cli.engine.data.examples import render_answer
 from medicalgpt_cli.engine.data.formats import Counts, first_format, load_conversations
 from medicalgpt_cli.engine.data.preferences import load_pairs
-from medicalgpt_cli.engine.data.readers import ReadOptions
 from medicalgpt_cli.engine.data.reading import reading_options
 from medicalgpt_cli.engine.evaluation.preferences import judge, score_pairs, score_rows
 from medicalgpt_cli.engine.model.base_record import known_base
@@ -57,10 +56,10 @@ def score(settings: ScoreSettings, observer: Observer) -> dict[str, Any]:
     check_head(resolved.adapter or resolved.base)
     check_quantization(resolved, settings.quantization)
     tokenizer = load_tokenizer(named, resolved, observer)
-    counts = Counts()
     reading = reading_options(settings, [str(settings.data_file)])
-    pairs = first_format([str(settings.data_file)], reading=reading) == "preference"
-    rows, lines = (_pairs if pairs else _answers)(settings, reading, tokenizer, counts, observer)
+    counts = Counts(reading=reading)
+    pairs = first_format([str(settings.data_file)], reading) == "preference"
+    rows, lines = (_pairs if pairs else _answers)(settings, tokenizer, counts, observer)
     if not rows:
         raise DataError(
             f"{settings.data_file}: no answer fits --max-length {settings.max_length}", "raise it"
@@ -104,11 +103,11 @@ def score(settings: ScoreSettings, observer: Observer) -> dict[str, Any]:
 
 
 def _pairs(
-    settings: ScoreSettings, reading: ReadOptions, tokenizer: Any, counts: Counts, observer: Observer
+    settings: ScoreSettings, tokenizer: Any, counts: Counts, observer: Observer
 ) -> tuple[list[RenderedPair], list[dict[str, Any]]]:
     """The pairs as token ids, and a line for each."""
     rows, lines = [], []
-    for pair in load_pairs([str(settings.data_file)], counts, observer, reading=reading):
+    for pair in load_pairs([str(settings.data_file)], counts, observer):
         one = render_pair(tokenizer, pair, settings.max_length, counts)
         if one is not None:
             rows.append(one)
@@ -117,11 +116,11 @@ def _pairs(
 
 
 def _answers(
-    settings: ScoreSettings, reading: ReadOptions, tokenizer: Any, counts: Counts, observer: Observer
+    settings: ScoreSettings, tokenizer: Any, counts: Counts, observer: Observer
 ) -> tuple[list[list[int]], list[dict[str, Any]]]:
     """The last answer of each conversation, behind what was said before it."""
     rows, lines = [], []
-    for conversation in load_conversations([str(settings.data_file)], counts, observer, reading=reading):
+    for conversation in load_conversations([str(settings.data_file)], counts, observer):
         *before, answer = conversation.messages
         ids = render_answer(tokenizer, before, answer["content"], settings.max_length)
         if ids is None:

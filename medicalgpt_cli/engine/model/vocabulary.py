@@ -14,7 +14,8 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from medicalgpt_cli.engine.data.formats import Counts, Document, iterate_texts
-from medicalgpt_cli.engine.data.readers import ReadOptions, check_text_unit, expand_sources
+from medicalgpt_cli.engine.data.read_options import ReadOptions
+from medicalgpt_cli.engine.data.readers import check_text_unit, expand_sources
 from medicalgpt_cli.engine.data.reading import reading_options
 from medicalgpt_cli.engine.model.loading import DTYPES, load_base, load_tokenizer, read_tokenizer
 from medicalgpt_cli.engine.model.merging import check_output, task
@@ -165,7 +166,7 @@ def _check_model(model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
 def _read(
     sources: Sequence[str], settings: VocabularySettings, reading: ReadOptions, observer: Observer
 ) -> Iterable[Document]:
-    return iterate_texts(sources, Counts(), observer, text_unit=settings.text_unit, reading=reading)
+    return iterate_texts(sources, Counts(reading=reading), observer, text_unit=settings.text_unit)
 
 
 def _measured(settings: VocabularySettings, reading: ReadOptions, observer: Observer) -> Corpus:

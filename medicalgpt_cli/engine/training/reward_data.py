@@ -82,11 +82,11 @@ def load_reward_data(
     Raises:
         DataError: a row is no pair, or nothing is left to train on.
     """
-    counts, held_counts = Counts(), Counts()
     reading = reading_options(
         settings, [*settings.train_data, *settings.eval_data, *settings.exclude_prompts]
     )
-    options = {"margin_column": settings.margin_column, "reading": reading}
+    counts, held_counts = Counts(reading=reading), Counts(reading=reading)
+    options = {"margin_column": settings.margin_column}
     training = load_pairs(settings.train_data, counts, observer, max_samples=settings.max_samples, **options)
     if settings.eval_data:
         held = load_pairs(settings.eval_data, held_counts, observer, **options)
@@ -96,7 +96,7 @@ def load_reward_data(
         held_counts.read, held_counts.formats = len(held), counts.formats
         counts.read -= len(held)
     if settings.exclude_prompts:
-        excluded = load_prompts(settings.exclude_prompts, Counts(), observer, reading=reading)
+        excluded = load_prompts(settings.exclude_prompts, Counts(reading=reading), observer)
         training = without_held_out(training, excluded, counts, "its prompt stands in --exclude-prompts")
     audits = {"training": audit(training), "held_out": audit(held)}
     kept = _rendered(training, tokenizer, settings, counts)

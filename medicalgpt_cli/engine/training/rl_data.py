@@ -46,11 +46,11 @@ def load_rl_data(
     Raises:
         DataError: nothing is left to learn on. UsageError: a rule of options meets a question without them.
     """
-    counts, held_counts = Counts(), Counts()
     reading = reading_options(settings, [*settings.train_data, *settings.eval_data])
-    training = load_rl_prompts(settings.train_data, counts, observer, reading=reading)
+    counts, held_counts = Counts(reading=reading), Counts(reading=reading)
+    training = load_rl_prompts(settings.train_data, counts, observer)
     if settings.eval_data:
-        held = load_rl_prompts(settings.eval_data, held_counts, observer, reading=reading)
+        held = load_rl_prompts(settings.eval_data, held_counts, observer)
         training = without_held_out(training, held, counts)
     else:
         training, held = split(training, settings.eval_fraction, settings.seed)

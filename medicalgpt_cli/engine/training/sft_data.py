@@ -33,13 +33,11 @@ def load_sft_data(settings: SftSettings, tokenizer: PreTrainedTokenizerBase, obs
     Raises:
         DataError: nothing is left to train on.
     """
-    counts, held_counts = Counts(), Counts()
     reading = reading_options(settings, [*settings.train_data, *settings.eval_data])
-    training = load_conversations(
-        settings.train_data, counts, observer, max_samples=settings.max_samples, reading=reading
-    )
+    counts, held_counts = Counts(reading=reading), Counts(reading=reading)
+    training = load_conversations(settings.train_data, counts, observer, max_samples=settings.max_samples)
     if settings.eval_data:
-        held = load_conversations(settings.eval_data, held_counts, observer, reading=reading)
+        held = load_conversations(settings.eval_data, held_counts, observer)
         training = without_held_out(training, held, counts)
     else:
         training, held = split(training, settings.eval_fraction, settings.seed)
