@@ -117,7 +117,7 @@ def encoding_of(file: IO[bytes]) -> str:
         return "utf-16"
     if b"\x00" in head:
         fitting = [one for one in ("utf-16-le", "utf-16-be") if _reads_well(head, one)]
-        return fitting[0] if len(fitting) == 1 else "utf-8"
+        return max(fitting, key=lambda one: _ascii_of(head, one), default="utf-8")
     seen = 0
     while head.isascii():
         seen += len(head)
@@ -125,9 +125,23 @@ def encoding_of(file: IO[bytes]) -> str:
         if not head or seen > _ASCII:
             return "utf-8"
     sample = head + file.read(_SAMPLE)
-    if _decoded(sample, "utf-8") is None and _reads_well(sample, "gb18030"):
-        return "gb18030"
-    return "utf-8"
+    return "gb18030" if _decoded(sample, "utf-8") is None and _is_gb18030(sample) else "utf-8"
+
+
+def _is_gb18030(sample: bytes) -> bool:
+    """Whether most lines beyond ASCII are no UTF-8 and together read well as GB18030.
+
+    A few lines may be UTF-8: of either sort there can be some that are both, and reading names those that are not.
+    """
+    lines = [line for line in sample.split(b"\n") if not line.isascii()]
+    others = [line for line in lines if _decoded(line, "utf-8") is None]
+    read = [line for line in others if _decoded(line, "gb18030") is not None]
+    most = len(read) > len(lines) - len(others) and len(read) >= _EVERYDAY * len(others)
+    return most and _reads_well(b"\n".join(read), "gb18030")
+
+
+def _ascii_of(raw: bytes, encoding: str) -> int:
+    return sum(char < "\x80" for char in _decoded(raw, encoding) or "")
 
 
 def _decoded(raw: bytes, encoding: str) -> str | None:
