@@ -13,7 +13,8 @@ import sys
 import sysconfig
 import zipfile
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any, BinaryIO
+from xml.parsers import expat
 
 NO_DOCUMENT = 65
 LONG = 66
@@ -22,13 +23,11 @@ OTHER_ENCODING = 68
 NESTED = 69
 REACHES_OUT = 70
 _LONGEST = 64 * 1024 * 1024  # bytes of text
-_UNPACKED, _RATIO = (
-    1 << 30,
-    200,
-)  # bytes that an Office file may unpack to, and beyond that for each of its own
-_OFFICE = (
-    b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1"  # of an Office file that is locked, or older than the ending says
-)
+# An Office file may unpack to so many bytes, and beyond that to so many for each of its own.
+_UNPACKED, _RATIO = 1 << 30, 200
+_DEEPEST = 256  # elements within each other
+# How an Office file begins that is locked, or older than its ending says.
+_OFFICE = b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1"
 _CID = re.compile(r"\(cid:\d+\)")  # a letter whose font does not say which it is
 _PICTURE = re.compile(r"!\[([^\]\n]*)\]\([^)\n]*\)")
 _SLIDE = re.compile(r"<!-- Slide number: \d+ -->\n?")
@@ -81,6 +80,7 @@ def _html(raw: bytes, encoding: str) -> str:
 
 
 def _check_zip(file: BinaryIO, size: int) -> None:
+    """Refuse what the libraries would mend or follow: XML that is cut short, has entities or is a tower of elements."""
     if file.read(8).startswith(_OFFICE):
         sys.exit(LOCKED)
     file.seek(0)
@@ -89,7 +89,33 @@ def _check_zip(file: BinaryIO, size: int) -> None:
             sys.exit(LOCKED)
         if sum(one.file_size for one in archive.infolist()) > max(_UNPACKED, _RATIO * size):
             raise MemoryError
+        for one in archive.namelist():
+            if one.endswith((".xml", ".rels")):
+                with archive.open(one) as part:
+                    _check_xml(part)
     file.seek(0)
+
+
+def _check_xml(part: IO[bytes]) -> None:
+    depth = 0
+
+    def start(*_: object) -> None:
+        nonlocal depth
+        depth += 1
+        if depth > _DEEPEST:
+            sys.exit(NESTED)
+
+    def end(*_: object) -> None:
+        nonlocal depth
+        depth -= 1
+
+    def doctype(*_: object) -> None:
+        sys.exit(NO_DOCUMENT)
+
+    parser = expat.ParserCreate()
+    parser.StartElementHandler, parser.EndElementHandler = start, end
+    parser.StartDoctypeDeclHandler = doctype  # Office files have none: it could only declare entities
+    parser.ParseFile(part)
 
 
 def _office(file: BinaryIO, kind: str) -> str:
@@ -101,7 +127,17 @@ def _office(file: BinaryIO, kind: str) -> str:
     return converter.convert(file, StreamInfo(extension=kind), strict=True).markdown
 
 
+def _check_pdf(path: Path) -> None:
+    """Refuse a file without its beginning or its end: the library would give the pages that it finds."""
+    with path.open("rb") as file:
+        head = file.read(1024)
+        file.seek(max(0, path.stat().st_size - 4096))
+        if b"%PDF-" not in head or b"%%EOF" not in file.read():
+            sys.exit(NO_DOCUMENT)
+
+
 def _pdf(path: Path) -> dict[str, Any]:
+    _check_pdf(path)
     import pdfplumber
     from pdfminer.pdfdocument import PDFPasswordIncorrect
     from pdfplumber.utils.exceptions import PdfminerException
@@ -125,13 +161,15 @@ def _pdf(path: Path) -> dict[str, Any]:
         if any(isinstance(one, PDFPasswordIncorrect) for one in problem.args):
             sys.exit(LOCKED)
         raise
+    if not texts and not empty:
+        sys.exit(NO_DOCUMENT)
     return {"text": "\n".join(texts), "pages": len(texts) + len(empty), "empty": empty}
 
 
 def main(path: Path, encoding: str) -> None:
     try:
         found = convert(path, encoding)
-    except MemoryError:
+    except (MemoryError, ImportError, NameError):  # no fault of the document
         raise
     except RecursionError:
         sys.exit(NESTED)

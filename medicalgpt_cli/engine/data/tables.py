@@ -21,7 +21,7 @@ from medicalgpt_cli.engine.data.known_keys import KEYS
 from medicalgpt_cli.engine.data.lines import raw_lines
 from medicalgpt_cli.engine.data.read_options import AS_FOUND, ReadOptions
 from medicalgpt_cli.engine.run import bounded
-from medicalgpt_cli.errors import DataError, UnsafeRefused
+from medicalgpt_cli.errors import DataError, MedgptError, UnsafeRefused
 from medicalgpt_cli.settings.fields import did_you_mean
 
 _NAMES = {",": "commas", "\t": "tabs", ";": "semicolons", "|": "vertical bars"}
@@ -300,6 +300,11 @@ class _Workbook(contextlib.AbstractContextManager["_Workbook"]):
                 f"a row of more than {limits.LONGEST_RECORD // 2**20} MiB", "cut it into several",
                 at=str(self.path),
             )  # fmt: skip
+        if code == 1:
+            raise MedgptError(
+                f"{self.path}: the program that reads it failed",
+                "save the sheet as .csv; and please report it",
+            )
         raise UnsafeRefused(
             f"{self.path}: it takes more than {bounded.why_ended(code, memory=self.memory)} to unpack",
             "save the sheet as .csv",

@@ -31,12 +31,10 @@ def main(path: str, wanted: str | None) -> None:
         sys.exit(LOCKED)
     except (calamine.CalamineError, OSError, ValueError):
         sys.exit(NO_WORKBOOK)
-    except MemoryError:
+    except BaseException as problem:
+        if type(problem).__name__ == "PanicException":  # the library's own, no Exception: over a damaged file
+            sys.exit(NO_WORKBOOK)
         raise
-    except BaseException as problem:  # the library's own panic is no Exception
-        if isinstance(problem, SystemExit | KeyboardInterrupt):
-            raise
-        sys.exit(NO_WORKBOOK)
     names = [one.name for one in about]
     read = _choose(names, rows, hidden, wanted)
     sheet = sheets[read] if read is not None else None
