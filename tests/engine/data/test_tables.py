@@ -143,7 +143,8 @@ def test_line_ends_of_every_kind(tmp_path):
 
 CELLS = {
     12.0: "12", 12.5: "12.5", 0.1 + 0.2: "0.3", -3: "-3", 1e15: "1000000000000000", 2**53: "9007199254740992",
-    1.5e-7: "1.5e-07", True: "true", False: "false", "12": "12", " spaced ": " spaced ", "第一行\n第二行": "第一行\n第二行",
+    1.5e-7: "1.5e-07", True: "true", False: "false", "12": "12", " spaced ": " spaced ",
+    "第一行\n第二行": "第一行\n第二行",
     datetime.date(2026, 1, 31): "2026-01-31",
 }  # fmt: skip
 
