@@ -1,4 +1,4 @@
-"""What happened to the records of some files: each skipped, merged or cut one by its reason, each unused key by name."""
+"""What happened to the records of some files: each skipped, merged or cut one, and each unused key by its name."""
 
 from __future__ import annotations
 
@@ -33,7 +33,9 @@ class Counts:
     formats: dict[str, str] = field(default_factory=dict)  # file: format
     notices: list[str] = field(default_factory=list)
     places: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
-    wrong: list[MedgptError] = field(default_factory=list)  # the first of the records that contradict their format
+    wrong: list[MedgptError] = field(
+        default_factory=list
+    )  # the first of the records that contradict their format
     wrong_total: int = 0
     _unused: dict[str, Counter[tuple[Place, str]]] = field(default_factory=lambda: defaultdict(Counter))
     _records: Counter[str] = field(default_factory=Counter)  # by file, of those that were read for their keys
@@ -166,5 +168,3 @@ def meaning(key: str, accepted: bool = False) -> str:
     if has_no_meaning(key) or known == "id":
         return _NOTHING
     return "known, and not in this kind of record" if known else "not known"
-
-

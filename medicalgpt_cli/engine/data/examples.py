@@ -13,7 +13,8 @@ from itertools import pairwise
 from transformers import PreTrainedTokenizerBase
 
 from medicalgpt_cli.engine.data.control_tokens import defuse, encode_rendered
-from medicalgpt_cli.engine.data.formats import Conversation, Counts, Message
+from medicalgpt_cli.engine.data.counts import Counts
+from medicalgpt_cli.engine.data.messages import Conversation, Message
 from medicalgpt_cli.engine.data.rendering import (
     end_of_turn,
     fit_history,

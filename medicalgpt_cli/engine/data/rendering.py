@@ -25,7 +25,7 @@ from medicalgpt_cli.engine.data.control_tokens import (
     is_word,
     token_ids,
 )
-from medicalgpt_cli.engine.data.formats import Message
+from medicalgpt_cli.engine.data.messages import Message
 from medicalgpt_cli.engine.data.reasoning import Thinking
 from medicalgpt_cli.engine.model.template_check import check_rendered
 from medicalgpt_cli.engine.model.tokenizer import start_tokens

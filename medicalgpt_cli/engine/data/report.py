@@ -9,15 +9,10 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from medicalgpt_cli.engine.data.counts import Counts
 from medicalgpt_cli.engine.data.examples import IGNORED, Example, render_conversation
-from medicalgpt_cli.engine.data.formats import (
-    Conversation,
-    Counts,
-    first_format,
-    load_conversations,
-    load_prompts,
-    load_texts,
-)
+from medicalgpt_cli.engine.data.formats import first_format, load_conversations, load_prompts, load_texts
+from medicalgpt_cli.engine.data.messages import Conversation
 from medicalgpt_cli.engine.data.rendering import encode_prompt, encode_raw
 from medicalgpt_cli.engine.observer import Observer
 

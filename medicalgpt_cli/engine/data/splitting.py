@@ -6,7 +6,8 @@ import hashlib
 from collections.abc import Sequence
 from typing import Protocol, TypeVar
 
-from medicalgpt_cli.engine.data.formats import Counts, Message
+from medicalgpt_cli.engine.data.counts import Counts
+from medicalgpt_cli.engine.data.messages import Message
 
 
 class _HasMessages(Protocol):

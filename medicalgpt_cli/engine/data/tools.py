@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
 
-from medicalgpt_cli.engine.data.formats import ToolCall
+from medicalgpt_cli.engine.data.messages import ToolCall
 from medicalgpt_cli.engine.data.reasoning import Thinking, split_reasoning
 
 
