@@ -104,6 +104,11 @@ class Fields:
         """The keys that were not used, with the place where they stand."""
         return [(self.place, str(key)) for key in self._value if key not in self._used]
 
+    @property
+    def read(self) -> list[tuple[Place, str, bool]]:
+        """The keys that were used, with the place where they stand and whether their value was empty."""
+        return [(self.place, key, self._value[key] in _EMPTY) for key in self._value if key in self._used]
+
     # -- values of a kind --------------------------------------------------------------------------------------
 
     def text(self, meaning: str) -> str | None:
@@ -162,6 +167,7 @@ class Fields:
         return float(value)
 
 
+_EMPTY: tuple[Any, ...] = (None, "", [], {})
 _TRUTH = {
     "true": True,
     "false": False,

@@ -120,7 +120,7 @@ def read_record(row: Row, counts: Counts, *, used: Collection[str] = ()) -> Reco
         counts.add_skip(str(reason), row.at)
         return None
     left = [one for one in fields.left if one[1] not in used]
-    counts.add_unused(row.path, [*left, *reading.left])
+    counts.add_keys(row.path, [*left, *reading.left], [*fields.read, *reading.read])
     return record
 
 
@@ -131,6 +131,7 @@ class _Reading:
         self.fields, self.at, self.counts = fields, row.at, counts
         self.source = row.path
         self.left: list[tuple[Place, str]] = []
+        self.read: list[tuple[Place, str, bool]] = []
 
     def record(self, kind: str) -> Record:
         fields = self.fields
@@ -197,6 +198,7 @@ class _Reading:
     def _turns(self, turns: Any, name: str) -> list[Message]:
         read = Turns(turns, name, self.at, self.counts.ignore)
         self.left += read.left
+        self.read += read.read
         return read.messages
 
     def _history(self) -> list[Message]:

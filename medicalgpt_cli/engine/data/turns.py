@@ -50,6 +50,7 @@ class Turns:
     def __init__(self, turns: Any, name: str, at: str, ignore: Collection[str] = ()):
         self.at, self.ignore = at, ignore
         self.left: list[tuple[Place, str]] = []
+        self.read: list[tuple[Place, str, bool]] = []
         if not isinstance(turns, list | tuple):
             raise DataError(f"{name} is {kind_of(turns)}, not a list of turns", _SHAPE, at=at)
         self.messages: list[Message] = [self._turn(turn, number) for number, turn in enumerate(turns, 1)]
@@ -83,6 +84,7 @@ class Turns:
         if role != "assistant" and fields.peek("weight") in (0, False):
             fields.take("weight")  # there is no loss on it
         self.left += fields.left
+        self.read += fields.read
         return message
 
     def _of_an_answer(
@@ -154,6 +156,7 @@ class Turns:
             raise DataError(f"{where} has no text", _PART, at=self.at)
         text = fields.text(meaning) or ""
         self.left += fields.left
+        self.read += fields.read
         return kind, text
 
     # -- calls ---------------------------------------------------------------------------------------------
@@ -193,12 +196,16 @@ class Turns:
                 f"a call of turn {number} has no name with an object of arguments", _CALL, at=self.at
             )
         found: ToolCall = {"name": text_of(name, "name", self.at), "arguments": arguments or {}}
+        used = {"function", "name", "arguments" if "arguments" in inner else "parameters"}
+        used |= {"type"} if call.get("type") == "function" else set()
         if isinstance(call.get("id"), str):
             found["id"] = call["id"]
-        known = {"id", "function", "name", "arguments", "parameters"} | (
-            {"type"} if "function" in call else set()
-        )
-        self.left += [("tool call", str(key)) for key in {**call, **inner} if key not in known]
+            used.add("id")
+        self.left += [
+            ("tool call", str(key))
+            for key in [*call, *(inner if inner is not call else ())]
+            if key not in used
+        ]
         return found
 
 
