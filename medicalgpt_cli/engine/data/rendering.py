@@ -6,7 +6,6 @@ see when the model is used.
 
 from __future__ import annotations
 
-import bisect
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
@@ -25,6 +24,7 @@ from medicalgpt_cli.engine.data.control_tokens import (
     token_ids,
 )
 from medicalgpt_cli.engine.data.formats import Message
+from medicalgpt_cli.engine.data.turns import first_that_fits
 from medicalgpt_cli.engine.model.template_check import check_rendered
 from medicalgpt_cli.engine.model.tokenizer import start_tokens
 from medicalgpt_cli.errors import UsageError
@@ -35,6 +35,7 @@ _TEMPLATE_ERRORS = (
     *(RecursionError, SyntaxError),
 )
 _PIECE = 16_384  # characters that are tokenised at once where only the number of tokens matters
+_LIKELY = 8  # characters a token that a text may have and still be likely to fit
 _SEAM = 32  # tokens that a cut through a text can add, and more
 # Ends of text of the families whose chat models have another end-of-sequence token.
 _ENDS_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "<｜end▁of▁sentence｜>")
@@ -149,12 +150,16 @@ def fit_history(
     def kept(start: int) -> list[Message]:
         return [*messages[:first], *messages[start:]]
 
-    def fits(start: int) -> bool:
-        return encode_within(tokenizer, kept(start), budget) is not None
+    def fits(place: int) -> bool:
+        return encode_within(tokenizer, kept(starts[place]), budget) is not None
 
-    # The more is left out, the fewer tokens there are: halving finds the place in a few renderings.
+    # What is likely to fit as it is, is tried first. Else the more is left out, the fewer tokens there are.
     last = len(starts) - 1
-    place = 0 if last == 0 or fits(starts[0]) else bisect.bisect_left(starts, True, 1, last, key=fits)
+    characters = sum(len(one["content"]) for one in messages)
+    if last == 0 or (characters <= _LIKELY * budget and fits(0)):
+        place = 0
+    else:
+        place = min(first_that_fits(last + 1, fits), last)
     chosen = kept(starts[place])
     return chosen, len(messages) - len(chosen)
 
