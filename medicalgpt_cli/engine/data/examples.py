@@ -13,6 +13,14 @@ from functools import partial
 
 from transformers import PreTrainedTokenizerBase
 
+from medicalgpt_cli.engine.data.answer_windows import (
+    Answer,
+    Answers,
+    NotLearnable,
+    Turn,
+    answers_of,
+    first_that_fits,
+)
 from medicalgpt_cli.engine.data.control_tokens import defuse, encode_rendered
 from medicalgpt_cli.engine.data.formats import Conversation, Counts, Message
 from medicalgpt_cli.engine.data.rendering import (
@@ -22,7 +30,6 @@ from medicalgpt_cli.engine.data.rendering import (
     render_text,
     template_facts,
 )
-from medicalgpt_cli.engine.data.turns import Answer, Answers, NotLearnable, Turn, answers_of, first_that_fits
 from medicalgpt_cli.errors import UsageError
 
 IGNORED = -100

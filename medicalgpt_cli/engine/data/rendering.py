@@ -6,13 +6,15 @@ see when the model is used.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
+from typing import Any
 
 from jinja2.exceptions import TemplateError
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
+from medicalgpt_cli.engine.data.answer_windows import first_that_fits
 from medicalgpt_cli.engine.data.control_tokens import (
     GUARD,
     ControlTokens,
@@ -24,7 +26,7 @@ from medicalgpt_cli.engine.data.control_tokens import (
     token_ids,
 )
 from medicalgpt_cli.engine.data.formats import Message
-from medicalgpt_cli.engine.data.turns import first_that_fits
+from medicalgpt_cli.engine.data.reasoning import Thinking
 from medicalgpt_cli.engine.model.template_check import check_rendered
 from medicalgpt_cli.engine.model.tokenizer import start_tokens
 from medicalgpt_cli.errors import UsageError
@@ -44,7 +46,12 @@ _ENDS_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "<｜end▁of▁sentence｜
 # -- prompts -----------------------------------------------------------------------------------------------
 
 
-def encode_prompt(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> list[int]:
+def encode_prompt(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Message],
+    tools: Sequence[Mapping[str, Any]] = (),
+    thinking: Thinking = "auto",
+) -> list[int]:
     """Token ids of a conversation up to where the model's answer begins.
 
     Spellings of control tokens inside a message are encoded as plain text: a patient who types
@@ -53,7 +60,8 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message
     Raises:
         UsageError: the tokenizer has no chat template, or the template refuses the conversation.
     """
-    return encode_rendered(tokenizer, render_text(tokenizer, messages, generation=True))
+    text = render_text(tokenizer, messages, generation=True, tools=tools, thinking=thinking)
+    return encode_rendered(tokenizer, text)
 
 
 def encode_raw(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
@@ -199,7 +207,14 @@ def _surely_exceeds(tokenizer: PreTrainedTokenizerBase, text: str, most: int) ->
 # -- template and tokenizer --------------------------------------------------------------------------------
 
 
-def render_text(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], *, generation: bool) -> str:
+def render_text(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Message],
+    *,
+    generation: bool,
+    tools: Sequence[Mapping[str, Any]] = (),
+    thinking: Thinking = "auto",
+) -> str:
     if not tokenizer.chat_template:
         raise UsageError(
             "the model has no chat template", "give one: --template chatml, alpaca, plain or a file"

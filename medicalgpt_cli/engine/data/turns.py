@@ -1,165 +1,207 @@
-"""The answers of a conversation behind their prompts, in time that grows with its length and no faster.
-
-Rendering each answer behind its whole history takes time that grows with the square of the number of turns. How a
-template writes a turn hangs on its neighbours and on the beginning of the conversation, hardly ever on how many turns
-lie between. So a long conversation is rendered in windows: its beginning, and a few exchanges. What is put together
-from windows is compared with whole renderings, and where these differ (a template that numbers its rounds, say), each
-answer is rendered behind its whole history after all.
-"""
+"""The turns of a conversation as people write them down: ShareGPT's, OpenAI's, and mixtures of both."""
 
 from __future__ import annotations
 
-import bisect
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection
+from typing import Any
 
-from medicalgpt_cli.engine.data.formats import Message
-from medicalgpt_cli.errors import UsageError
+from medicalgpt_cli.engine.data.counts import Place
+from medicalgpt_cli.engine.data.fields import Fields, kind_of, text_of
+from medicalgpt_cli.engine.data.messages import Message, Role, ToolCall
+from medicalgpt_cli.engine.data.naming import keys_found, role_name
+from medicalgpt_cli.engine.data.readers import parse_json
+from medicalgpt_cli.engine.data.reasoning import split_reasoning
+from medicalgpt_cli.errors import DataError
+from medicalgpt_cli.settings.fields import did_you_mean
 
-_HEAD = 2  # answers that the beginning of a conversation holds
-_BEFORE = 2  # exchanges of a window in front of its first answer
-_WINDOW = 4  # answers of a window
-_FEW = _HEAD + _BEFORE + 2 * _WINDOW  # answers of a conversation that is rendered whole for each of them
-
-
-class NotLearnable(Exception):
-    """A conversation whose target cannot be rendered as the model would write it; the reason is counted."""
-
-
-@dataclass(frozen=True)
-class Turn:
-    """An answer: what stands in front of it at inference, and what is to be learnt."""
-
-    prompt: list[int]
-    target: list[int]
-    other_header: bool = False  # the generation prompt is not how the template renders an answer
-
-
-@dataclass(frozen=True)
-class Answer:
-    """An answer within its conversation."""
-
-    index: int  # of the message
-    begin: int  # tokens of its prompt
-    target: list[int]
-    other_header: bool
-
-    @property
-    def end(self) -> int:
-        return self.begin + len(self.target)
+ROLES: dict[str, Role] = {
+    "human": "user", "user": "user",
+    "gpt": "assistant", "assistant": "assistant", "bot": "assistant", "model": "assistant",
+    "function_call": "assistant", "tool_call": "assistant",
+    "system": "system", "developer": "system",
+    "tool": "tool", "observation": "tool", "function": "tool", "ipython": "tool", "tool_response": "tool",
+}  # fmt: skip
+_CALLS = ("function_call", "tool_call")  # roles whose text is a call
+_TEXT_PARTS = ("text", "input_text", "output_text")
+_REASONING_PARTS = ("reasoning", "thinking")
+_MEDIA_PARTS = {
+    **dict.fromkeys(("image", "image_url", "input_image"), "images"),
+    **dict.fromkeys(("audio", "audio_url", "input_audio"), "audio"),
+    **dict.fromkeys(("video", "video_url"), "videos"),
+    **dict.fromkeys(("file", "input_file"), "files"),
+}
 
 
-@dataclass
-class Answers:
-    """All answers of a conversation.
-
-    input_ids: one row of tokens with all of them, if each prompt begins with the prompt and answer before it;
-    else None.
-    """
-
-    found: list[Answer] = field(default_factory=list)
-    input_ids: list[int] | None = field(default_factory=list)
-
-    def add(self, index: int, turn: Turn, before: Turn | None) -> None:
-        """Append an answer.
-
-        Args:
-            before: the answer in front of it, rendered in the same window as `turn`; None for the first one.
-        """
-        said = before.prompt + before.target if before else []
-        begin = len(turn.prompt) + (self.found[-1].begin - len(before.prompt) if before else 0)
-        if self.input_ids is not None:
-            if turn.prompt[: len(said)] == said:
-                self.input_ids += turn.prompt[len(said) :] + turn.target
-            else:
-                self.input_ids = None
-        self.found.append(Answer(index, begin, turn.target, turn.other_header))
+class NotUsable(Exception):
+    """A record that is right and of no use here; the reason is counted."""
 
 
-RenderTurn = Callable[[Sequence[Message]], Turn]  # of the last message, behind all others
+def media_reason(kind: str) -> str:
+    return f"it has {kind}, which a model of texts cannot take in"
 
 
-def answers_of(messages: Sequence[Message], render: RenderTurn) -> Answers:
-    """The answers of a conversation. One that opens it answers nothing, and is only context.
+class Turns:
+    """The messages of a list of turns, and the keys that nothing was made of.
 
     Raises:
-        UsageError: the template refuses the conversation. NotLearnable: an answer cannot be rendered as a target.
+        DataError: a turn contradicts its format. NotUsable: a turn has images, audio or videos.
     """
-    first = next((index for index, one in enumerate(messages) if one["role"] == "user"), len(messages))
-    places = [index for index, one in enumerate(messages) if one["role"] == "assistant" and index > first]
-    found = _in_windows(messages, places, render) if len(places) > _FEW else None
-    return found or _one_by_one(messages, places, render)
 
+    def __init__(self, turns: Any, name: str, at: str, ignore: Collection[str] = ()):
+        self.at, self.ignore = at, ignore
+        self.left: list[tuple[Place, str]] = []
+        if not isinstance(turns, list | tuple):
+            raise DataError(f"{name} is {kind_of(turns)}, not a list of turns", _SHAPE, at=at)
+        self.messages: list[Message] = [self._turn(turn, number) for number, turn in enumerate(turns, 1)]
 
-def _one_by_one(messages: Sequence[Message], places: Sequence[int], render: RenderTurn) -> Answers:
-    found, before = Answers(), None
-    for place in places:
-        turn = render(messages[: place + 1])
-        found.add(place, turn, before)
-        before = turn
-    return found
+    def _turn(self, turn: Any, number: int) -> Message:
+        if not isinstance(turn, dict):
+            raise DataError(f"turn {number} is {kind_of(turn)}, not an object", _SHAPE, at=self.at)
+        fields = Fields(turn, self.at, "turn", self.ignore)
+        said = fields.take("role")
+        calls = self._calls(fields, number)
+        if said is None or not ("content" in fields or "text" in fields or calls):
+            missing = "role" if said is None else "content"
+            raise DataError(
+                f"turn {number} has no {missing}", f"keys found: {keys_found(turn, self.at)}", at=self.at
+            )
+        role = self._role(said, number)
+        text, reasoning = self._content(fields, number)
+        if isinstance(said, str) and said.casefold() in _CALLS and not calls:
+            calls, text = self._call_in_text(text, number), ""
+        message: Message = {"role": role, "content": text}
+        if role == "assistant":
+            self._of_an_answer(message, fields, reasoning, calls, number)
+        elif calls:
+            raise DataError(
+                f"turn {number} calls a tool, and is not the assistant's", "check its role", at=self.at
+            )
+        if role == "tool":
+            for key in ("name", "tool_call_id"):
+                if fields.take(key) is not None:
+                    message[key] = text_of(fields[key], fields.name(key), self.at)
+        if role != "assistant" and fields.peek("weight") in (0, False):
+            fields.take("weight")  # there is no loss on it
+        self.left += fields.left
+        return message
 
+    def _of_an_answer(
+        self, message: Message, fields: Fields, apart: str, calls: list[ToolCall], number: int
+    ) -> None:
+        given = fields.text("reasoning") or apart
+        inline, content = split_reasoning(message["content"])
+        if given and inline and given.strip() != inline.strip():
+            raise DataError(
+                f"turn {number} has its reasoning twice, in {fields.name('reasoning')} and in its content",
+                "keep one of them",
+                at=self.at,
+            )
+        message["content"] = content
+        if given or inline:
+            message["reasoning"] = given or inline or ""
+        if calls:
+            message["tool_calls"] = calls
+        weight = fields.weight()
+        if weight is not None and weight != 1:
+            message["weight"] = weight
 
-def _in_windows(messages: Sequence[Message], places: Sequence[int], render: RenderTurn) -> Answers | None:
-    """The same, window by window; None where windows do not say what the whole conversation does."""
-    # Where a question follows an answer, turns can be left out without disturbing the order of roles.
-    cuts = [
-        index
-        for index in range(1, len(messages))
-        if messages[index]["role"] == "user" and messages[index - 1]["role"] == "assistant"
-    ]
-    head = next((cut for cut in cuts if cut > places[_HEAD - 1]), len(messages))
-    found = Answers()
-    before: Turn | None = None
-    for start in range(0, len(places), _WINDOW):
-        block = places[max(start - 1, 0) : start + _WINDOW]  # begins with the last answer of the block before
-        cut = cuts[max(bisect.bisect(cuts, block[0]) - 1 - _BEFORE, 0)] if cuts else 0
-        left_out = slice(head, cut) if cut > head else slice(0, 0)
-        for place in block:
+    def _role(self, role: Any, number: int) -> Role:
+        if isinstance(role, str) and role.strip().casefold() in ROLES:
+            return ROLES[role.strip().casefold()]
+        known = f"known roles: {', '.join(ROLES)}"
+        if not isinstance(role, str):
+            raise DataError(f"the role of turn {number} is {kind_of(role)}, not text", known, at=self.at)
+        name, near = role_name(role, self.at), did_you_mean(role.casefold(), ROLES)
+        word = f"the unknown role {name}" if name else "an unknown role"
+        raise DataError(f"turn {number} has {word}", f"did you mean {near}?" if near else known, at=self.at)
+
+    # -- content -------------------------------------------------------------------------------------------
+
+    def _content(self, fields: Fields, number: int) -> tuple[str, str]:
+        """(text, reasoning that stands in a part of its own). Null is no text."""
+        meaning = "content" if "content" in fields or "text" not in fields else "text"
+        content = fields.take(meaning)
+        if content is None:
+            return "", ""
+        if isinstance(content, str):
+            return text_of(content, f"turn {number}", self.at), ""
+        if not isinstance(content, list):
+            raise DataError(
+                f"turn {number} is {kind_of(content)}, not text", "mend or remove this record", at=self.at
+            )
+        texts, reasoning = [], []
+        for place, part in enumerate(content, 1):
+            kind, text = self._part(part, number, place)
+            (reasoning if kind in _REASONING_PARTS else texts).append(text)
+        return "".join(texts), "\n".join(reasoning)
+
+    def _part(self, part: Any, number: int, place: int) -> tuple[str, str]:
+        where = f"part {place} of turn {number}"
+        if not isinstance(part, dict):
+            raise DataError(f"{where} is {kind_of(part)}, not an object", _PART, at=self.at)
+        fields = Fields(part, self.at, "part", self.ignore)
+        kind = fields.take("type")
+        if isinstance(kind, str) and kind in _MEDIA_PARTS:
+            raise NotUsable(media_reason(_MEDIA_PARTS[kind]))
+        if kind not in (*_TEXT_PARTS, *_REASONING_PARTS):
+            named = role_name(kind, self.at) if isinstance(kind, str) else None
+            raise DataError(
+                f"{where} is of {f'the type {named}' if named else 'an unknown type'}", _PART, at=self.at
+            )
+        meanings = [*(["reasoning"] if kind in _REASONING_PARTS else []), "text", "content"]
+        meaning = next((one for one in meanings if one in fields), None)
+        if meaning is None:
+            raise DataError(f"{where} has no text", _PART, at=self.at)
+        text = fields.text(meaning) or ""
+        self.left += fields.left
+        return kind, text
+
+    # -- calls ---------------------------------------------------------------------------------------------
+
+    def _calls(self, fields: Fields, number: int) -> list[ToolCall]:
+        calls = fields.listed("tool_calls") or []
+        single = fields.listed("function_call")  # OpenAI's older form
+        if not isinstance(calls, list):
+            raise DataError(f"tool_calls of turn {number} is {kind_of(calls)}, not a list", _CALL, at=self.at)
+        return [self._call(call, number) for call in [*calls, *([single] if single else [])]]
+
+    def _call_in_text(self, text: str, number: int) -> list[ToolCall]:
+        try:
+            value = parse_json(text)
+        except DataError:
+            raise DataError(
+                f"turn {number} is a call of a tool, and its text is no JSON", _CALL, at=self.at
+            ) from None
+        return [self._call(call, number) for call in (value if isinstance(value, list) else [value])]
+
+    def _call(self, call: Any, number: int) -> ToolCall:
+        if isinstance(call, str):
+            raise DataError(f"a call of turn {number} is text, not an object", _CALL, at=self.at)
+        if not isinstance(call, dict):
+            raise DataError(f"a call of turn {number} is {kind_of(call)}, not an object", _CALL, at=self.at)
+        inner = call.get("function", call)
+        inner = inner if isinstance(inner, dict) else {}
+        name, arguments = inner.get("name"), inner.get("arguments", inner.get("parameters"))
+        if isinstance(arguments, str):
             try:
-                turn = render([*messages[: left_out.start], *messages[left_out.stop : place + 1]])
-            except (NotLearnable, UsageError):
-                render(messages[: place + 1])  # raises the same, unless it was the window's fault
-                return None
-            if start and place == block[0]:
-                if turn.target != found.found[-1].target:
-                    return None
-            else:
-                appended = found.input_ids is not None
-                found.add(place, turn, before)
-                if appended and found.input_ids is None and not _rewrites(messages, found, render):
-                    return None
-            before = turn
-    agree = all(_is_whole(messages, found, number, render) for number in (len(places) // 2, -1))
-    return found if agree else None
+                arguments = parse_json(arguments) if arguments.strip() else {}
+            except DataError as problem:
+                what = f"the arguments of a call of turn {number}: {problem.message}"
+                raise DataError(what, problem.hint, at=self.at) from None
+        if not isinstance(name, str) or not name or not isinstance(arguments, dict | None):
+            raise DataError(
+                f"a call of turn {number} has no name with an object of arguments", _CALL, at=self.at
+            )
+        found: ToolCall = {"name": text_of(name, "name", self.at), "arguments": arguments or {}}
+        if isinstance(call.get("id"), str):
+            found["id"] = call["id"]
+        known = {"id", "function", "name", "arguments", "parameters"} | (
+            {"type"} if "function" in call else set()
+        )
+        self.left += [("tool call", str(key)) for key in {**call, **inner} if key not in known]
+        return found
 
 
-def _rewrites(messages: Sequence[Message], found: Answers, render: RenderTurn) -> bool:
-    """Whether the prompt of the last answer found does not begin with the prompt and answer before it."""
-    before, turn = (render(messages[: one.index + 1]) for one in found.found[-2:])
-    said = before.prompt + before.target
-    return turn.prompt[: len(said)] != said
-
-
-def _is_whole(messages: Sequence[Message], found: Answers, number: int, render: RenderTurn) -> bool:
-    """Whether an answer is what it is behind its whole history."""
-    answer = found.found[number]
-    turn = render(messages[: answer.index + 1])
-    same = (len(turn.prompt), turn.target) == (answer.begin, answer.target)
-    if found.input_ids is None:
-        return same
-    return same and found.input_ids[: answer.end] == turn.prompt + turn.target
-
-
-def first_that_fits(count: int, fits: Callable[[int], bool]) -> int:
-    """The lowest of 0 … count - 1 that fits, where all above one that fits do, too; `count` if none does.
-
-    Looks from the end, in steps that double: what fits is short, and what does not may be very long.
-    """
-    best, step = count, 1
-    while best > 0:
-        at = max(count - step, 0)
-        if not fits(at):
-            return bisect.bisect_left(range(count), True, at + 1, best, key=fits)
-        best, step = at, step * 2
-    return best
+_SHAPE = '[{"role": …, "content": …}, …]'
+_PART = '{"type": "text", "text": …}'
+_CALL = '{"name": …, "arguments": {…}}'

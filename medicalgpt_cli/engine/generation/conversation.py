@@ -8,8 +8,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from medicalgpt_cli.engine.data.formats import Counts, Message, messages_of
+from medicalgpt_cli.engine.data.counts import Counts
+from medicalgpt_cli.engine.data.messages import Message
 from medicalgpt_cli.engine.data.readers import Row
+from medicalgpt_cli.engine.data.records import read_record
 from medicalgpt_cli.engine.generation.decoding import Answer
 from medicalgpt_cli.engine.generation.endpoint import EndpointBackend
 from medicalgpt_cli.engine.generation.infer import uses_template
@@ -154,7 +156,10 @@ class Conversation:
             raise UsageError(f"{path}: {problem.strerror}", "check the path") from None
         except (ValueError, RecursionError):
             raise DataError(f"{path} is not a saved conversation", "`/save FILE` writes one") from None
-        messages, _ = messages_of(Row(str(path), 1, value), Counts())
+        record = read_record(Row(str(path), 1, value), Counts())
+        messages = list(record.messages) if record else []
+        if not messages:
+            raise DataError(f"{path} is not a saved conversation", "`/save FILE` writes one")
         system = messages[0]["content"] if messages and messages[0]["role"] == "system" else None
         self.reset()
         self.turns = [one for one in messages if one["role"] != "system"]

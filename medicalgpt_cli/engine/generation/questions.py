@@ -9,8 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from medicalgpt_cli.engine.data.formats import Counts, Message, messages_of
+from medicalgpt_cli.engine.data.counts import Counts
+from medicalgpt_cli.engine.data.formats import up_to_question
+from medicalgpt_cli.engine.data.messages import Message
 from medicalgpt_cli.engine.data.readers import Row, must_be_a_file, parse_json, read_rows, text_lines
+from medicalgpt_cli.engine.data.records import read_record
 from medicalgpt_cli.errors import DataError
 
 
@@ -20,17 +23,27 @@ class Question:
     input: Any  # as the file has it: text, or a list of messages
     messages: tuple[Message, ...]
     at: str
+    tools: tuple[dict[str, Any], ...] = ()
 
 
-def read_questions(source: str) -> list[Question]:
+def read_questions(source: str, counts: Counts | None = None) -> list[Question]:
     """All questions of a file, or of standard input for `-`.
+
+    Args:
+        counts: takes the keys that nothing was made of, and what else is worth knowing.
 
     Raises:
         DataError: a line is no question, two rows share an id, or there is none at all.
     """
+    counts = counts or Counts()
     found, seen = [], {}
     for row in _rows(source):
-        question = _question(row, len(found) + 1)
+        counts.read += 1
+        try:
+            question = _question(row, len(found) + counts.wrong_total + 1, counts)
+        except DataError as problem:
+            counts.add_wrong(problem)
+            continue
         if question.id in seen:
             raise DataError(
                 f"its id is that of an earlier record ({seen[question.id]})",
@@ -39,23 +52,30 @@ def read_questions(source: str) -> list[Question]:
             )
         seen[question.id] = row.at
         found.append(question)
+    counts.finish()
     if not found:
         raise DataError(f"{source}: there is no question in it", "one question a line, or JSON lines")
     return found
 
 
-def _question(row: Row, number: int) -> Question:
+def _question(row: Row, number: int, counts: Counts) -> Question:
     if isinstance(row.value, str):
         return Question(str(number), row.value, ({"role": "user", "content": row.value},), row.at)
-    messages, identifier = messages_of(row, Counts())
-    last = max((i for i, one in enumerate(messages) if one["role"] == "user"), default=None)
-    if last is None:
+    skipped = counts.skipped.copy()
+    record = read_record(row, counts)
+    if record is None:  # an answer is expected for each row
+        reason = next(iter(counts.skipped - skipped))
+        raise DataError(
+            f"this cannot be asked: {reason}", "take the record out, or ask without it", at=row.at
+        )
+    asked = up_to_question(record)
+    if not asked:
         raise DataError(
             "no question", 'expected "prompt", "question", "instruction" or "messages"', at=row.at
         )
-    asked = tuple(messages[: last + 1])
     alone = len(asked) == 1
-    return Question(identifier or str(number), asked[0]["content"] if alone else list(asked), asked, row.at)
+    shown = asked[0]["content"] if alone else list(asked)
+    return Question(record.id or str(number), shown, asked, row.at, record.tools)
 
 
 def _rows(source: str) -> Iterator[Row]:

@@ -76,7 +76,7 @@ def test_the_loss_of_a_batch_in_both_layouts(place, examples, by_hand):
         assert float(target_loss(model, batch) / weight) == pytest.approx(by_hand, rel=1e-5)
 
 
-@pytest.mark.parametrize("layout", ["packed", "padded"])
+@pytest.mark.parametrize("layout", ["padding-free", "padded"])
 @pytest.mark.parametrize("batch, accumulated", [(4, 1), (1, 4), (2, 2)])
 def test_the_loss_of_an_update_is_the_weighted_mean_over_all_its_batches(
     place, by_hand, layout, batch, accumulated
