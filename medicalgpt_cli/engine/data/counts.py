@@ -33,9 +33,7 @@ class Counts:
     formats: dict[str, str] = field(default_factory=dict)  # file: format
     notices: list[str] = field(default_factory=list)
     places: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
-    wrong: list[MedgptError] = field(
-        default_factory=list
-    )  # the first of the records that contradict their format
+    wrong: list[MedgptError] = field(default_factory=list)  # the first of the records that contradict their format
     wrong_total: int = 0
     _unused: dict[str, Counter[tuple[Place, str]]] = field(default_factory=lambda: defaultdict(Counter))
     _records: Counter[str] = field(default_factory=Counter)  # by file, of those that were read for their keys
@@ -168,3 +166,5 @@ def meaning(key: str, accepted: bool = False) -> str:
     if has_no_meaning(key) or known == "id":
         return _NOTHING
     return "known, and not in this kind of record" if known else "not known"
+
+

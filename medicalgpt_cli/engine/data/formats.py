@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import TypeVar
 
 from medicalgpt_cli.engine.data.counts import Counts
-from medicalgpt_cli.engine.data.messages import Conversation, Document, Message
+from medicalgpt_cli.engine.data.messages import Conversation, Document, Message, Role, ToolCall
 from medicalgpt_cli.engine.data.naming import keys_found
 from medicalgpt_cli.engine.data.readers import Row, expand_sources, is_text, read_rows, unit_of
 from medicalgpt_cli.engine.data.records import EXPECTED, Record, kind_of_record, read_record
@@ -190,9 +190,7 @@ def to_conversations(record: Record, row: Row, counts: Counts) -> list[Conversat
     if record.answers:
         messages.append({"role": "assistant", "content": record.answers[0]})
     if record.label is False:
-        counts.add_skip(
-            "its answer is marked as bad (label): no target of sft; kto learns from such answers", at
-        )
+        counts.add_skip("its answer is marked as bad (label): no target of sft; kto learns from such answers", at)
         return []
     messages = join_same_role(messages, at, counts)
     while messages and messages[-1]["role"] != "assistant":
@@ -262,10 +260,7 @@ def join_same_role(messages: Iterable[Message], at: str, counts: Counts) -> list
             continue
         counts.add_merge(f"two {message['role']} turns in a row joined", at)
         texts = [one["content"] for one in (last, message)]
-        both: Message = {
-            **last,
-            "content": "\n".join(texts if message["role"] == "user" else filter(None, texts)),
-        }
+        both: Message = {**last, "content": "\n".join(texts if message["role"] == "user" else filter(None, texts))}
         if calls := [*last.get("tool_calls", []), *message.get("tool_calls", [])]:
             both["tool_calls"] = calls
         if reasoning := [one["reasoning"] for one in (last, message) if "reasoning" in one]:

@@ -25,9 +25,7 @@ from medicalgpt_cli.settings.fields import did_you_mean
 
 QUESTIONS = ("instruction", "prompt", "question", "query", "input", "context")  # joined in this order
 ANSWERS = ("output", "response", "answer", "completion")
-EXPECTED = (
-    "messages, conversations, instruction + output, question + answer, prompt, text, or chosen + rejected"
-)
+EXPECTED = "messages, conversations, instruction + output, question + answer, prompt, text, or chosen + rejected"
 _COMPARED = 8  # keys of a record that are compared with known ones
 
 
@@ -64,9 +62,7 @@ def kind_of_record(value: Any, at: str) -> str:
 
 def _fields(value: Any, at: str, counts: Counts | None = None) -> Fields:
     if not isinstance(value, dict):
-        raise DataError(
-            f"a record has to be an object, this is {kind_of(value)}", f"expected keys: {EXPECTED}", at=at
-        )
+        raise DataError(f"a record has to be an object, this is {kind_of(value)}", f"expected keys: {EXPECTED}", at=at)
     return Fields(value, at, ignore=counts.ignore if counts else ())
 
 
@@ -178,10 +174,7 @@ class _Reading:
         """What the answers of a comparison answer."""
         kind = "messages" if "messages" in self.fields else "sharegpt"
         if "messages" in self.fields or "conversations" in self.fields:
-            messages = [
-                *self._history(),
-                *self._turns_of("messages" if kind == "messages" else "conversations"),
-            ]
+            messages = [*self._history(), *self._turns_of("messages" if kind == "messages" else "conversations")]
         elif isinstance(self.fields.peek("prompt"), list):
             messages = [*self._history(), *self._turns_of("prompt")]
         elif any(one in self.fields for one in QUESTIONS):
@@ -245,10 +238,7 @@ class _Reading:
         fields, found = self.fields, {}
         if "answers" in fields and "questions" in fields:
             listed = fields.listed("answers")
-            texts = [
-                text_of(one, "an answer", self.at)
-                for one in (listed if isinstance(listed, list) else [listed])
-            ]
+            texts = [text_of(one, "an answer", self.at) for one in (listed if isinstance(listed, list) else [listed])]
             if len(texts) > 1:
                 self.counts.add_merge("the first of several answers is taken", self.at)
             found["answers"] = texts[0] if texts else None
@@ -325,11 +315,7 @@ class _Reading:
                 if any(one in fields for one in QUESTIONS):  # the prompt stands there as well
                     text = self._question() if not isinstance(fields.peek("prompt"), list) else None
                     users = [one["content"] for one in plain if one["role"] == "user"]
-                    if (
-                        text is not None
-                        and users
-                        and text.strip() not in (users[0].strip(), users[-1].strip())
-                    ):
+                    if text is not None and users and text.strip() not in (users[0].strip(), users[-1].strip()):
                         raise DataError("prompt and messages differ", "both say what is answered", at=self.at)
                     fields.take("prompt")
                 return self._with_system(plain)
@@ -358,9 +344,7 @@ class _Reading:
         turns = self._turns(listed, name)
         last = turns[-1]
         if last["role"] != "assistant":
-            raise DataError(
-                f"{name} does not end with an answer", "its last turn is the assistant's", at=self.at
-            )
+            raise DataError(f"{name} does not end with an answer", "its last turn is the assistant's", at=self.at)
         if last.get("tool_calls"):
             raise DataError(f"{name} calls a tool", "answers that are compared are texts", at=self.at)
         if last.get("reasoning"):
@@ -395,7 +379,9 @@ class _Reading:
             why = self.fields.text("explanation")
             answer = f"{answer}\n{why}" if why and why.strip() else answer
             messages.append(_spoken(answer, self.fields.text("reasoning")))
-        return replace(base, messages=tuple(self._with_system(messages)), options=exam.options, key=exam.key)
+        return replace(
+            base, messages=tuple(self._with_system(messages)), options=exam.options, key=exam.key
+        )
 
 
 def _candidates(fields: Fields) -> Any:

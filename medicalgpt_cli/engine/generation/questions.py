@@ -65,9 +65,7 @@ def _question(row: Row, number: int, counts: Counts) -> Question:
     record = read_record(row, counts)
     if record is None:  # an answer is expected for each row
         reason = next(iter(counts.skipped - skipped))
-        raise DataError(
-            f"this cannot be asked: {reason}", "take the record out, or ask without it", at=row.at
-        )
+        raise DataError(f"this cannot be asked: {reason}", "take the record out, or ask without it", at=row.at)
     asked = up_to_question(record)
     if not asked:
         raise DataError(
