@@ -6,12 +6,12 @@ see when the model is used.
 
 from __future__ import annotations
 
-import bisect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
+from medicalgpt_cli.engine.data.answer_windows import first_that_fits
 from medicalgpt_cli.engine.data.control_tokens import (
     GUARD,
     ControlTokens,
@@ -39,6 +39,7 @@ from medicalgpt_cli.engine.model.tokenizer import start_tokens
 from medicalgpt_cli.errors import UsageError
 
 _PIECE = 16_384  # characters that are tokenised at once where only the number of tokens matters
+_LIKELY = 8  # characters a token that a text may have and still be likely to fit
 _SEAM = 32  # tokens that a cut through a text can add, and more
 # Ends of text of the families whose chat models have another end-of-sequence token.
 _ENDS_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "<｜end▁of▁sentence｜>")
@@ -150,12 +151,16 @@ def fit_history(
     def kept(start: int) -> list[Message]:
         return [*messages[:first], *messages[start:]]
 
-    def fits(start: int) -> bool:
-        return encode_within(tokenizer, kept(start), budget, tools, thinking) is not None
+    def fits(place: int) -> bool:
+        return encode_within(tokenizer, kept(starts[place]), budget, tools, thinking) is not None
 
-    # The more is left out, the fewer tokens there are: halving finds the place in a few renderings.
+    # What is likely to fit as it is, is tried first. Else the more is left out, the fewer tokens there are.
     last = len(starts) - 1
-    place = 0 if last == 0 or fits(starts[0]) else bisect.bisect_left(starts, True, 1, last, key=fits)
+    characters = sum(len(one["content"]) for one in messages)
+    if last == 0 or (characters <= _LIKELY * budget and fits(0)):
+        place = 0
+    else:
+        place = min(first_that_fits(last + 1, fits), last)
     chosen = kept(starts[place])
     return chosen, len(messages) - len(chosen)
 
