@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any, Literal
 
-from medicalgpt_cli.engine.data.formats import ToolCall
+from medicalgpt_cli.engine.data.messages import ToolCall
 
 NAME = re.compile(r"[\w.:/-]{1,128}")  # of a tool
 _NAME_KEYS, _ARGUMENT_KEYS = ("name",), ("arguments", "parameters")
@@ -473,7 +473,8 @@ def _common(one: str, other: str) -> str:
 def gives_back(form: CallFormat, texts: Collection[tuple[str, Sequence[ToolCall]]]) -> bool:
     """Whether a format reads the calls out of texts as they were written."""
     for text, calls in texts:
-        reader, found, at = CallReader(form, None), [], 0
+        reader, at = CallReader(form, None), 0
+        found: list[ToolCall] = []
         try:
             while len(found) < len(calls):
                 reader.forget()

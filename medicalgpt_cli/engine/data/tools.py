@@ -16,7 +16,7 @@ from medicalgpt_cli.engine.data.calls import (
     after_space,
 )
 from medicalgpt_cli.engine.data.control_tokens import encode_piece
-from medicalgpt_cli.engine.data.formats import ToolCall
+from medicalgpt_cli.engine.data.messages import ToolCall
 from medicalgpt_cli.engine.data.reasoning import Thinking
 from medicalgpt_cli.engine.data.template_facts import template_facts
 
@@ -57,7 +57,7 @@ def decode_answer(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str
         special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
         known = tokenizer._medgpt_marks = (facts, special - kept)
     left = [token for token in ids if token not in known[1]]
-    return tokenizer.decode(left, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    return str(tokenizer.decode(left, skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
 
 def parse_answer(
