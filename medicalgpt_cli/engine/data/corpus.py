@@ -26,8 +26,10 @@ import numpy as np
 from filelock import FileLock
 from transformers import PreTrainedTokenizerBase
 
-from medicalgpt_cli.engine.data.formats import Counts, Document, iterate_texts
+from medicalgpt_cli.engine.data.counts import Counts
+from medicalgpt_cli.engine.data.formats import iterate_texts
 from medicalgpt_cli.engine.data.language import language_of
+from medicalgpt_cli.engine.data.messages import Document
 from medicalgpt_cli.engine.data.read_options import AS_FOUND, ReadOptions
 from medicalgpt_cli.engine.data.readers import HubDataset, expand_sources
 from medicalgpt_cli.engine.data.rendering import document_marks, encode_texts

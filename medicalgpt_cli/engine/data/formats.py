@@ -19,12 +19,6 @@ from medicalgpt_cli.engine.data.records import EXPECTED, Record, kind_of_record,
 from medicalgpt_cli.engine.observer import Observer
 from medicalgpt_cli.errors import DataError
 
-__all__ = [
-    *("Conversation", "Counts", "Document", "Message", "Role", "ToolCall", "first_format", "iterate_texts"),
-    *("join_same_role", "load_conversations", "load_prompts", "load_texts", "read_all", "rows_of"),
-    *("to_conversations", "why_nothing"),
-]
-
 _Made = TypeVar("_Made")
 NO_RECORDS = "a document has no questions and answers"
 

@@ -8,8 +8,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from medicalgpt_cli.engine.data.counts import Counts
 from medicalgpt_cli.engine.data.examples import render_answer
-from medicalgpt_cli.engine.data.formats import Counts, first_format, load_conversations
+from medicalgpt_cli.engine.data.formats import first_format, load_conversations
 from medicalgpt_cli.engine.data.preferences import load_pairs
 from medicalgpt_cli.engine.data.reading import reading_options
 from medicalgpt_cli.engine.evaluation.preferences import judge, score_pairs, score_rows

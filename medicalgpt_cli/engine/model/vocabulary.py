@@ -13,7 +13,9 @@ import torch
 from tokenizers import Tokenizer
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-from medicalgpt_cli.engine.data.formats import Counts, Document, iterate_texts
+from medicalgpt_cli.engine.data.counts import Counts
+from medicalgpt_cli.engine.data.formats import iterate_texts
+from medicalgpt_cli.engine.data.messages import Document
 from medicalgpt_cli.engine.data.read_options import ReadOptions
 from medicalgpt_cli.engine.data.readers import check_text_unit, expand_sources
 from medicalgpt_cli.engine.data.reading import reading_options

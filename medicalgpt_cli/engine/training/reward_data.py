@@ -13,8 +13,9 @@ import torch
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
+from medicalgpt_cli.engine.data.counts import Counts
 from medicalgpt_cli.engine.data.examples import render_answer
-from medicalgpt_cli.engine.data.formats import Counts, load_prompts
+from medicalgpt_cli.engine.data.formats import load_prompts
 from medicalgpt_cli.engine.data.preferences import (
     Pair,
     audit,

@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from medicalgpt_cli.engine.data.formats import Counts
+from medicalgpt_cli.engine.data.counts import Counts
 from medicalgpt_cli.engine.data.prompts import Prompt, load_rl_prompts
 from medicalgpt_cli.engine.data.reading import reading_options
 from medicalgpt_cli.engine.data.rendering import encode_prompt

@@ -7,8 +7,10 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from medicalgpt_cli.engine.data.counts import Counts
 from medicalgpt_cli.engine.data.examples import Example, render_conversation
-from medicalgpt_cli.engine.data.formats import Conversation, Counts, load_conversations
+from medicalgpt_cli.engine.data.formats import load_conversations
+from medicalgpt_cli.engine.data.messages import Conversation
 from medicalgpt_cli.engine.data.reading import reading_options
 from medicalgpt_cli.engine.data.report import describe, fingerprint
 from medicalgpt_cli.engine.data.splitting import prompt_key, split, without_held_out

@@ -8,7 +8,8 @@ import tracemalloc
 
 import pytest
 
-from medicalgpt_cli.engine.data.formats import Counts, load_conversations
+from medicalgpt_cli.engine.data.counts import Counts
+from medicalgpt_cli.engine.data.formats import load_conversations
 from medicalgpt_cli.engine.data.readers import HubDataset, expand_sources, read_rows
 from medicalgpt_cli.engine.observer import Observer
 from medicalgpt_cli.errors import DataError
