@@ -6,7 +6,9 @@ and reads no file but the document and the libraries' own: an audit hook ends it
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import mimetypes
 import os
 import re
 import sys
@@ -28,6 +30,7 @@ _UNPACKED, _RATIO = 1 << 30, 200
 _DEEPEST = 256  # elements within each other
 # How an Office file begins that is locked, or older than its ending says.
 _OFFICE = b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1"
+_LIBRARIES = ("markitdown", "mammoth", "pptx", "lxml", "bs4", "markdownify", "pdfplumber", "pdfminer", "PIL")
 _CID = re.compile(r"\(cid:\d+\)")  # a letter whose font does not say which it is
 _PICTURE = re.compile(r"!\[([^\]\n]*)\]\([^)\n]*\)")
 _SLIDE = re.compile(r"<!-- Slide number: \d+ -->\n?")
@@ -35,9 +38,12 @@ _SLIDE = re.compile(r"<!-- Slide number: \d+ -->\n?")
 
 def stay_inside(document: Path) -> None:
     """From here on, nothing but the document and the installed libraries is opened."""
-    libraries = {sysconfig.get_path(one) for one in ("stdlib", "platstdlib", "purelib", "platlib")}
-    inside = tuple(os.path.realpath(one) + os.sep for one in [*libraries, *sys.path] if one)
-    own = os.path.realpath(document)
+    mimetypes.init()  # which reads the system's list once, where there is one
+    folders = {sysconfig.get_path(one) for one in ("stdlib", "platstdlib")}
+    found = [importlib.util.find_spec(name) for name in _LIBRARIES]
+    folders |= {str(Path(one.origin).parent.parent) for one in found if one is not None and one.origin}
+    inside = tuple(os.path.realpath(one) + os.sep for one in folders)
+    own, status = os.path.realpath(document), os.path.realpath("/proc/self/status")
 
     def watch(event: str, arguments: tuple[Any, ...]) -> None:
         if event.startswith(("socket.", "subprocess.", "os.system", "os.exec", "os.posix_spawn", "urllib.")):
@@ -45,7 +51,7 @@ def stay_inside(document: Path) -> None:
         if event == "open" and isinstance(arguments[0], str | bytes):
             path = os.path.realpath(os.fsdecode(arguments[0]))
             writes = isinstance(arguments[1], str) and set(arguments[1]) & set("wax+")
-            if writes or not (path == own or path.startswith(inside)):
+            if writes or not (path in (own, status) or path.startswith(inside)):
                 os._exit(REACHES_OUT)
 
     sys.addaudithook(watch)
@@ -166,6 +172,17 @@ def _pdf(path: Path) -> dict[str, Any]:
     return {"text": "\n".join(texts), "pages": len(texts) + len(empty), "empty": empty}
 
 
+def _memory_is_full() -> bool:
+    """Whether the memory was nearly used up: libraries in C say in other words that they got none."""
+    try:
+        import resource
+
+        peak = re.search(r"VmPeak:\s+(\d+) kB", Path("/proc/self/status").read_text())
+        return peak is not None and int(peak[1]) * 1024 > 0.9 * resource.getrlimit(resource.RLIMIT_AS)[0] > 0
+    except (ImportError, OSError):
+        return False
+
+
 def main(path: Path, encoding: str) -> None:
     try:
         found = convert(path, encoding)
@@ -174,6 +191,8 @@ def main(path: Path, encoding: str) -> None:
     except RecursionError:
         sys.exit(NESTED)
     except Exception:  # a library says in its own way that a document is broken; never what stands in it
+        if _memory_is_full():
+            raise MemoryError from None
         sys.exit(NO_DOCUMENT)
     if len(found["text"].encode("utf-8", "replace")) > _LONGEST:
         sys.exit(LONG)

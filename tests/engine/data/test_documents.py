@@ -158,9 +158,9 @@ def test_without_the_extra(tmp_path, monkeypatch):
 
 
 def test_a_document_beyond_its_memory(tmp_path, monkeypatch):
-    monkeypatch.setattr(limits, "CHILD_MEMORY", 350 * 2**20)
-    path = office.docx(tmp_path / "b.docx", office.paragraph("a") * 100_000)
-    assert path.stat().st_size < 50_000
+    monkeypatch.setattr(limits, "CHILD_MEMORY", 1 << 29)
+    path = office.docx(tmp_path / "b.docx", office.paragraph("a") * 200_000)
+    assert path.stat().st_size < 100_000
     refused(path, UnsafeRefused, "MiB of memory")
 
 
@@ -183,13 +183,12 @@ def bomb(path: Path, part: str, content: bytes, times: int) -> Path:
 
 
 @pytest.mark.slow
-def test_documents_that_unpack_to_gigabytes(tmp_path, monkeypatch):
+def test_documents_that_unpack_to_gigabytes(tmp_path):
     path = bomb(office.docx(tmp_path / "a.docx", ""), "word/document.xml", b"<w:p/>" * 2**16, 3000)
     assert path.stat().st_size < 3_000_000
     refused(path, UnsafeRefused, "of memory")  # as the archive itself says
-    monkeypatch.setattr(limits, "CHILD_MEMORY", 1 << 29)
-    path = office.docx(tmp_path / "b.docx", "<w:p><w:r><w:t>a</w:t></w:r></w:p>" * 400_000)
-    assert path.stat().st_size < 200_000
+    path = office.docx(tmp_path / "b.docx", office.paragraph("a") * 3_000_000)
+    assert path.stat().st_size < 2_000_000
     refused(path, UnsafeRefused, "of memory")  # as a tree of objects
 
 
@@ -245,12 +244,7 @@ def test_links_are_not_followed(tmp_path):
         for target in targets:  # each alone, since a library may give up at the first
             body = office.paragraph("text") + _linked_picture()
             path = office.docx(tmp_path / "a.docx", body, parts=_relation(target))
-            try:
-                text = document_text(path)
-            except DataError as problem:
-                assert "another file or a connection" in problem.message
-            else:
-                assert "text" in text and "Wk9SQkxBVFQ" not in text and "ZORBLATT" not in text
+            assert document_text(path) == "text"
     finally:
         server.shutdown()
     assert asked == []
