@@ -272,6 +272,11 @@ class _Workbook(contextlib.AbstractContextManager["_Workbook"]):
             )
         elif len(sheets) > 1:
             notices.append(f"{self.path}: sheet {read} of {len(sheets)} is read, the others are empty")
+        if self.about["unknown_merges"]:
+            notices.append(
+                f"{self.path}: cells are merged, and each counts where it begins only; saved as .xlsx they would "
+                "count in each row"
+            )
         if self.about["filled"]:
             notices.append(
                 f"{self.path}: {self.about['filled']:,} cells that are merged over rows count in each row"

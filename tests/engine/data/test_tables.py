@@ -222,6 +222,24 @@ def test_merged_cells_count_in_each_row_and_over_columns_are_refused(tmp_path):
     refused(path, f"{path}:1:", "title")
 
 
+def test_merged_cells_of_an_opendocument_sheet_are_said(tmp_path):
+    path = office.ods(tmp_path / "a.ods", {"S": [["dept", "q"], ["eye", "a"], [None, "b"]]})
+    notices: list[str] = []
+    assert len(values(path, notices)) == 2 and notices == []
+    merged = tmp_path / "b.ods"
+    with zipfile.ZipFile(path) as old, zipfile.ZipFile(merged, "w") as new:
+        for name in old.namelist():
+            spanned = (
+                b'<table:table-cell table:number-rows-spanned="2" office:value-type="string"><text:p>eye'
+            )
+            content = old.read(name).replace(
+                b'<table:table-cell office:value-type="string"><text:p>eye', spanned
+            )
+            new.writestr(name, content)
+    assert [row["dept"] for row in values(merged, notices)] == ["eye", ""]
+    assert "cells are merged" in notices[0] and ".xlsx" in notices[0]
+
+
 def test_an_old_workbook_and_what_only_looks_like_one(tmp_path):
     assert values(DATA / "tables" / "old.xls") == [
         {"问题": "头痛怎么办？", "回答": "先休息，再观察。", "年龄": "12", "日期": "2026-01-31"}
