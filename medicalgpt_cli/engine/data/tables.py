@@ -38,13 +38,16 @@ def records_of(records: Iterable[Record], path: Path, notices: list[str] | None)
         DataError: two columns have one name, a column with values has none, or a row has another number of cells.
     """
     names: list[str] = []
-    empty = 0
+    empty = repeated = 0
     for line, cells in records:
         if not any(cell.strip() for cell in cells):
             empty += len(cells) > 0 and bool(names)  # a blank line is no row
             continue
         if not names:
             names = _header(cells, f"{path}:{line}")
+            continue
+        if len(names) > 1 and _trimmed(cells) == names:  # tables that were joined
+            repeated += 1
             continue
         if len(cells) != len(names):
             raise DataError(
@@ -60,13 +63,14 @@ def records_of(records: Iterable[Record], path: Path, notices: list[str] | None)
                 at=f"{path}:{line}",
             )
         yield line, {name: cell for name, cell in zip(names, cells, strict=True) if name}
-    if empty and notices is not None:
-        notices.append(f"{path}: {empty:,} empty rows are left out")
+    for number, word in ((empty, "are empty"), (repeated, "repeat the header")):
+        if number and notices is not None:
+            notices.append(f"{path}: {number:,} rows {word} and are left out")
 
 
 def _header(cells: Sequence[str], at: str) -> list[str]:
     """The columns' names without white space around them, full-width too; "" for a column without one."""
-    names = [cell.strip().strip(_INVISIBLE).strip() for cell in cells]
+    names = _trimmed(cells)
     for place, name in enumerate(names):
         before = names.index(name)
         if name and before < place:
@@ -75,6 +79,10 @@ def _header(cells: Sequence[str], at: str) -> list[str]:
                 f"{both}, {name}" if name in KEYS else both, "rename one of them, or remove it", at=at
             )
     return names
+
+
+def _trimmed(cells: Sequence[str]) -> list[str]:
+    return [cell.strip().strip(_INVISIBLE).strip() for cell in cells]
 
 
 # -- delimited text ----------------------------------------------------------------------------------------

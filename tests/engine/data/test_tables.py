@@ -118,7 +118,17 @@ def test_names_are_trimmed_and_empty_rows_and_columns_left_out(tmp_path):
     path.write_text("\n,,\n \u3000问题 ,\ufeffanswer\u200b,\na, b ,\n,,\n\nc,d,\n", encoding="utf-8-sig")
     notices: list[str] = []
     assert rows(path, notices) == [(4, {"问题": "a", "answer": " b "}), (7, {"问题": "c", "answer": "d"})]
-    assert len(notices) == 1 and "1 empty rows" in notices[0]
+    assert len(notices) == 1 and "1 rows are empty" in notices[0]
+
+
+def test_tables_that_were_joined_with_their_headers(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text("question,answer\na,b\n question,answer\nc,d\nquestion,e\n")
+    notices: list[str] = []
+    assert [row["question"] for row in values(path, notices)] == ["a", "c", "question"]
+    assert notices == [f"{path}: 1 rows repeat the header and are left out"]
+    path.write_text("text\ntext\n")  # of one column it may be a text
+    assert values(path) == [{"text": "text"}]
 
 
 def test_two_columns_of_one_name_and_one_without(tmp_path):
@@ -183,7 +193,7 @@ def test_the_first_sheet_with_data_is_read_and_the_others_are_named(write, tmp_p
         (5, {"question": "c", "answer": "d"}),
     ]
     assert f"{path}: sheet 2 of 4 is read; left out: sheet 3 (2 rows), sheet 4 (3 rows)" in notices[0]
-    assert "--sheet" in notices[0] and "1 empty rows" in notices[1]
+    assert "--sheet" in notices[0] and "1 rows are empty" in notices[1]
     assert values(path, sheet="more") == values(path, sheet="3") == [{"question": "e", "answer": "f"}]
     refused(path, "no sheet moree", "did you mean more?", sheet="moree")
     refused(path, "numbers: 1 to 4", sheet="9")
