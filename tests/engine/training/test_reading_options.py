@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from medicalgpt_cli.engine.data.counts import Counts
+from medicalgpt_cli.engine.data.reading import reading_options
 from medicalgpt_cli.engine.data.report import inspect
 from medicalgpt_cli.engine.generation.questions import counts_of_questions, read_questions
 from medicalgpt_cli.engine.observer import Observer
@@ -94,11 +95,7 @@ def test_reward_rl_and_pretrain(tokenizer, tmp_path):
     )
     assert len(found.training) + len(found.held_out) == 6
     path = tmp_path / "t.jsonl"
-    path.write_bytes(
-        '{"body": "糖尿病患者"}\n{"body": "應控制飲食"}\n'.replace("糖尿病患者", "糖尿病患者應").encode(
-            "big5"
-        )
-    )
+    path.write_bytes('{"body": "糖尿病患者應注意"}\n{"body": "應控制飲食"}\n'.encode("big5"))
     corpus = load_pretrain_data(
         stages.PretrainSettings(
             train_data=(str(path),), columns=("text=body",), encoding="big5", block_size=16, eval_fraction=0,
@@ -112,8 +109,6 @@ def test_reward_rl_and_pretrain(tokenizer, tmp_path):
 def test_data_and_infer(tmp_path):
     path = str(workbook(tmp_path))
     settings = stages.InspectDataSettings(files=(path,), sheet="second", columns=COLUMNS)
-    from medicalgpt_cli.engine.data.reading import reading_options
-
     found = inspect(settings.files, None, 1024, Observer(), reading=reading_options(settings, settings.files))
     assert found.report["used"] == 12 and "sheet 2 of 2" in found.report["notices"][0]
     asked = stages.InferSettings(data_file=path, predictions_file="-", sheet="second", columns=COLUMNS)
@@ -123,16 +118,7 @@ def test_data_and_infer(tmp_path):
 
 def test_a_resumed_run_reads_as_before(tmp_path):
     began = stages.SftSettings(train_data=("a.xlsx",), sheet="second", columns=COLUMNS, encoding="gbk")
-    recorded = (
-        {"settings": manifest.settings_entries(began)} if hasattr(manifest, "settings_entries") else None
-    )
-    if recorded is None:
-        recorded = {
-            "settings": {
-                name: {"value": manifest.plain(getattr(began, name)), "origin": "flag"}
-                for name in options_of(began)
-            }
-        }
+    recorded = {"settings": manifest.with_origins(began)}
     same = manifest.resumed_settings(recorded, stages.SftSettings(resume=tmp_path))
     assert (same.sheet, same.columns, same.encoding) == ("second", COLUMNS, "gbk")
     for name, value in (("sheet", "first"), ("columns", COLUMNS[:1]), ("encoding", "big5")):
