@@ -6,12 +6,13 @@ mended. A record from which there is nothing to learn is skipped, counted and sh
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TypeVar
 
 from medicalgpt_cli.engine.data.counts import Counts
-from medicalgpt_cli.engine.data.messages import Conversation, Document, Message, Role, ToolCall
+from medicalgpt_cli.engine.data.messages import Conversation, Document, Message
 from medicalgpt_cli.engine.data.naming import keys_found
 from medicalgpt_cli.engine.data.readers import Row, expand_sources, is_text, read_rows, unit_of
 from medicalgpt_cli.engine.data.records import EXPECTED, Record, kind_of_record, read_record
@@ -19,7 +20,8 @@ from medicalgpt_cli.engine.observer import Observer
 from medicalgpt_cli.errors import DataError
 
 __all__ = [
-    *("Conversation", "Counts", "Document", "Message", "Role", "ToolCall", "first_format", "iterate_texts"),
+    *("Conversation", "Counts", "Document", "Message", "Role", "ToolCall", "first_format"),
+    *("iterate_conversations", "iterate_texts"),
     *("join_same_role", "load_conversations", "load_prompts", "load_texts", "read_all", "rows_of"),
     *("to_conversations", "why_nothing"),
 ]
@@ -34,17 +36,24 @@ def read_all(
     make: Callable[[Row], Iterable[_Made]],
     *,
     most: int | None = None,
+    shares: Mapping[str, int] | None = None,
 ) -> Iterator[_Made]:
     """What `make` gives for each row. Rows that are wrong are kept until all are read, so that all can be named.
 
     Args:
         most: no more rows are read once so many things were made.
+        shares: how many things are made of each file, by the name of its rows; the rest of it is not read.
 
     Raises:
         DataError: rows were wrong.
     """
     made = 0
-    for row in rows_of(sources, counts, observer):
+    made_of: Counter[str] = Counter()
+
+    def has_enough(path: str) -> bool:
+        return shares is not None and made_of[path] >= shares.get(path, 0)
+
+    for row in rows_of(sources, counts, observer, has_enough=has_enough):
         if most is not None and made >= most:
             break
         counts.read += 1
@@ -55,24 +64,41 @@ def read_all(
             continue
         if not counts.wrong:
             made += len(found)
+            made_of[row.path] += len(found)
             yield from found
     counts.finish()
 
 
-def load_conversations(
-    sources: Sequence[str], counts: Counts, observer: Observer, *, max_samples: int | None = None
-) -> list[Conversation]:
+def iterate_conversations(
+    sources: Sequence[str],
+    counts: Counts,
+    observer: Observer,
+    *,
+    most: int | None = None,
+    shares: Mapping[str, int] | None = None,
+) -> Iterator[Conversation]:
     """Conversations with at least one answer, of all sources in order; what is left out is counted.
 
     Raises:
-        DataError: a row contradicts its format, or nothing is left.
+        DataError: a row contradicts its format.
     """
 
     def make(row: Row) -> list[Conversation]:
         record = read_record(row, counts)
         return [] if record is None else to_conversations(record, row, counts)
 
-    found = list(read_all(sources, counts, observer, make, most=max_samples))
+    return read_all(sources, counts, observer, make, most=most, shares=shares)
+
+
+def load_conversations(
+    sources: Sequence[str], counts: Counts, observer: Observer, *, max_samples: int | None = None
+) -> list[Conversation]:
+    """All conversations of `iterate_conversations` at once.
+
+    Raises:
+        DataError: a row contradicts its format, or nothing is left.
+    """
+    found = list(iterate_conversations(sources, counts, observer, most=max_samples))
     if not found:
         raise DataError(f"{', '.join(sources)}: no conversation to learn from", why_nothing(counts))
     _warn_about_duplicates(found, counts)
@@ -190,7 +216,9 @@ def to_conversations(record: Record, row: Row, counts: Counts) -> list[Conversat
     if record.answers:
         messages.append({"role": "assistant", "content": record.answers[0]})
     if record.label is False:
-        counts.add_skip("its answer is marked as bad (label): no target of sft; kto learns from such answers", at)
+        counts.add_skip(
+            "its answer is marked as bad (label): no target of sft; kto learns from such answers", at
+        )
         return []
     messages = join_same_role(messages, at, counts)
     while messages and messages[-1]["role"] != "assistant":
@@ -260,7 +288,10 @@ def join_same_role(messages: Iterable[Message], at: str, counts: Counts) -> list
             continue
         counts.add_merge(f"two {message['role']} turns in a row joined", at)
         texts = [one["content"] for one in (last, message)]
-        both: Message = {**last, "content": "\n".join(texts if message["role"] == "user" else filter(None, texts))}
+        both: Message = {
+            **last,
+            "content": "\n".join(texts if message["role"] == "user" else filter(None, texts)),
+        }
         if calls := [*last.get("tool_calls", []), *message.get("tool_calls", [])]:
             both["tool_calls"] = calls
         if reasoning := [one["reasoning"] for one in (last, message) if "reasoning" in one]:
@@ -270,9 +301,14 @@ def join_same_role(messages: Iterable[Message], at: str, counts: Counts) -> list
 
 
 def rows_of(
-    sources: Sequence[str], counts: Counts, observer: Observer, *, text_unit: str = "line"
+    sources: Sequence[str],
+    counts: Counts,
+    observer: Observer,
+    *,
+    text_unit: str = "line",
+    has_enough: Callable[[str], bool] = lambda path: False,
 ) -> Iterator[Row]:
-    """The rows of all sources in order."""
+    """The rows of all sources in order; of a file no more, once `has_enough` says so of its rows' name."""
     files, ignored = expand_sources(sources, counts.notices)
     if ignored:
         counts.notices.append(
@@ -288,6 +324,8 @@ def rows_of(
         else:
             unit = "line"
         for number, row in enumerate(read_rows(file, text_unit=unit, notices=counts.notices), 1):
+            if has_enough(row.path):
+                break
             if number % 1000 == 0:
                 observer.on_task_advance(task, number)
             yield row
