@@ -61,8 +61,8 @@ def write_rows(path: Path, rows: int) -> None:
     choose = random.Random(0)
     with path.open("w", encoding="utf-8") as file:
         for number in range(rows):
-            question = f"Case {number}: " + " ".join(choose.choices(WORDS, k=choose.randint(5, 25))) + "?"
-            answer = " ".join(choose.choices(WORDS, k=choose.randint(20, 90))) + "."
+            question = f"Case {number}: " + " ".join(choose.choices(WORDS, k=choose.randint(3, 8))) + "?"
+            answer = " ".join(choose.choices(WORDS, k=choose.randint(4, 14))) + "."
             file.write(json.dumps({"instruction": question, "output": answer}, ensure_ascii=False) + "\n")
 
 
@@ -70,7 +70,8 @@ def measure(path: Path, home: Path, model: str) -> dict[str, object]:
     """One dry run in a process of its own: seconds, and MiB at the peak."""
     code = (
         "import resource, subprocess, sys; done = subprocess.run(sys.argv[1:])\n"
-        "print('PEAK', resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss // 1024, file=sys.stderr)\n"
+        "used = resource.getrusage(resource.RUSAGE_CHILDREN)\n"
+        "print('USED', used.ru_maxrss // 1024, int(used.ru_utime + used.ru_stime), file=sys.stderr)\n"
         "sys.exit(done.returncode)"
     )
     command = (
@@ -93,10 +94,11 @@ def measure(path: Path, home: Path, model: str) -> dict[str, object]:
     seconds = time.monotonic() - begin
     if done.returncode:
         raise SystemExit(done.stderr[-3000:])
-    peak = next(line.split()[1] for line in done.stderr.splitlines() if line.startswith("PEAK"))
+    peak, used = next(line.split()[1:] for line in done.stderr.splitlines() if line.startswith("USED"))
     training = json.loads(done.stdout)["data"]["training"]
     return {
         "seconds": round(seconds, 1),
+        "processor_seconds": int(used),
         "peak_mib": int(peak),
         **{name: training[name] for name in ("read", "examples", "tokens")},
     }
