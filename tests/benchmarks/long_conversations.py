@@ -13,8 +13,9 @@ import random
 import sys
 import time
 
+from medicalgpt_cli.engine.data.counts import Counts
 from medicalgpt_cli.engine.data.examples import render_conversation
-from medicalgpt_cli.engine.data.formats import Conversation, Counts
+from medicalgpt_cli.engine.data.messages import Conversation
 from tests.benchmarks.many_rows import WORDS
 from tests.tiny import tiny_tokenizer
 

@@ -5,7 +5,7 @@ A part holds the examples of one source, in the order of its records:
   tokens         the ids of all examples, one behind the other
   examples       a row an example: its length, its stretches, its targets, its conversation, a hash of ids and weights
   stretches      a row a run of tokens with a loss: where it begins and ends in its example, and its weight
-  conversations  a row a conversation: file and line, a hash of its question, a hash of its turns
+  conversations  a row a conversation: file and line, hashes of its question, group and turns
   events         a row a thing that was counted when a conversation was rendered: which, how often, tokens cut
 """
 
@@ -28,7 +28,9 @@ EXAMPLE = np.dtype(
     [("length", "<u4"), ("stretches", "<u4"), ("targets", "<u4"), ("conversation", "<u4"), ("digest", "<u8")]
 )
 STRETCH = np.dtype([("begin", "<u4"), ("end", "<u4"), ("weight", "<f8")])
-CONVERSATION = np.dtype([("file", "<u4"), ("line", "<u8"), ("question", "<u8"), ("content", "<u8")])
+CONVERSATION = np.dtype(
+    [("file", "<u4"), ("line", "<u8"), ("question", "<u8"), ("group", "<u8"), ("content", "<u8")]
+)
 EVENT = np.dtype([("conversation", "<u4"), ("kind", "<u4"), ("number", "<u4"), ("tokens", "<u8")])
 TABLES = {"examples": EXAMPLE, "stretches": STRETCH, "conversations": CONVERSATION, "events": EVENT}
 META = "meta.json"

@@ -11,9 +11,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from medicalgpt_cli.engine.data.counts import Counts
+from medicalgpt_cli.engine.data.fields import Fields
 from medicalgpt_cli.engine.data.formats import join_same_role, read_all, why_nothing
 from medicalgpt_cli.engine.data.messages import Message
 from medicalgpt_cli.engine.data.naming import keys_found
+from medicalgpt_cli.engine.data.read_options import ReadOptions
 from medicalgpt_cli.engine.data.readers import Row
 from medicalgpt_cli.engine.data.records import read_record
 from medicalgpt_cli.engine.observer import Observer
@@ -56,9 +58,9 @@ def load_pairs(
     return found
 
 
-def usable_pairs(name: str, most: int, margin_column: str | None) -> int:
+def usable_pairs(name: str, most: int, reading: ReadOptions, margin_column: str | None) -> int:
     """How many pairs a file has, counted up to a number."""
-    return sum(1 for _ in _pairs([name], Counts(), Observer(), margin_column, most=most))
+    return sum(1 for _ in _pairs([name], Counts(reading=reading), Observer(), margin_column, most=most))
 
 
 def _pairs(
@@ -76,9 +78,12 @@ def _pairs_of(row: Row, counts: Counts, margin_column: str | None) -> list[Pair]
     if record is None:
         return []
     if not record.answers:
-        keys = keys_found(row.value if isinstance(row.value, dict) else {}, at)
+        value = row.value if isinstance(row.value, dict) else {}
+        without = "chosen" in Fields(value, at)
         raise DataError(
-            f"no preference pair; keys found: {keys}",
+            "a preference pair without rejected"
+            if without
+            else f"no preference pair; keys found: {keys_found(value, at)}",
             "expected: conversations, prompt or question, with chosen and rejected",
             at=at,
         )

@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Protocol, TypeVar
 
 import numpy as np
 
-from medicalgpt_cli.engine.data.formats import Counts, Message
+from medicalgpt_cli.engine.data.counts import Counts
+from medicalgpt_cli.engine.data.messages import Message
 
 
 class _HasMessages(Protocol):
-    """A conversation or a pair of answers."""
+    """A conversation, a prompt or a pair of answers."""
 
     @property
     def messages(self) -> Sequence[Message]: ...
 
     @property
     def at(self) -> str: ...
+
+    @property
+    def group(self) -> str | None: ...
 
 
 _Asked = TypeVar("_Asked", bound=_HasMessages)
@@ -37,8 +41,47 @@ def prompt_key(conversation: _HasMessages) -> str:
 
 def question_hash(conversation: _HasMessages) -> int:
     """64 bits that stand for a question; a table of them does not tell what was asked."""
-    key = prompt_key(conversation).encode("utf-8", "surrogatepass")
-    return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little")
+    return _hash(prompt_key(conversation))
+
+
+def group_hash(conversation: _HasMessages) -> int:
+    """64 bits that stand for what a conversation belongs to (`--group`); 0 where that is not said."""
+    return 0 if conversation.group is None else _hash(f"\x1e{conversation.group}") or 1
+
+
+def _hash(text: str) -> int:
+    digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    return int.from_bytes(digest, "little")
+
+
+def roots_of(
+    questions: np.ndarray, groups: np.ndarray | None = None, alike: Iterable[tuple[int, int]] = ()
+) -> np.ndarray:
+    """One hash for all that belongs together, directly or over others: (conversations,).
+
+    It is the lowest hash of the questions that belong together, whatever the order of the conversations.
+
+    Args:
+        questions, groups: hashes, (conversations,); a group of 0 is none.
+        alike: pairs of positions that belong together.
+    """
+    pairs = np.array([*alike], dtype=np.int64).reshape(-1, 2)
+    links = [np.unique(questions, return_inverse=True)[1]]
+    if groups is not None and groups.any():
+        names = np.unique(groups, return_inverse=True)[1]
+        alone = groups == 0
+        names[alone] = names.max() + 1 + np.arange(int(alone.sum()))
+        links.append(names)
+    roots, before = questions.copy(), None
+    while before is None or not np.array_equal(before, roots):
+        before = roots.copy()
+        for names in links:
+            lowest = np.full(int(names.max(initial=-1)) + 1, np.iinfo(np.uint64).max, dtype=np.uint64)
+            np.minimum.at(lowest, names, roots)
+            roots = lowest[names]
+        for first, second in (pairs.T, pairs.T[::-1]):
+            np.minimum.at(roots, first, roots[second])
+    return roots
 
 
 def held_out(hashes: np.ndarray, fraction: float, seed: int) -> np.ndarray:
@@ -49,7 +92,7 @@ def held_out(hashes: np.ndarray, fraction: float, seed: int) -> np.ndarray:
     """
     distinct = np.unique(hashes)
     count = min(max(round(len(distinct) * fraction), 1), len(distinct) - 1) if fraction > 0 else 0
-    chosen = distinct[np.argsort(mixed(distinct, seed), kind="stable")[:count]]
+    chosen = distinct[np.argsort(mixed(distinct, seed), kind="stable")[: max(count, 0)]]
     return np.isin(hashes, chosen)
 
 
@@ -62,12 +105,25 @@ def mixed(hashes: np.ndarray, seed: int) -> np.ndarray:
         return found ^ (found >> np.uint64(31))
 
 
-def split(conversations: Sequence[_Asked], fraction: float, seed: int) -> tuple[list[_Asked], list[_Asked]]:
-    """Hold out a share of the distinct questions (`held_out`): (training, held out)."""
-    hashes = np.array([question_hash(one) for one in conversations], dtype=np.uint64)
-    chosen = held_out(hashes, fraction, seed)
-    training = [one for one, out in zip(conversations, chosen, strict=True) if not out]
-    return training, [one for one, out in zip(conversations, chosen, strict=True) if out]
+def split(
+    conversations: Sequence[_Asked],
+    fraction: float,
+    seed: int,
+    *,
+    alike: Iterable[tuple[int, int]] = (),
+) -> tuple[list[_Asked], list[_Asked]]:
+    """Hold out a share of the distinct questions (`held_out`): (training, held out).
+
+    Conversations with the same question, of the same group, or alike stay on one side.
+
+    Args:
+        alike: pairs of positions in `conversations` that belong together, such as near duplicates.
+    """
+    questions = np.array([question_hash(one) for one in conversations], dtype=np.uint64)
+    groups = np.array([group_hash(one) for one in conversations], dtype=np.uint64)
+    out = held_out(roots_of(questions, groups, alike), fraction, seed).tolist()
+    training = [one for one, is_out in zip(conversations, out, strict=True) if not is_out]
+    return training, [one for one, is_out in zip(conversations, out, strict=True) if is_out]
 
 
 def without_held_out(
@@ -76,12 +132,15 @@ def without_held_out(
     counts: Counts,
     reason: str = "its question stands in the held-out data",
 ) -> list[_Asked]:
-    """Training data whose question is not held out; the others are counted as skipped."""
+    """Training data whose question or group is not held out; the others are counted as skipped."""
     held = {prompt_key(conversation) for conversation in held_out}
+    groups = {one.group for one in held_out} - {None}
     kept = []
     for conversation in training:
         if prompt_key(conversation) in held:
             counts.add_skip(reason, conversation.at)
+        elif conversation.group in groups:
+            counts.add_skip("its group stands in the held-out data", conversation.at)
         else:
             kept.append(conversation)
     return kept

@@ -33,6 +33,7 @@ from filelock import FileLock
 from transformers import PreTrainedTokenizerBase
 
 from medicalgpt_cli import __version__
+from medicalgpt_cli.engine.data.counts import Counts
 from medicalgpt_cli.engine.data.example_table import (
     CONVERSATION,
     EVENT,
@@ -48,9 +49,9 @@ from medicalgpt_cli.engine.data.example_table import (
     targets_of,
 )
 from medicalgpt_cli.engine.data.examples import render_conversation
-from medicalgpt_cli.engine.data.formats import Conversation, Counts
+from medicalgpt_cli.engine.data.messages import Conversation
 from medicalgpt_cli.engine.data.readers import COMPRESSIONS, HubDataset, expand_sources
-from medicalgpt_cli.engine.data.splitting import question_hash
+from medicalgpt_cli.engine.data.splitting import group_hash, question_hash
 from medicalgpt_cli.engine.model.tokenizer import fingerprint
 from medicalgpt_cli.engine.observer import Observer
 from medicalgpt_cli.engine.run import checkpoints
@@ -240,7 +241,8 @@ def render_chunk(conversations: Sequence[Conversation], rendering: Rendering) ->
             examples.append((len(ids), len(learnt), targets_of(learnt), number, digest_of(ids, learnt)))
         file, _, line = conversation.at.rpartition(":")
         place = files.setdefault(file, len(files))
-        table.append((place, int(line), question_hash(conversation), content_hash(conversation)))
+        hashes = question_hash(conversation), group_hash(conversation), content_hash(conversation)
+        table.append((place, int(line), *hashes))
         cut = counts.tokens_cut
         for kind in ("skipped", "merged", "truncated"):
             for reason, times in getattr(counts, kind).items():

@@ -13,8 +13,9 @@ import torch
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
+from medicalgpt_cli.engine.data.counts import Counts
 from medicalgpt_cli.engine.data.examples import render_answer
-from medicalgpt_cli.engine.data.formats import Counts, load_prompts
+from medicalgpt_cli.engine.data.formats import load_prompts
 from medicalgpt_cli.engine.data.mixing import check_weights, parse_source, shares_of
 from medicalgpt_cli.engine.data.packing import Mix, mixed_items
 from medicalgpt_cli.engine.data.preferences import (
@@ -25,6 +26,7 @@ from medicalgpt_cli.engine.data.preferences import (
     prompt_hash,
     usable_pairs,
 )
+from medicalgpt_cli.engine.data.reading import reading_options
 from medicalgpt_cli.engine.data.rendering import encode_prompt
 from medicalgpt_cli.engine.data.report import histogram, percentiles
 from medicalgpt_cli.engine.data.splitting import split, without_held_out
@@ -86,13 +88,15 @@ def load_reward_data(
         DataError: a row is no pair, or nothing is left to train on.
         UsageError: some sources have a weight and others none.
     """
-    counts, held_counts = Counts(), Counts()
-    options = {"margin_column": settings.margin_column}
     sources = [parse_source(text) for text in settings.train_data]
     check_weights(sources)
-    usable = partial(usable_pairs, margin_column=settings.margin_column)
+    names = [one.name for one in sources]
+    reading = reading_options(settings, [*names, *settings.eval_data, *settings.exclude_prompts])
+    counts, held_counts = Counts(reading=reading), Counts(reading=reading)
+    options = {"margin_column": settings.margin_column}
+    usable = partial(usable_pairs, reading=reading, margin_column=settings.margin_column)
     shares = shares_of(settings.max_samples, sources, usable, counts.notices)
-    training = load_pairs([one.name for one in sources], counts, observer, shares=shares, **options)
+    training = load_pairs(names, counts, observer, shares=shares, **options)
     if settings.eval_data:
         held = load_pairs(settings.eval_data, held_counts, observer, **options)
         training = without_held_out(training, held, counts)
@@ -101,7 +105,7 @@ def load_reward_data(
         held_counts.read, held_counts.formats = len(held), counts.formats
         counts.read -= len(held)
     if settings.exclude_prompts:
-        excluded = load_prompts(settings.exclude_prompts, Counts(), observer)
+        excluded = load_prompts(settings.exclude_prompts, Counts(reading=reading), observer)
         training = without_held_out(training, excluded, counts, "its prompt stands in --exclude-prompts")
     audits = {"training": audit(training), "held_out": audit(held)}
     kept = _rendered(training, tokenizer, settings, counts)

@@ -10,10 +10,11 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from medicalgpt_cli.engine.data.formats import Counts
+from medicalgpt_cli.engine.data.counts import Counts
 from medicalgpt_cli.engine.data.mixing import Source, check_weights, parse_source, rows_name, shares_of
 from medicalgpt_cli.engine.data.packing import Mix, mixed_items
 from medicalgpt_cli.engine.data.prompts import Prompt, load_rl_prompts
+from medicalgpt_cli.engine.data.reading import reading_options
 from medicalgpt_cli.engine.data.rendering import encode_prompt
 from medicalgpt_cli.engine.data.report import histogram, percentiles
 from medicalgpt_cli.engine.data.splitting import split, without_held_out
@@ -49,10 +50,12 @@ def load_rl_data(
     Raises:
         DataError: nothing is left to learn on. UsageError: a rule of options meets a question without them.
     """
-    counts, held_counts = Counts(), Counts()
     sources = [parse_source(text) for text in settings.train_data]
     check_weights(sources)
-    training = load_rl_prompts([one.name for one in sources], counts, observer)
+    names = [one.name for one in sources]
+    reading = reading_options(settings, [*names, *settings.eval_data])
+    counts, held_counts = Counts(reading=reading), Counts(reading=reading)
+    training = load_rl_prompts(names, counts, observer)
     if settings.eval_data:
         held = load_rl_prompts(settings.eval_data, held_counts, observer)
         training = without_held_out(training, held, counts)

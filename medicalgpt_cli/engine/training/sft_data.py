@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from medicalgpt_cli.engine.data.counts import Counts
 from medicalgpt_cli.engine.data.example_table import ExampleTable, Part, side_counts
-from medicalgpt_cli.engine.data.formats import Conversation, Counts, iterate_conversations, why_nothing
+from medicalgpt_cli.engine.data.formats import iterate_conversations, why_nothing
+from medicalgpt_cli.engine.data.messages import Conversation
 from medicalgpt_cli.engine.data.mixing import Source, check_weights, parse_source, shares_of
 from medicalgpt_cli.engine.data.packing import Mix, mix
+from medicalgpt_cli.engine.data.read_options import ReadOptions
+from medicalgpt_cli.engine.data.reading import reading_options
 from medicalgpt_cli.engine.data.report import figures, merged_counts
-from medicalgpt_cli.engine.data.splitting import held_out
+from medicalgpt_cli.engine.data.splitting import held_out, roots_of
 from medicalgpt_cli.engine.data.tokenising import Rendering, content_hash, tokenised
 from medicalgpt_cli.engine.observer import Observer
 from medicalgpt_cli.engine.run.environment import cache_folder
@@ -43,33 +48,36 @@ def load_sft_data(settings: SftSettings, tokenizer: PreTrainedTokenizerBase, obs
     """
     sources = [parse_source(text) for text in settings.train_data]
     check_weights(sources)
-    rendering = Rendering(tokenizer, settings.max_length)
+    reader = _Reader(
+        reading_options(settings, [*(one.name for one in sources), *settings.eval_data]),
+        Rendering(tokenizer, settings.max_length),
+        observer,
+    )
     notices: list[str] = []
-    shares = shares_of(settings.max_samples, sources, _usable, notices)
-    parts = _read(sources, rendering, shares, observer)
+    parts = reader.parts(sources, shares_of(settings.max_samples, sources, reader.usable, notices))
     own = [Source(name) for name in settings.eval_data]
-    held_parts = _read(own, rendering, None, observer) if own else parts
-    asked = [part.conversations["question"] for part in parts]
+    held_parts = reader.parts(own, None) if own else parts
+    left_out = _stand_in(held_parts, parts) if own else {}
     if own:
-        measured = np.concatenate([part.conversations["question"] for part in held_parts])
-        out = [np.isin(one, measured) for one in asked]
         held = [np.ones(len(part.conversations), dtype=bool) for part in held_parts]
+        out = [np.logical_or.reduce(one) for one in zip(*left_out.values(), strict=True)]
     else:
-        whole = held_out(np.concatenate(asked), settings.eval_fraction, settings.seed)
-        out = held = np.split(whole, np.cumsum([len(one) for one in asked])[:-1])
+        roots = roots_of(_column(parts, "question"), _column(parts, "group"))
+        whole = held_out(roots, settings.eval_fraction, settings.seed)
+        out = held = np.split(whole, np.cumsum([len(part.conversations) for part in parts])[:-1])
     training, testing = _table(parts, [~one for one in out]), _table(held_parts, held)
     if not len(training):
         raise DataError(
             "no training example is left", "`medgpt data` on the same files shows what was skipped and why"
         )
     mixed = mix(sources, training.sizes, training.tokens_of_parts(), "examples")
-    counts = _training_counts(parts, out, bool(own))
+    counts = _training_counts(parts, out, left_out)
     counts["notices"] += [*notices, *_repeated(parts)]
     return SftData(
         training=training,
         held_out=testing,
         held_out_questions=testing.questions,
-        questions=_questions(own or sources, held_parts, held, settings.eval_questions),
+        questions=_questions(reader, own or sources, held_parts, held, settings.eval_questions),
         report={
             "training": counts | _figures(training, settings),
             "held_out": _held_out_counts(held_parts, held, bool(own)) | _figures(testing, settings),
@@ -80,31 +88,58 @@ def load_sft_data(settings: SftSettings, tokenizer: PreTrainedTokenizerBase, obs
     )
 
 
-def _usable(name: str, most: int) -> int:
-    """How many conversations a file has, counted up to a number."""
-    return sum(1 for _ in iterate_conversations([name], Counts(), Observer(), most=most))
+@dataclass(frozen=True)
+class _Reader:
+    """Reads conversations, in the way that the options of a run say."""
+
+    reading: ReadOptions
+    rendering: Rendering
+    observer: Observer
+
+    def conversations(self, name: str, **limits: Any) -> Iterator[Conversation]:
+        """Of a source that was read before: nothing is said or counted again."""
+        return iterate_conversations([name], Counts(reading=self.reading), Observer(), **limits)
+
+    def usable(self, name: str, most: int) -> int:
+        """How many conversations a file has, counted up to a number."""
+        return sum(1 for _ in self.conversations(name, most=most))
+
+    def parts(self, sources: Sequence[Source], shares: dict[str, int] | None) -> list[Part]:
+        """The examples of each source.
+
+        Raises:
+            DataError: none of them has a conversation.
+        """
+        parts = [self._part(source.name, shares) for source in sources]
+        if not any(len(part.conversations) for part in parts):
+            skipped = Counter(merged_counts([part.counts for part in parts])["skipped"])
+            names = ", ".join(source.name for source in sources)
+            raise DataError(f"{names}: no conversation to learn from", why_nothing(Counts(skipped=skipped)))
+        return parts
+
+    def _part(self, name: str, shares: dict[str, int] | None) -> Part:
+        counts = Counts(reading=self.reading)
+        conversations = iterate_conversations([name], counts, self.observer, shares=shares)
+        options = {"shares": shares, "reading": asdict(self.reading)}
+        return tokenised(name, self.rendering, conversations, counts, options, cache_folder(), self.observer)
 
 
-def _read(
-    sources: Sequence[Source], rendering: Rendering, shares: dict[str, int] | None, observer: Observer
-) -> list[Part]:
-    """The examples of each source.
+def _column(parts: Sequence[Part], name: str) -> np.ndarray:
+    """A column of the conversations of all parts."""
+    return np.concatenate([part.conversations[name] for part in parts])
 
-    Raises:
-        DataError: none of them has a conversation.
-    """
 
-    def read(name: str) -> Part:
-        counts = Counts()
-        conversations = iterate_conversations([name], counts, observer, shares=shares)
-        return tokenised(name, rendering, conversations, counts, {"shares": shares}, cache_folder(), observer)
-
-    parts = [read(source.name) for source in sources]
-    if not any(len(part.conversations) for part in parts):
-        skipped = Counter(merged_counts([part.counts for part in parts])["skipped"])
-        names = ", ".join(source.name for source in sources)
-        raise DataError(f"{names}: no conversation to learn from", why_nothing(Counts(skipped=skipped)))
-    return parts
+def _stand_in(held: Sequence[Part], parts: Sequence[Part]) -> dict[str, list[np.ndarray]]:
+    """For each reason why a conversation is not trained on, and each part: (conversations,) of bool."""
+    questions, groups = (_column(held, name) for name in ("question", "group"))
+    asked = [np.isin(part.conversations["question"], questions) for part in parts]
+    grouped = [np.isin(part.conversations["group"], groups[groups != 0]) for part in parts]
+    return {
+        "its question stands in the held-out data": asked,
+        "its group stands in the held-out data": [
+            one & ~other for one, other in zip(grouped, asked, strict=True)
+        ],
+    }
 
 
 def _table(parts: Sequence[Part], sides: Sequence[np.ndarray]) -> ExampleTable:
@@ -116,7 +151,7 @@ def _table(parts: Sequence[Part], sides: Sequence[np.ndarray]) -> ExampleTable:
 
 
 def _questions(
-    sources: Sequence[Source], parts: Sequence[Part], held: Sequence[np.ndarray], most: int
+    reader: _Reader, sources: Sequence[Source], parts: Sequence[Part], held: Sequence[np.ndarray], most: int
 ) -> list[Conversation]:
     """The first held-out conversations, read again: a table does not tell what was said."""
     found: list[Conversation] = []
@@ -130,7 +165,7 @@ def _questions(
         files = dict.fromkeys(at.rpartition(":")[0] for at, _ in wanted)
         for file in files:
             name = file if Path(file).exists() else source.name
-            for one in iterate_conversations([name], Counts(), Observer()):
+            for one in reader.conversations(name):
                 key = (one.at, content_hash(one))
                 if wanted[key]:
                     wanted[key] -= 1
@@ -143,23 +178,26 @@ def _questions(
 # -- counts ------------------------------------------------------------------------------------------------
 
 
-def _training_counts(parts: Sequence[Part], out: Sequence[np.ndarray], own: bool) -> dict[str, Any]:
+def _training_counts(
+    parts: Sequence[Part], out: Sequence[np.ndarray], left_out: Mapping[str, Sequence[np.ndarray]]
+) -> dict[str, Any]:
     """What happened to all records but those that are held out.
 
     Args:
-        out: for each part whether a conversation is not trained on. own: the held-out data has its own files.
+        out: for each part whether a conversation is not trained on.
+        left_out: why that is so, where the held-out data has its own files.
     """
-    number = sum(int(one.sum()) for one in out)
     read = merged_counts([part.counts for part in parts])
     rendered = side_counts(parts, [~one for one in out])
-    if own and number:
-        places = [
-            part.at(int(at)) for part, one in zip(parts, out, strict=True) for at in np.flatnonzero(one)[:5]
-        ]
-        rendered["skipped"]["its question stands in the held-out data"] = number
-        rendered["places"]["its question stands in the held-out data"] = places[:5]
+    for reason, sides in left_out.items():
+        numbers = [np.flatnonzero(side) for side in sides]
+        if number := sum(map(len, numbers)):
+            rendered["skipped"][reason] = number
+            places = (part.at(int(at)) for part, some in zip(parts, numbers, strict=True) for at in some)
+            rendered["places"][reason] = list(islice(places, 5))
     found = merged_counts([read, {"read": 0, "used": 0, "formats": {}, "notices": [], **rendered}])
-    found["read"] -= 0 if own else number
+    if not left_out:
+        found["read"] -= sum(int(one.sum()) for one in out)
     return found | {"used": found["read"] - sum(found["skipped"].values())}
 
 

@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 
 from medicalgpt_cli.engine.data import tokenising
+from medicalgpt_cli.engine.data.counts import Counts
 from medicalgpt_cli.engine.data.example_table import ExampleTable, Part, side_counts, stretches_of
 from medicalgpt_cli.engine.data.examples import IGNORED, Example, render_conversation
-from medicalgpt_cli.engine.data.formats import Counts, iterate_conversations, load_conversations
+from medicalgpt_cli.engine.data.formats import iterate_conversations, load_conversations
 from medicalgpt_cli.engine.data.tokenising import Rendering, tokenised
 from medicalgpt_cli.engine.observer import Observer
 from tests.tiny import tiny_tokenizer, write_jsonl
