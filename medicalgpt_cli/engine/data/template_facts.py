@@ -112,7 +112,9 @@ def _find_out(tokenizer: PreTrainedTokenizerBase) -> TemplateFacts:
     reasoning = find_reasoning(render, header.text, source, {token.content for token in added.values()})
     answered_text = render(("user", "Zq6"), ("assistant", "Zq7"))
     writes = not answered_text or ("Zq6" in answered_text and "Zq7" in answered_text)
-    return TemplateFacts(template, writes, takes_system, end, end_of_call, *controls, header, tools, reasoning)
+    return TemplateFacts(
+        template, writes, takes_system, end, end_of_call, *controls, header, tools, reasoning
+    )
 
 
 _NO_HEADER = AnswerHeader("", False, None, ())
