@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
-from medicalgpt_cli.engine.data.formats import Message
+from medicalgpt_cli.engine.data.messages import Message
 from medicalgpt_cli.settings.fields import options_of
 from medicalgpt_cli.settings.groups import SamplingSettings
 

@@ -10,7 +10,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
 
-from medicalgpt_cli.engine.data.formats import Message
+from medicalgpt_cli.engine.data.messages import Message
 from medicalgpt_cli.errors import UsageError
 
 _MANY = 2000  # conversations whose thumbs are remembered while the server runs

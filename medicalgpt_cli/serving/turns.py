@@ -9,7 +9,7 @@ import time
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
-from medicalgpt_cli.engine.data.formats import Message
+from medicalgpt_cli.engine.data.messages import Message
 from medicalgpt_cli.errors import UsageError
 from medicalgpt_cli.serving import page_texts
 from medicalgpt_cli.serving.answers import Answers, Listening

@@ -113,7 +113,9 @@ class QuantizationSettings(DeviceSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelSettings(DeviceSettings):
+class NamedModelSettings(Settings):
+    """Which model and tokenizer; enough where no weights are loaded."""
+
     panel: ClassVar[str] = "Model"
 
     base_model: str | None = opt(
@@ -133,6 +135,11 @@ class ModelSettings(DeviceSettings):
         "Chat template for a model that has none: plain, alpaca, chatml or a Jinja file.",
         metavar="NAME|FILE",
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSettings(NamedModelSettings, DeviceSettings):
+    """Which model, and where its weights go."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,7 +196,31 @@ class AdapterSettings(Settings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataSettings(Settings):
+class ReadingSettings(Settings):
+    """How files are read where they do not say it themselves."""
+
+    panel: ClassVar[str] = "Data"
+
+    columns: tuple[str, ...] = opt(
+        (),
+        "Which columns of a table or keys of a record are meant by the keys that medgpt reads: "
+        "question=患者问题,answer=医生回答.",
+        metavar="KEY=NAME,…",
+    )
+    sheet: str | None = opt(
+        None,
+        "Name or number of the sheet of a workbook; the first with data where not given.",
+        metavar="NAME",
+    )
+    encoding: str | None = opt(
+        None,
+        "Encoding of all text, JSON and .csv files; UTF-8, GB18030 or UTF-16 as found where not given.",
+        metavar="NAME",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSettings(ReadingSettings):
     panel: ClassVar[str] = "Data"
 
     train_data: tuple[str, ...] = opt(
@@ -208,6 +239,8 @@ class DataSettings(Settings):
                 "--train-data is missing",
                 "name a file, a folder or a hub data set; `medgpt data FILE` shows what a file holds",
             )
+        if self.eval_data and self.chosen("eval_fraction") and self.eval_fraction > 0:
+            raise UsageError("--eval-fraction has no effect beside --eval-data", "give one of them")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -406,7 +439,7 @@ class EndpointSettings(
             raise UsageError(
                 f"--endpoint {self.endpoint}: not an address", "for example http://127.0.0.1:8000/v1"
             )
-        groups = (ModelSettings, OtherBaseSettings, DeviceSettings, QuantizationSettings, MemorySettings)
+        groups = (NamedModelSettings, OtherBaseSettings, DeviceSettings, QuantizationSettings, MemorySettings)
         own = {name for group in groups for name in group.__annotations__} & options_of(self).keys()
         for name in sorted(own | {"repetition_penalty", "no_repeat_ngram", "max_context"}):
             if self.chosen(name):

@@ -81,11 +81,15 @@ class PlanTrainSettings(PlanSettings):
         min=2,
     )
 
-    FIXED: ClassVar[tuple[str, ...]] = ("dry_run", "output_dir", "resume", "force", "report_to")
+    FIXED: ClassVar[tuple[str, ...]] = (
+        "dry_run", "output_dir", "resume", "force", "report_to", "group_readable", "accept_other_base",
+    )  # fmt: skip
     output_dir: Path | None = None
     resume: Path | None = None
     force: bool = False
     report_to: tuple[str, ...] = ()
+    group_readable: bool = False
+    accept_other_base: bool = False
 
     def check(self) -> None:
         super().check()
@@ -121,7 +125,7 @@ class PlanInferSettings(PlanSettings, InferSettings):
 
     FIXED: ClassVar[tuple[str, ...]] = (
         "dry_run", "predictions_file", "resume", "overwrite", "interactive", "force", "endpoint", "endpoint_model",
-        "endpoint_key_file",
+        "endpoint_key_file", "accept_other_base",
     )  # fmt: skip
     throughput: str | None = opt(
         None,
@@ -137,6 +141,7 @@ class PlanInferSettings(PlanSettings, InferSettings):
     endpoint: str | None = None
     endpoint_model: str | None = None
     endpoint_key_file: Path | None = None
+    accept_other_base: bool = False
 
     def check(self) -> None:
         if not self.data_file:

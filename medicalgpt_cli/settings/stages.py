@@ -18,10 +18,12 @@ from medicalgpt_cli.settings.groups import (
     ExampleSettings,
     MemorySettings,
     ModelSettings,
+    NamedModelSettings,
     OptimSettings,
     OtherBaseSettings,
     OutputSettings,
     QuantizationSettings,
+    ReadingSettings,
     RewardModelSettings,
     RunSettings,
     SpeedSettings,
@@ -131,7 +133,7 @@ class PretrainSettings(CorpusSettings, SpeedSettings, TrainSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class VocabularySettings(OutputSettings, CorpusSettings, ModelSettings):
+class VocabularySettings(OutputSettings, CorpusSettings, ReadingSettings, ModelSettings):
     """Widen a model's vocabulary with the words of a corpus."""
 
     panel: ClassVar[str] = "Vocabulary"
@@ -347,6 +349,16 @@ class RlSettings(RewardModelSettings, TrainSettings):
         for name in others if self.algorithm == "grpo" else (*others, *OF_GRPO):
             if self.chosen(name):
                 raise UsageError(f"{flag_of(name)} is not for {self.algorithm}", "leave it out")
+        rules = [rule.partition(":")[0] for rule in self.reward_rule]
+        for name, needed, there in (
+            ("reward_weight", "--reward-model", self.reward_model),
+            ("length_target", "--reward-rule length", "length" in rules),
+            ("kl_horizon", "--kl-target", self.kl_target),
+        ):
+            if self.chosen(name) and not there and self.resume is None:
+                raise UsageError(
+                    f"{flag_of(name)} has no effect without {needed}", f"add {needed}, or leave it out"
+                )
         for rule in self.reward_rule:
             name, _, weight = rule.partition(":")
             if name not in RULES or not _is_number(weight or "1"):
@@ -421,7 +433,12 @@ def _is_number(text: str) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class ScoreSettings(
-    OutputSettings, RewardModelSettings, OtherBaseSettings, QuantizationSettings, MemorySettings
+    OutputSettings,
+    ReadingSettings,
+    RewardModelSettings,
+    OtherBaseSettings,
+    QuantizationSettings,
+    MemorySettings,
 ):
     """Score answers with a reward model."""
 
@@ -473,7 +490,7 @@ def _check_size(shard_size: str) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class InferSettings(OutputSettings, EndpointSettings):
+class InferSettings(OutputSettings, ReadingSettings, EndpointSettings):
     """Answer a file of questions."""
 
     panel: ClassVar[str] = "Questions"
@@ -503,6 +520,11 @@ class InferSettings(OutputSettings, EndpointSettings):
             raise UsageError("--json goes with a file of questions", "leave out --json or --interactive")
         if self.interactive and (self.data_file or self.predictions_file):
             raise UsageError("--interactive takes no files", "leave out --data-file and --predictions-file")
+        for name in ("batch_size", "resume", "overwrite"):
+            if self.interactive and self.chosen(name):
+                raise UsageError(
+                    f"{flag_of(name)} has no effect with --interactive", f"leave out {flag_of(name)}"
+                )
         if not self.interactive and not self.data_file:
             raise UsageError("--data-file is missing", "name a file of questions, or add --interactive")
         if not self.interactive and not self.predictions_file:
@@ -606,7 +628,7 @@ class ServeSettings(OutputSettings, EndpointSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class InspectDataSettings(OutputSettings, ModelSettings):
+class InspectDataSettings(OutputSettings, ReadingSettings, NamedModelSettings):
     """Look at data files: format, counts, token lengths, loss mask."""
 
     panel: ClassVar[str] = "Data"
@@ -619,6 +641,10 @@ class InspectDataSettings(OutputSettings, ModelSettings):
         super().check()
         if not self.files:
             raise UsageError("no file is named", "for example: medgpt data train.jsonl")
+        if self.template and not (self.base_model or self.lora_model or self.tokenizer_path):
+            raise UsageError(
+                "--template goes with a tokenizer", "add --base-model NAME or --tokenizer-path DIR"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -638,6 +664,11 @@ class PullSettings(OutputSettings):
         super().check()
         if not self.name and not self.list:
             raise UsageError("no model is named", "`medgpt pull --list` shows what can be pulled")
+        for name, with_list in (("name", True), ("from_file", True), ("source", True), ("source", False)):
+            if self.chosen(name) and (self.list if with_list else self.from_file is not None):
+                other = "--list" if with_list else "--from-file"
+                said = "a model's name" if name == "name" else flag_of(name)
+                raise UsageError(f"{said} has no effect beside {other}", "give one of them")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from rich.text import Text
 
     from medicalgpt_cli.engine.data.examples import Example
-    from medicalgpt_cli.engine.data.formats import Conversation
+    from medicalgpt_cli.engine.data.messages import Conversation
 
 _BAR = 40  # characters of the longest bar
 _SHOWN = 4000  # characters of an example that are shown

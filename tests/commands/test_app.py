@@ -100,6 +100,35 @@ def test_version() -> None:
         (("chat", "--base-model", "x", "--json"), "--json", "infer"),
         (("infer", "--interactive", "--json"), "--json", "--interactive"),
         (("merge-lora",), "--lora-model is missing", "adapter"),
+        # An option that would have no effect is refused.
+        (("plan", "sft", "--train-data", "x", "--accept-other-base"), "--accept-other-base", "--help"),
+        (("plan", "sft", "--train-data", "x", "--group-readable"), "--group-readable", "--help"),
+        (("plan", "infer", "--data-file", "x", "--accept-other-base"), "--accept-other-base", "--help"),
+        (("data", "x", "--dtype", "bf16"), "--dtype", "--help"),
+        (("data", "x", "--template", "chatml"), "--template", "--base-model"),
+        (("pull", "smollm2-135m", "--list"), "a model's name", "one of them"),
+        (("pull", "smollm2-135m", "--from-file", "x", "--source", "hub"), "--source", "one of them"),
+        (("infer", "--interactive", "--batch-size", "4"), "--batch-size", "leave out"),
+        (
+            ("sft", "--train-data", "x", "--eval-data", "y", "--eval-fraction", "0.1"),
+            "--eval-fraction",
+            "one",
+        ),
+        (
+            ("rl", "--train-data", "x", "--reward-rule", "length", "--reward-weight", "2"),
+            "--reward-weight",
+            "model",
+        ),
+        (
+            ("rl", "--train-data", "x", "--reward-model", "y", "--length-target", "9"),
+            "--length-target",
+            "length",
+        ),
+        (
+            ("rl", "--train-data", "x", "--reward-rule", "length", "--kl-horizon", "9"),
+            "--kl-horizon",
+            "--kl-target",
+        ),
         (("sft", "--train-data", "x", "--recipe", "absent.yaml"), "absent.yaml", "YAML"),
     ],
 )

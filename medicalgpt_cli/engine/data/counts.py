@@ -1,4 +1,4 @@
-"""What happened to the records of some files: each skipped, merged or cut one by its reason, each unused key by name."""
+"""What happened to the records of some files: each skipped, merged or cut one, and each unused key by its name."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from medicalgpt_cli.engine.data.known_keys import MEDIA, fold, has_no_meaning, is_known, meaning_of
 from medicalgpt_cli.engine.data.naming import SHARE, looks_like_a_name
+from medicalgpt_cli.engine.data.read_options import AS_FOUND, ReadOptions
 from medicalgpt_cli.errors import DataError, MedgptError
 
 Place = Literal["record", "turn", "part", "tool call"]
@@ -19,11 +20,12 @@ _LISTED = 20  # wrong records that are kept
 
 @dataclass
 class Counts:
-    """Figures of what was read, and the rules for what may stay unused."""
+    """Figures of what was read, how it is read, and the rules for what may stay unused."""
 
     strict: bool = False  # a key that is not used ends the run
     ignore: frozenset[str] = frozenset()  # keys that a person has said are not needed
     group: str | None = None  # the key that says which records belong together
+    reading: ReadOptions = AS_FOUND
 
     read: int = 0
     skipped: Counter[str] = field(default_factory=Counter)
@@ -33,9 +35,12 @@ class Counts:
     formats: dict[str, str] = field(default_factory=dict)  # file: format
     notices: list[str] = field(default_factory=list)
     places: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
-    wrong: list[MedgptError] = field(default_factory=list)  # the first of the records that contradict their format
+    wrong: list[MedgptError] = field(
+        default_factory=list
+    )  # the first of the records that contradict their format
     wrong_total: int = 0
     _unused: dict[str, Counter[tuple[Place, str]]] = field(default_factory=lambda: defaultdict(Counter))
+    _read: Counter[tuple[Place, str, bool]] = field(default_factory=Counter)
     _records: Counter[str] = field(default_factory=Counter)  # by file, of those that were read for their keys
 
     @property
@@ -62,12 +67,15 @@ class Counts:
         if kind not in known.split(" + "):
             self.formats[path] = f"{known} + {kind}"
 
-    def add_unused(self, path: str, keys: Iterable[tuple[Place, str]]) -> None:
-        """The keys of one record that nothing was made of."""
+    def add_keys(
+        self, path: str, unused: Iterable[tuple[Place, str]], read: Iterable[tuple[Place, str, bool]]
+    ) -> None:
+        """The keys of one record: the unused ones, and those that were read with whether their value is empty."""
         self._records[path] += 1
         found = self._unused[path]
-        for one in set(keys):
+        for one in set(unused):
             found[one if one in found or len(found) < _DISTINCT else (one[0], "")] += 1
+        self._read.update(set(read))
 
     def add_wrong(self, problem: MedgptError) -> None:
         """A record that contradicts its format."""
@@ -95,6 +103,18 @@ class Counts:
                 "--ignore KEY accepts one that is not needed, --columns gives one a meaning",
             )
 
+    def keys(self) -> list[dict[str, Any]]:
+        """Each key that was read: where it stands, in how many records, and in how many its value is empty."""
+        found: dict[tuple[Place, str], list[int]] = {}
+        for (place, key, is_empty), number in self._read.items():
+            name = key if is_known(key) or looks_like_a_name(key) else "other keys"
+            entry = found.setdefault((place, name), [0, 0])
+            entry[is_empty] += number
+        return [
+            {"key": key, "where": place, "records": filled, "empty": empty}
+            for (place, key), (filled, empty) in found.items()
+        ]
+
     def unused(self) -> list[dict[str, Any]]:
         """Each key that nothing was made of: its name where it may be named, where it stands, in how many records."""
         found: Counter[tuple[Place, str, str, bool]] = Counter()
@@ -113,12 +133,17 @@ class Counts:
         return sorted(rows, key=lambda one: (-one["records"], one["where"], one["key"]))
 
     def unused_lines(self) -> list[str]:
-        """The same as lines for a screen, without keys that carry nothing to be learnt."""
-        return [
-            f"{one['key']} ({one['where']}) of {one['records']:,} records is not used: {one['meaning']}"
-            for one in self.unused()
-            if one["meaning"] != _NOTHING and not one["accepted"]
-        ]
+        """The same as lines for the screen and the report: one a key, and one for all that say nothing to be learnt."""
+        lines, plain = [], []
+        for one in self.unused():
+            where = "" if one["where"] == "record" else f" (of a {one['where']})"
+            if one["meaning"] == _NOTHING:
+                plain.append(f"{one['key']}{where} {one['records']:,}")
+            else:
+                lines.append(
+                    f"{one['key']}{where} is not used in {one['records']:,} records: {one['meaning']}"
+                )
+        return [*lines, *([f"keys that say nothing to be learnt: {', '.join(plain)}"] if plain else [])]
 
     def _place(self, reason: str, at: str) -> None:
         if len(self.places[reason]) < _PLACES:
@@ -133,8 +158,9 @@ class Counts:
             "truncated": dict(self.truncated),
             "tokens_cut": self.tokens_cut,
             "formats": self.formats,
+            "keys": self.keys(),
             "unused": self.unused(),
-            "notices": self.notices,
+            "notices": [*self.notices, *self.unused_lines()],
             "places": dict(self.places),
         }
 
@@ -166,5 +192,3 @@ def meaning(key: str, accepted: bool = False) -> str:
     if has_no_meaning(key) or known == "id":
         return _NOTHING
     return "known, and not in this kind of record" if known else "not known"
-
-

@@ -19,7 +19,8 @@ from medicalgpt_cli.engine.data.answer_windows import (
     answers_of,
     first_that_fits,
 )
-from medicalgpt_cli.engine.data.formats import Conversation, Counts, Message
+from medicalgpt_cli.engine.data.counts import Counts
+from medicalgpt_cli.engine.data.messages import Conversation, Message
 from medicalgpt_cli.engine.data.reasoning import Thinking
 from medicalgpt_cli.engine.data.rendering import TemplateRefuses, check_thinking, fit_history, folds_system
 from medicalgpt_cli.engine.data.template_facts import template_facts

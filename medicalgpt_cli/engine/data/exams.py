@@ -16,7 +16,7 @@ from typing import Any
 
 from medicalgpt_cli.engine.data.fields import Fields, kind_of, text_of
 from medicalgpt_cli.engine.data.known_keys import meaning_of
-from medicalgpt_cli.engine.data.readers import read_rows
+from medicalgpt_cli.engine.data.readers import ReadOptions, read_again, read_as
 from medicalgpt_cli.errors import DataError, MedgptError
 
 _SINGLE = ("opa", "opb", "opc", "opd", "ope")
@@ -55,7 +55,9 @@ def read_exam(fields: Fields, path: str) -> Exam:
     """
     options = _options(fields)
     empty = len(options) < 2 or not all(text.strip() for text in options.values())
-    keys = {key for meaning in ("answer_idx", "cop", "answer") if (key := _key(options, fields, meaning, path))}
+    keys = {
+        key for meaning in ("answer_idx", "cop", "answer") if (key := _key(options, fields, meaning, path))
+    }
     if len(keys) > 1:
         raise DataError("its answers name different options", "keep the right one", at=fields.at)
     return Exam(options, keys.pop() if keys else (), empty)
@@ -73,10 +75,14 @@ def _options(fields: Fields) -> dict[str, str]:
     elif isinstance(value, list) and value and all(isinstance(one, dict) for one in value):
         value = {_letter_of(one, fields.at): _text_in(one, fields.at) for one in value}
     elif isinstance(value, list):
-        value = dict(zip(ascii_uppercase, value, strict=False)) if len(value) <= len(ascii_uppercase) else None
+        value = (
+            dict(zip(ascii_uppercase, value, strict=False)) if len(value) <= len(ascii_uppercase) else None
+        )
     if not isinstance(value, dict) or not value:
         raise DataError(
-            f"{name} is no list of options", '{"A": "…", "B": "…"}, a list of texts, or a line each', at=fields.at
+            f"{name} is no list of options",
+            '{"A": "…", "B": "…"}, a list of texts, or a line each',
+            at=fields.at,
         )
     # a table that holds objects gives each all letters that any of them has
     found = {str(letter).strip(): text for letter, text in value.items() if text is not None}
@@ -136,7 +142,9 @@ def _key(options: dict[str, str], fields: Fields, meaning: str, path: str) -> tu
 
 
 def _letters(value: Any, options: dict[str, str], name: str, path: str, at: str) -> list[str]:
-    problem = DataError(f"{name} is not among the options", "expected the letter, its number or its text", at=at)
+    problem = DataError(
+        f"{name} is not among the options", "expected the letter, its number or its text", at=at
+    )
     if isinstance(value, bool) or not isinstance(value, int | str):
         raise DataError(f"{name} is {kind_of(value)}", problem.hint, at=at)
     if isinstance(value, int):
@@ -146,14 +154,16 @@ def _letters(value: Any, options: dict[str, str], name: str, path: str, at: str)
         return [plain.upper()]
     same = [letter for letter, text in options.items() if text.strip() == value.strip()]
     if not same:
-        same = [letter for letter, text in options.items() if text.strip().casefold() == value.strip().casefold()]
+        same = [
+            letter for letter, text in options.items() if text.strip().casefold() == value.strip().casefold()
+        ]
     if len(same) > 1:
         raise DataError(f"{name} is the text of several options", "give its letter", at=at)
     if same:
         return same
-    if match := _LINE.match(plain):  # "A. Heart"
-        if options.get(match[1].upper(), "").strip().casefold() == match[2].casefold():
-            return [match[1].upper()]
+    match = _LINE.match(plain)  # "A. Heart"
+    if match and options.get(match[1].upper(), "").strip().casefold() == match[2].casefold():
+        return [match[1].upper()]
     letters = _BETWEEN.sub("", plain).upper()
     if letters and len(set(letters)) == len(letters) and all(letter in options for letter in letters):
         return list(letters)
@@ -172,7 +182,9 @@ def _numbered(number: int, options: dict[str, str], name: str, path: str, at: st
         )
     place = number - (first or 0)
     if not 0 <= place < len(options):
-        raise DataError(f"{name} is not among the options", "expected the letter, its number or its text", at=at)
+        raise DataError(
+            f"{name} is not among the options", "expected the letter, its number or its text", at=at
+        )
     return list(options)[place]
 
 
@@ -182,15 +194,15 @@ def _first_number(path: str, meaning: str) -> int | None:
     if not file.is_file():
         return None
     status = file.stat()
-    return _scanned(file, meaning, status.st_size, status.st_mtime_ns)
+    return _scanned(file, read_as(file), meaning, status.st_size, status.st_mtime_ns)
 
 
 @functools.lru_cache(maxsize=8)
-def _scanned(file: Path, meaning: str, _size: int, _changed: int) -> int | None:
+def _scanned(file: Path, _reading: ReadOptions, meaning: str, _size: int, _changed: int) -> int | None:
     """0 where a 0 stands there, 1 where the number of an option behind the last stands there."""
     beyond = False
     try:
-        for row in itertools.islice(read_rows(file), _SCANNED):
+        for row in itertools.islice(read_again(file), _SCANNED):
             if not isinstance(row.value, dict):
                 continue
             fields = Fields(row.value, row.at)

@@ -22,7 +22,9 @@ class Fields:
         DataError: two keys mean the same and say different things.
     """
 
-    def __init__(self, value: Mapping[str, Any], at: str, place: Place = "record", ignore: Collection[str] = ()):
+    def __init__(
+        self, value: Mapping[str, Any], at: str, place: Place = "record", ignore: Collection[str] = ()
+    ):
         self.at, self.place = at, place
         self._value = value
         self._keys: dict[str, str] = {}  # meaning: key
@@ -67,7 +69,9 @@ class Fields:
         if value is None or value == "":
             return None
         if not isinstance(value, str | int | float):
-            raise DataError(f"the value of --group is {kind_of(value)}, not a name", "a patient's number, say", at=self.at)
+            raise DataError(
+                f"the value of --group is {kind_of(value)}, not a name", "a patient's number, say", at=self.at
+            )
         return str(value)
 
     def __contains__(self, meaning: str) -> bool:
@@ -99,6 +103,11 @@ class Fields:
     def left(self) -> list[tuple[Place, str]]:
         """The keys that were not used, with the place where they stand."""
         return [(self.place, str(key)) for key in self._value if key not in self._used]
+
+    @property
+    def read(self) -> list[tuple[Place, str, bool]]:
+        """The keys that were used, with the place where they stand and whether their value was empty."""
+        return [(self.place, key, self._value[key] in _EMPTY) for key in self._value if key in self._used]
 
     # -- values of a kind --------------------------------------------------------------------------------------
 
@@ -158,7 +167,17 @@ class Fields:
         return float(value)
 
 
-_TRUTH = {"true": True, "false": False, "1": True, "0": False, "yes": True, "no": False, "1.0": True, "0.0": False}
+_EMPTY: tuple[Any, ...] = (None, "", [], {})
+_TRUTH = {
+    "true": True,
+    "false": False,
+    "1": True,
+    "0": False,
+    "yes": True,
+    "no": False,
+    "1.0": True,
+    "0.0": False,
+}
 _TRUTH |= {"是": True, "否": False, "好": True, "差": False}
 
 

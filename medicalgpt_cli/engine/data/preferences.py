@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from medicalgpt_cli.engine.data.counts import Counts
+from medicalgpt_cli.engine.data.fields import Fields
 from medicalgpt_cli.engine.data.formats import join_same_role, read_all, why_nothing
 from medicalgpt_cli.engine.data.messages import Message
 from medicalgpt_cli.engine.data.naming import keys_found
@@ -62,9 +63,12 @@ def _pairs_of(row: Row, counts: Counts, margin_column: str | None) -> list[Pair]
     if record is None:
         return []
     if not record.answers:
-        keys = keys_found(row.value if isinstance(row.value, dict) else {}, at)
+        value = row.value if isinstance(row.value, dict) else {}
+        without = "chosen" in Fields(value, at)
         raise DataError(
-            f"no preference pair; keys found: {keys}",
+            "a preference pair without rejected"
+            if without
+            else f"no preference pair; keys found: {keys_found(value, at)}",
             "expected: conversations, prompt or question, with chosen and rejected",
             at=at,
         )

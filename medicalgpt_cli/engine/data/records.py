@@ -25,7 +25,9 @@ from medicalgpt_cli.settings.fields import did_you_mean
 
 QUESTIONS = ("instruction", "prompt", "question", "query", "input", "context")  # joined in this order
 ANSWERS = ("output", "response", "answer", "completion")
-EXPECTED = "messages, conversations, instruction + output, question + answer, prompt, text, or chosen + rejected"
+EXPECTED = (
+    "messages, conversations, instruction + output, question + answer, prompt, text, or chosen + rejected"
+)
 _COMPARED = 8  # keys of a record that are compared with known ones
 
 
@@ -62,7 +64,9 @@ def kind_of_record(value: Any, at: str) -> str:
 
 def _fields(value: Any, at: str, counts: Counts | None = None) -> Fields:
     if not isinstance(value, dict):
-        raise DataError(f"a record has to be an object, this is {kind_of(value)}", f"expected keys: {EXPECTED}", at=at)
+        raise DataError(
+            f"a record has to be an object, this is {kind_of(value)}", f"expected keys: {EXPECTED}", at=at
+        )
     return Fields(value, at, ignore=counts.ignore if counts else ())
 
 
@@ -116,7 +120,7 @@ def read_record(row: Row, counts: Counts, *, used: Collection[str] = ()) -> Reco
         counts.add_skip(str(reason), row.at)
         return None
     left = [one for one in fields.left if one[1] not in used]
-    counts.add_unused(row.path, [*left, *reading.left])
+    counts.add_keys(row.path, [*left, *reading.left], [*fields.read, *reading.read])
     return record
 
 
@@ -127,6 +131,7 @@ class _Reading:
         self.fields, self.at, self.counts = fields, row.at, counts
         self.source = row.path
         self.left: list[tuple[Place, str]] = []
+        self.read: list[tuple[Place, str, bool]] = []
 
     def record(self, kind: str) -> Record:
         fields = self.fields
@@ -170,11 +175,14 @@ class _Reading:
             messages = [*self._history(), _message("user", self._question()), *([answer] if answer else [])]
         return self._with_system(messages)
 
-    def prompt(self) -> list[Message]:
+    def _prompt(self) -> list[Message]:
         """What the answers of a comparison answer."""
         kind = "messages" if "messages" in self.fields else "sharegpt"
         if "messages" in self.fields or "conversations" in self.fields:
-            messages = [*self._history(), *self._turns_of("messages" if kind == "messages" else "conversations")]
+            messages = [
+                *self._history(),
+                *self._turns_of("messages" if kind == "messages" else "conversations"),
+            ]
         elif isinstance(self.fields.peek("prompt"), list):
             messages = [*self._history(), *self._turns_of("prompt")]
         elif any(one in self.fields for one in QUESTIONS):
@@ -190,6 +198,7 @@ class _Reading:
     def _turns(self, turns: Any, name: str) -> list[Message]:
         read = Turns(turns, name, self.at, self.counts.ignore)
         self.left += read.left
+        self.read += read.read
         return read.messages
 
     def _history(self) -> list[Message]:
@@ -238,7 +247,10 @@ class _Reading:
         fields, found = self.fields, {}
         if "answers" in fields and "questions" in fields:
             listed = fields.listed("answers")
-            texts = [text_of(one, "an answer", self.at) for one in (listed if isinstance(listed, list) else [listed])]
+            texts = [
+                text_of(one, "an answer", self.at)
+                for one in (listed if isinstance(listed, list) else [listed])
+            ]
             if len(texts) > 1:
                 self.counts.add_merge("the first of several answers is taken", self.at)
             found["answers"] = texts[0] if texts else None
@@ -287,7 +299,7 @@ class _Reading:
         prompts = [prompt for prompt, _ in sides if prompt]
         chosen = sides[0][1]
         if self._has_prompt():
-            asked = self.prompt_of_pair(prompts, chosen)
+            asked = self._prompt_of_pair(prompts, chosen)
             prompts.append(asked)
         if not prompts:
             raise DataError(*_unknown_keys(self.fields.value, self.at), at=self.at)
@@ -304,8 +316,8 @@ class _Reading:
     def _has_prompt(self) -> bool:
         return any(one in self.fields for one in ("messages", "conversations", *QUESTIONS))
 
-    def prompt_of_pair(self, prompts: list[list[Message]], chosen: str) -> list[Message]:
-        """The record's own prompt. `messages` may say again what the prompt and the chosen answer say (UltraFeedback)."""
+    def _prompt_of_pair(self, prompts: list[list[Message]], chosen: str) -> list[Message]:
+        """The record's own prompt. `messages` may repeat the prompt and the chosen answer (UltraFeedback)."""
         fields = self.fields
         if "messages" in fields and (prompts or any(one in fields for one in QUESTIONS)):
             turns = self._turns_of("messages")
@@ -315,7 +327,11 @@ class _Reading:
                 if any(one in fields for one in QUESTIONS):  # the prompt stands there as well
                     text = self._question() if not isinstance(fields.peek("prompt"), list) else None
                     users = [one["content"] for one in plain if one["role"] == "user"]
-                    if text is not None and users and text.strip() not in (users[0].strip(), users[-1].strip()):
+                    if (
+                        text is not None
+                        and users
+                        and text.strip() not in (users[0].strip(), users[-1].strip())
+                    ):
                         raise DataError("prompt and messages differ", "both say what is answered", at=self.at)
                     fields.take("prompt")
                 return self._with_system(plain)
@@ -326,7 +342,7 @@ class _Reading:
                 "both answers stand behind the same turns",
                 at=self.at,
             )
-        asked = self.prompt()
+        asked = self._prompt()
         if prompts and len(asked) == 1 and asked[0]["role"] == "user" and _said(asked) != _said(prompts[0]):
             # a conversation of several turns, whose first or last question stands beside it
             users = [one["content"].strip() for one in prompts[0] if one["role"] == "user"]
@@ -344,7 +360,9 @@ class _Reading:
         turns = self._turns(listed, name)
         last = turns[-1]
         if last["role"] != "assistant":
-            raise DataError(f"{name} does not end with an answer", "its last turn is the assistant's", at=self.at)
+            raise DataError(
+                f"{name} does not end with an answer", "its last turn is the assistant's", at=self.at
+            )
         if last.get("tool_calls"):
             raise DataError(f"{name} calls a tool", "answers that are compared are texts", at=self.at)
         if last.get("reasoning"):
@@ -354,7 +372,7 @@ class _Reading:
     def _ranking(self, base: Record) -> Record:
         """Several answers with scores or ranks, or in the order of their worth."""
         answers, ranks = _ranked(self.fields, self.at)
-        messages = self.prompt()
+        messages = self._prompt()
         if not messages:
             raise DataError(*_unknown_keys(self.fields.value, self.at), at=self.at)
         order = sorted(range(len(answers)), key=lambda place: ranks[place])
@@ -379,9 +397,7 @@ class _Reading:
             why = self.fields.text("explanation")
             answer = f"{answer}\n{why}" if why and why.strip() else answer
             messages.append(_spoken(answer, self.fields.text("reasoning")))
-        return replace(
-            base, messages=tuple(self._with_system(messages)), options=exam.options, key=exam.key
-        )
+        return replace(base, messages=tuple(self._with_system(messages)), options=exam.options, key=exam.key)
 
 
 def _candidates(fields: Fields) -> Any:

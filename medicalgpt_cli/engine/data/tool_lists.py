@@ -9,7 +9,6 @@ from medicalgpt_cli.engine.data.fields import Fields, kind_of, text_of
 from medicalgpt_cli.errors import DataError
 
 _SHAPE = '[{"type": "function", "function": {"name": …, "description": …, "parameters": {…}}}]'
-_KNOWN = {"type", "function", "name", "description", "parameters", "input_schema", "strict"}
 
 
 def read_tools(fields: Fields, left: list[tuple[Place, str]]) -> tuple[dict[str, Any], ...]:
@@ -46,7 +45,15 @@ def tools_of(
             {"name": text_of(inner["name"], "name", at), "description": described, "parameters": parameters}
         )
         if left is not None:
-            left += [("tool call", str(key)) for key in {**tool, **inner} if key not in _KNOWN]
+            used = {
+                "function",
+                "name",
+                "description",
+                "parameters" if "parameters" in inner else "input_schema",
+            }
+            used |= {"type"} if tool.get("type") == "function" else set()
+            keys = [*tool, *(inner if inner is not tool else ())]
+            left += [("tool call", str(key)) for key in keys if key not in used]
     if len({one["name"] for one in found}) < len(found):
         raise DataError(f"two functions of {name} have one name", "names of functions have to differ", at=at)
     return tuple(found)

@@ -50,6 +50,7 @@ class Turns:
     def __init__(self, turns: Any, name: str, at: str, ignore: Collection[str] = ()):
         self.at, self.ignore = at, ignore
         self.left: list[tuple[Place, str]] = []
+        self.read: list[tuple[Place, str, bool]] = []
         if not isinstance(turns, list | tuple):
             raise DataError(f"{name} is {kind_of(turns)}, not a list of turns", _SHAPE, at=at)
         self.messages: list[Message] = [self._turn(turn, number) for number, turn in enumerate(turns, 1)]
@@ -62,7 +63,9 @@ class Turns:
         calls = self._calls(fields, number)
         if said is None or not ("content" in fields or "text" in fields or calls):
             missing = "role" if said is None else "content"
-            raise DataError(f"turn {number} has no {missing}", f"keys found: {keys_found(turn, self.at)}", at=self.at)
+            raise DataError(
+                f"turn {number} has no {missing}", f"keys found: {keys_found(turn, self.at)}", at=self.at
+            )
         role = self._role(said, number)
         text, reasoning = self._content(fields, number)
         if isinstance(said, str) and said.casefold() in _CALLS and not calls:
@@ -71,7 +74,9 @@ class Turns:
         if role == "assistant":
             self._of_an_answer(message, fields, reasoning, calls, number)
         elif calls:
-            raise DataError(f"turn {number} calls a tool, and is not the assistant's", "check its role", at=self.at)
+            raise DataError(
+                f"turn {number} calls a tool, and is not the assistant's", "check its role", at=self.at
+            )
         if role == "tool":
             for key in ("name", "tool_call_id"):
                 if fields.take(key) is not None:
@@ -79,6 +84,7 @@ class Turns:
         if role != "assistant" and fields.peek("weight") in (0, False):
             fields.take("weight")  # there is no loss on it
         self.left += fields.left
+        self.read += fields.read
         return message
 
     def _of_an_answer(
@@ -122,7 +128,9 @@ class Turns:
         if isinstance(content, str):
             return text_of(content, f"turn {number}", self.at), ""
         if not isinstance(content, list):
-            raise DataError(f"turn {number} is {kind_of(content)}, not text", "mend or remove this record", at=self.at)
+            raise DataError(
+                f"turn {number} is {kind_of(content)}, not text", "mend or remove this record", at=self.at
+            )
         texts, reasoning = [], []
         for place, part in enumerate(content, 1):
             kind, text = self._part(part, number, place)
@@ -139,13 +147,16 @@ class Turns:
             raise NotUsable(media_reason(_MEDIA_PARTS[kind]))
         if kind not in (*_TEXT_PARTS, *_REASONING_PARTS):
             named = role_name(kind, self.at) if isinstance(kind, str) else None
-            raise DataError(f"{where} is of {f'the type {named}' if named else 'an unknown type'}", _PART, at=self.at)
+            raise DataError(
+                f"{where} is of {f'the type {named}' if named else 'an unknown type'}", _PART, at=self.at
+            )
         meanings = [*(["reasoning"] if kind in _REASONING_PARTS else []), "text", "content"]
         meaning = next((one for one in meanings if one in fields), None)
         if meaning is None:
             raise DataError(f"{where} has no text", _PART, at=self.at)
         text = fields.text(meaning) or ""
         self.left += fields.left
+        self.read += fields.read
         return kind, text
 
     # -- calls ---------------------------------------------------------------------------------------------
@@ -161,7 +172,9 @@ class Turns:
         try:
             value = parse_json(text)
         except DataError:
-            raise DataError(f"turn {number} is a call of a tool, and its text is no JSON", _CALL, at=self.at) from None
+            raise DataError(
+                f"turn {number} is a call of a tool, and its text is no JSON", _CALL, at=self.at
+            ) from None
         return [self._call(call, number) for call in (value if isinstance(value, list) else [value])]
 
     def _call(self, call: Any, number: int) -> ToolCall:
@@ -179,12 +192,20 @@ class Turns:
                 what = f"the arguments of a call of turn {number}: {problem.message}"
                 raise DataError(what, problem.hint, at=self.at) from None
         if not isinstance(name, str) or not name or not isinstance(arguments, dict | None):
-            raise DataError(f"a call of turn {number} has no name with an object of arguments", _CALL, at=self.at)
+            raise DataError(
+                f"a call of turn {number} has no name with an object of arguments", _CALL, at=self.at
+            )
         found: ToolCall = {"name": text_of(name, "name", self.at), "arguments": arguments or {}}
+        used = {"function", "name", "arguments" if "arguments" in inner else "parameters"}
+        used |= {"type"} if call.get("type") == "function" else set()
         if isinstance(call.get("id"), str):
             found["id"] = call["id"]
-        known = {"id", "function", "name", "arguments", "parameters"} | ({"type"} if "function" in call else set())
-        self.left += [("tool call", str(key)) for key in {**call, **inner} if key not in known]
+            used.add("id")
+        self.left += [
+            ("tool call", str(key))
+            for key in [*call, *(inner if inner is not call else ())]
+            if key not in used
+        ]
         return found
 
 

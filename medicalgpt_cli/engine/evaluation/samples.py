@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from medicalgpt_cli.engine.data.formats import Conversation
+from medicalgpt_cli.engine.data.messages import Conversation
 from medicalgpt_cli.engine.data.rendering import encode_prompt
 from medicalgpt_cli.engine.generation.local import LocalBackend
 from medicalgpt_cli.engine.observer import Observer

@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 
 import httpx
 
-from medicalgpt_cli.engine.data.formats import Message
+from medicalgpt_cli.engine.data.messages import Message
 from medicalgpt_cli.engine.generation.decoding import Answer
 from medicalgpt_cli.engine.observer import Observer
 from medicalgpt_cli.errors import EnvironmentFailure, MedgptError, UsageError

@@ -19,7 +19,7 @@ from medicalgpt_cli.engine.generation.endpoint import EndpointBackend, RemotePro
 from medicalgpt_cli.engine.generation.helpers import Helpers, even_batch_size, help_out
 from medicalgpt_cli.engine.generation.local import LocalBackend, load_to_answer
 from medicalgpt_cli.engine.generation.predictions import PredictionFile, StandardOutput
-from medicalgpt_cli.engine.generation.questions import Question, read_questions
+from medicalgpt_cli.engine.generation.questions import Question, counts_of_questions, read_questions
 from medicalgpt_cli.engine.model.base_record import describe
 from medicalgpt_cli.engine.model.loading import load_tokenizer
 from medicalgpt_cli.engine.model.quantization import check_quantization
@@ -42,7 +42,10 @@ def run_infer(settings: InferSettings, observer: Observer) -> dict[str, Any]:
         DataError, UsageError: the questions or settings are wrong, or the predictions file exists.
     """
     check_connection()
-    questions = read_questions(settings.data_file)
+    counts = counts_of_questions(settings)
+    questions = read_questions(settings.data_file, counts)
+    for notice in counts.notices:
+        observer.on_notice(notice)
     model = (_RemoteModel if settings.endpoint else LocalModel)(settings, observer)
     prompts = [model.prompt(question) for question in questions]
     output = _output(settings, questions, model.identity())

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from medicalgpt_cli.engine.data.formats import Message
+from medicalgpt_cli.engine.data.messages import Message
 from medicalgpt_cli.engine.data.rendering import (
     encode_prompt,
     encode_raw,

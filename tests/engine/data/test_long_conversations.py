@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 
 from medicalgpt_cli.engine.data import control_tokens, rendering
 from medicalgpt_cli.engine.data.answer_windows import first_that_fits
+from medicalgpt_cli.engine.data.counts import Counts
 from medicalgpt_cli.engine.data.examples import IGNORED, render_answer, render_conversation, uncut_lengths
-from medicalgpt_cli.engine.data.formats import Conversation, Counts
+from medicalgpt_cli.engine.data.messages import Conversation
 from medicalgpt_cli.errors import UsageError
 from tests.engine.data import turn_by_turn
 from tests.engine.data.turn_by_turn import render_turn_by_turn

@@ -11,8 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from medicalgpt_cli.engine.data import rendering
+from medicalgpt_cli.engine.data.counts import Counts
 from medicalgpt_cli.engine.data.examples import IGNORED, render_conversation
-from medicalgpt_cli.engine.data.formats import Conversation, Counts, load_conversations
+from medicalgpt_cli.engine.data.formats import load_conversations
+from medicalgpt_cli.engine.data.messages import Conversation
 from medicalgpt_cli.engine.data.rendering import (
     encode_prompt,
     encode_raw,

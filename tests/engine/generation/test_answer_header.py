@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from medicalgpt_cli.engine.data.formats import Conversation
+from medicalgpt_cli.engine.data.messages import Conversation
 from medicalgpt_cli.engine.data.prompts import Prompt
 from medicalgpt_cli.engine.data.rendering import encode_prompt, stop_token_ids
 from medicalgpt_cli.engine.evaluation.samples import answer_questions

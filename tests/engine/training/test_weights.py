@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from medicalgpt_cli.engine.data.counts import Counts
 from medicalgpt_cli.engine.data.examples import IGNORED, Example, render_conversation
-from medicalgpt_cli.engine.data.formats import Conversation, Counts
+from medicalgpt_cli.engine.data.messages import Conversation
 from medicalgpt_cli.engine.training.batches import end_to_end, padded
 from medicalgpt_cli.engine.training.losses import target_loss
 from tests.cli import medgpt
