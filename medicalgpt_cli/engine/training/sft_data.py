@@ -50,7 +50,7 @@ def load_sft_data(settings: SftSettings, tokenizer: PreTrainedTokenizerBase, obs
     check_weights(sources)
     reader = _Reader(
         reading_options(settings, [*(one.name for one in sources), *settings.eval_data]),
-        Rendering(tokenizer, settings.max_length),
+        Rendering(tokenizer, settings.max_length, settings.thinking),
         observer,
     )
     notices: list[str] = []
