@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +13,7 @@ from medicalgpt_cli.engine.data.examples import IGNORED, Example, render_convers
 from medicalgpt_cli.engine.data.formats import first_format, load_conversations, load_prompts, load_texts
 from medicalgpt_cli.engine.data.messages import Conversation
 from medicalgpt_cli.engine.data.read_options import AS_FOUND, ReadOptions
+from medicalgpt_cli.engine.data.reasoning import Thinking
 from medicalgpt_cli.engine.data.rendering import encode_prompt, encode_raw
 from medicalgpt_cli.engine.observer import Observer
 
@@ -22,17 +22,56 @@ def describe(
     examples: Sequence[Example], counts: Counts, tokenizer: PreTrainedTokenizerBase, max_length: int
 ) -> dict[str, Any]:
     """Counts by reason, formats, and lengths in tokens with their percentiles and a histogram."""
-    lengths = sorted(len(example.input_ids) for example in examples)
+    lengths = [len(example.input_ids) for example in examples]
     targets = sum(label != IGNORED for example in examples for label in example.labels[1:])
+    return {**counts.as_dict(), **figures(lengths, targets, max_length)}
+
+
+def figures(lengths: Iterable[int], targets: int, max_length: int) -> dict[str, Any]:
+    """What the lengths of examples say."""
+    ordered = sorted(lengths)
     return {
-        **counts.as_dict(),
-        "examples": len(examples),
-        "tokens": sum(lengths),
+        "examples": len(ordered),
+        "tokens": sum(ordered),
         "target_tokens": targets,
         "max_length": max_length,
-        "lengths": percentiles(lengths),
-        "histogram": histogram(lengths),
+        "lengths": percentiles(ordered),
+        "histogram": histogram(ordered),
     }
+
+
+_ADDED = ("skipped", "merged", "truncated")  # counts by reason
+_PLACES = 5  # that are kept of each reason
+
+
+def merged_counts(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The counts of several sources (`Counts.as_dict`) as one."""
+    found: dict[str, Any] = {
+        "read": 0,
+        "used": 0,
+        "tokens_cut": 0,
+        "formats": {},
+        "notices": [],
+        "places": {},
+    }
+    found |= {name: {} for name in _ADDED}
+    unused: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for part in parts:
+        for name in ("read", "used", "tokens_cut"):
+            found[name] += part.get(name, 0)
+        for name in _ADDED:
+            for reason, number in part.get(name, {}).items():
+                found[name][reason] = found[name].get(reason, 0) + number
+        found["formats"] |= part["formats"]
+        found["notices"] += part["notices"]
+        for reason, places in part["places"].items():
+            found["places"][reason] = [*found["places"].get(reason, []), *places][:_PLACES]
+        for one in part.get("unused", []):
+            key = (one["key"], one["where"], one["meaning"], one["accepted"])
+            before = unused.get(key, {"records": 0})["records"]
+            unused[key] = {**one, "records": before + one["records"]}
+    found["unused"] = sorted(unused.values(), key=lambda one: (-one["records"], one["where"], one["key"]))
+    return found
 
 
 @dataclass(frozen=True)
@@ -51,6 +90,7 @@ def inspect(
     observer: Observer,
     *,
     reading: ReadOptions = AS_FOUND,
+    thinking: Thinking = "auto",
 ) -> Inspection:
     """Read files of any format and measure them, in tokens or (without a tokenizer) in characters.
 
@@ -66,15 +106,17 @@ def inspect(
         lengths = [len(encode_raw(tokenizer, text) if tokenizer else text) for text in texts]
     elif kind in ("prompt", "mcq"):
         conversations = load_prompts(sources, counts, observer)
-        lengths = [_prompt_length(one, tokenizer) for one in conversations]
+        lengths = [_prompt_length(one, tokenizer, thinking) for one in conversations]
     else:
         conversations = load_conversations(sources, counts, observer)
         if tokenizer is None:
-            lengths = [_prompt_length(one, None) for one in conversations]
+            lengths = [_prompt_length(one, None, thinking) for one in conversations]
         else:
-            lengths = [length for c in conversations for length in uncut_lengths(tokenizer, c)]
+            lengths = [length for c in conversations for length in uncut_lengths(tokenizer, c, thinking)]
             examples = [
-                one for c in conversations for one in render_conversation(tokenizer, c, max_length, counts)
+                one
+                for c in conversations
+                for one in render_conversation(tokenizer, c, max_length, counts, thinking)
             ]
     if tokenizer is not None:
         report = describe(examples, counts, tokenizer, max_length)
@@ -91,10 +133,12 @@ def inspect(
     return Inspection(report, conversations, examples)
 
 
-def _prompt_length(conversation: Conversation, tokenizer: PreTrainedTokenizerBase | None) -> int:
+def _prompt_length(
+    conversation: Conversation, tokenizer: PreTrainedTokenizerBase | None, thinking: Thinking
+) -> int:
     if tokenizer is None:
         return sum(len(one["content"]) for one in conversation.messages)
-    return len(encode_prompt(tokenizer, conversation.messages))
+    return len(encode_prompt(tokenizer, conversation.messages, conversation.tools, thinking))
 
 
 def percentiles(lengths: Sequence[int]) -> dict[str, int]:
@@ -120,11 +164,3 @@ def histogram(lengths: Sequence[int], bins: int = 12) -> list[dict[str, int]]:
     while bars and bars[-1]["count"] == 0:
         bars.pop()
     return bars
-
-
-def fingerprint(examples: Sequence[Example]) -> str:
-    """SHA-256 over token ids and labels in order: the same data, rendered the same way."""
-    digest = hashlib.sha256()
-    for example in examples:
-        digest.update(repr((example.input_ids, example.labels)).encode())
-    return digest.hexdigest()
