@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from medicalgpt_cli.engine.data.encodings import check_encoding
-from medicalgpt_cli.engine.data.known_keys import KEYS
+from medicalgpt_cli.engine.data.known_keys import SPELLINGS, meaning_of
 from medicalgpt_cli.engine.data.naming import key_name
 from medicalgpt_cli.engine.data.read_options import AS_FOUND, ReadOptions
 from medicalgpt_cli.engine.data.readers import (
@@ -75,9 +75,9 @@ def parse_columns(texts: Sequence[str]) -> tuple[tuple[str, str], ...]:
                 raise UsageError(
                     f"--columns {part}: no key=column", "for example question=患者问题,answer=医生回答"
                 )
-            if key not in KEYS:
-                near = did_you_mean(key, KEYS)
-                swapped = column in KEYS
+            if meaning_of(key) is None:
+                near = did_you_mean(key, (one for some in SPELLINGS.values() for one in some))
+                swapped = meaning_of(column) is not None
                 raise UsageError(
                     f"--columns {part}: {key} is no key that records are read by",
                     f"did you mean {near}?" if near
