@@ -293,4 +293,4 @@ def _nearest(path: Path) -> str:
         return f"did you mean {near}?"
     folder = path.parent if path.parent.is_dir() else None
     near = did_you_mean(path.name, [file.name for file in folder.iterdir()]) if folder else None
-    return f"did you mean {folder / near}?" if near else "check the path"
+    return f"did you mean {folder / near}?" if folder and near else "check the path"

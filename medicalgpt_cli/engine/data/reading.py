@@ -62,15 +62,17 @@ def reading_options(asked: _Asked, sources: Sequence[str]) -> ReadOptions:
 
 
 def parse_columns(texts: Sequence[str]) -> tuple[tuple[str, str], ...]:
-    """`question=患者问题,answer=医生回答` as (key, column) pairs. A column's name may have commas.
+    """`question=患者问题,answer=医生回答` as (key, column) pairs. Full-width signs do, too.
+
+    A column's name may have commas.
 
     Raises:
         UsageError: no such pair, an unknown key, or a key or column that is named twice.
     """
     found: list[tuple[str, str]] = []
     for text in texts:
-        for part in re.split(r",(?=\s*\w+\s*=)", text):
-            key, equals, column = (one.strip() for one in part.partition("="))
+        for part in re.split(r"[,，](?=\s*\w+\s*[=＝])", text):
+            key, equals, column = (one.strip() for one in part.replace("＝", "=", 1).partition("="))
             if not (key and equals and column):
                 raise UsageError(
                     f"--columns {part}: no key=column", "for example question=患者问题,answer=医生回答"

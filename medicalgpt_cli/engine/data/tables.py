@@ -227,11 +227,13 @@ class _Workbook(contextlib.AbstractContextManager["_Workbook"]):
         self.child = bounded.start(
             Path(workbook_child.__file__), [str(path), *([sheet] if sheet else [])], memory=self.memory
         )
+        assert self.child.stdout is not None
+        self.lines: IO[bytes] = self.child.stdout
         self.about: dict[str, Any] = {}
 
     def __enter__(self) -> _Workbook:
         try:
-            line = self.child.stdout.readline()
+            line = self.lines.readline()
             if not line:
                 self._refuse(self.child.wait())
             self.about = json.loads(line)
@@ -249,7 +251,7 @@ class _Workbook(contextlib.AbstractContextManager["_Workbook"]):
     def rows(self) -> Iterator[Record]:
         wide = {row for first, last in self.about["wide"] for row in range(first, last + 1)}
         size = 0
-        for line in self.child.stdout:
+        for line in self.lines:
             size += len(line)
             if size > max(limits.CHILD_UNPACKED, limits.CHILD_RATIO * self.packed):
                 raise UnsafeRefused(
