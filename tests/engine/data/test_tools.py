@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from medicalgpt_cli.engine.data import answer_windows
+from medicalgpt_cli.engine.data.counts import Counts
 from medicalgpt_cli.engine.data.examples import IGNORED, render_answer, render_conversation
-from medicalgpt_cli.engine.data.formats import Conversation, Counts
+from medicalgpt_cli.engine.data.messages import Conversation
 from medicalgpt_cli.engine.data.preferences import prompt_hash
 from medicalgpt_cli.engine.data.rendering import encode_prompt, encode_rendered, render_text, stop_token_ids
 from medicalgpt_cli.engine.data.template_facts import TEMPLATE_ERRORS, template_facts
