@@ -58,7 +58,8 @@ class AnswerRenderer:
         reasoning = [one for one in answers if reasoning_of(one)]
         said = {
             "tools written in a plain form: the template has no place for them": (
-                (bool(calls) and facts.tools.way is None) or (bool(self.tools) and not facts.tools.lists)
+                (facts.tools.way is None and (bool(calls) or any(one["role"] == "tool" for one in messages)))
+                or (bool(self.tools) and not facts.tools.lists)
             ),
             "text in front of a tool call left out: the template has no place for it": (
                 not facts.tools.beside and any(one["content"].strip() for one in calls)
