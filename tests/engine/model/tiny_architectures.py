@@ -64,6 +64,7 @@ _HINTS: dict[str, dict[str, Any]] = {
     "dots3_note_text": {"num_key_value_heads": HEADS},
     "gpt_neo": {"num_layers": 2, "attention_types": [[["global", "local"], 1]], "attention_layers": None},
     "dots1": {"n_shared_experts": 1, "n_group": 1, "topk_group": 1},
+    "hunyuan_v1_moe": {"num_experts": 4, "moe_topk": 2},
     "mamba2": {"num_heads": 8},
     "nemotron": {"num_key_value_heads": 2},
     "qwen4_exp_text": {
@@ -143,6 +144,8 @@ def _small(config: Any, vocabulary: int, end: int) -> dict[str, Any]:
             found["head_dim"] = 8
     if given.get("use_sliding_window") is False:
         found["use_sliding_window"] = True
+        if found.get("sliding_window") == 0:  # which is how some say that there is none
+            found["sliding_window"] = WINDOW
     if "max_window_layers" in given:
         found["max_window_layers"] = LAYERS // 2
     if "sliding_window" in given and set(found.get("layer_types", [])) == {"full_attention"}:
