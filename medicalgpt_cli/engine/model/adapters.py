@@ -163,7 +163,10 @@ def target_layers(model: Any, named: tuple[str, ...]) -> Targets:
         wanted = beside_experts(model, linear)
     refused = {_own(name) for name in wanted if _is_refused(model, name)}
     kept = [name for name in wanted if _own(name) not in refused]
-    out = unreached(model, kept)
+    renamed = _renamed(model, kept)
+    refused |= {_own(name) for name in renamed}
+    kept = [name for name in kept if name not in renamed]
+    out = unreached(model) & set(kept)
     kept = [name for name in kept if name not in out]
     if not kept:
         raise _nothing_left(model, linear)
@@ -173,6 +176,21 @@ def target_layers(model: Any, named: tuple[str, ...]) -> Targets:
     return Targets(
         _as_peft_takes(model, kept), tuple(sorted(refused)), beside, tuple(places(out, [*kept, *out]))
     )
+
+
+def _renamed(model: Any, layers: Sequence[str]) -> set[str]:
+    """Those of `layers` whose adapter PEFT would not find again in its own file.
+
+    It renames what it reads as the library renames an older file's weights, also where the names are the new ones
+    (the convolutions of Inkling 2), and leaves such layers without the adapter that was saved.
+    """
+    from peft import LoraConfig
+    from peft.utils.transformers_weight_conversion import convert_peft_adapter_state_dict_for_transformers
+
+    keys = {name: f"base_model.model.{name}.lora_A.weight" for name in layers}
+    weights = {key: torch.zeros(1, 1) for key in keys.values()}
+    found = convert_peft_adapter_state_dict_for_transformers(model, LoraConfig(), weights)
+    return {name for name, key in keys.items() if key not in found}
 
 
 def _nothing_left(model: Any, linear: Sequence[str]) -> UsageError:
@@ -216,14 +234,14 @@ def _named(model: Any, linear: Sequence[str], named: tuple[str, ...]) -> Targets
                 f"--target-modules {name}: no text passes this layer, so it would learn nothing",
                 f"this model has: {', '.join(known)}",
             )
-        if any(_is_refused(model, path) for path in meant):
+        if any(_is_refused(model, path) for path in meant) or _renamed(model, meant):
             rest = sorted({_own(path) for path in linear if not _is_refused(model, path)})
             raise UsageError(
                 f"--target-modules {name}: this layer of {model.config.model_type} cannot have LoRA",
                 f"leave it out, or take: {', '.join(rest)}",
             )
         found += [path for path in meant if path in passed]
-    out = unreached(model, found)
+    out = unreached(model) & set(found)
     said = tuple(places(out, found))
     kept = [path for path in found if path not in out]
     if not kept:

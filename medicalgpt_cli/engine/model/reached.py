@@ -13,30 +13,39 @@ from contextlib import ExitStack
 from typing import Any
 
 import torch
+from transformers.pytorch_utils import Conv1D
 
+from medicalgpt_cli.engine.model.parts import text_modules
 from medicalgpt_cli.engine.model.score_head import HEAD
 from medicalgpt_cli.engine.model.spread import is_spread
 
 _SHORT, _LONG = 16, 512  # tokens; the long text is read where the short one leaves something out
 
 
-def unreached(model: Any, layers: Sequence[str]) -> frozenset[str]:
-    """Those of `layers` (names of modules) that no gradient of a text's loss reaches.
+def unreached(model: Any) -> frozenset[str]:
+    """The names of the linear layers that no gradient of a text's loss reaches.
 
     Experts are never among them: which of them a text reaches is the text's doing. The answer is empty where processes
     share the weights, and where the model cannot be asked in this way.
     """
-    known = vars(model).setdefault("_medgpt_unreached", {})
-    asked = tuple(name for name in layers if "expert" not in name)
-    if asked not in known:
-        left = frozenset() if is_spread(model) else _left_out(model, asked, _SHORT)
-        known[asked] = _left_out(model, sorted(left), _LONG) if left else left
-    return known[asked]
+    if "_medgpt_unreached" not in vars(model):
+        layers = [
+            name
+            for name, module in text_modules(model)
+            if isinstance(module, torch.nn.Linear | Conv1D) and "expert" not in name
+        ]
+        left = frozenset() if is_spread(model) else _left_out(model, layers, _SHORT)
+        if len(left) == len(layers):  # Reformer computes its layers out of autograd's sight
+            left = frozenset()
+        model._medgpt_unreached = _left_out(model, sorted(left), _LONG) if left else left
+    return model._medgpt_unreached
 
 
 def _left_out(model: Any, layers: Sequence[str], length: int) -> frozenset[str]:
     table = model.get_input_embeddings()
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or length
+    limit = (
+        max(getattr(model.config.get_text_config(), "max_position_embeddings", None) or 0, 0) or 2 * length
+    )
     ids = torch.arange(3, 3 + min(length, limit // 2), device=table.weight.device)[None] % len(table.weight)
     asked = {"ends": torch.tensor([ids.shape[1] - 1], device=ids.device)} if hasattr(model, HEAD) else {}
     made: dict[str, list[torch.Tensor]] = {name: [] for name in layers}
@@ -60,7 +69,7 @@ def _left_out(model: Any, layers: Sequence[str], length: int) -> frozenset[str]:
         try:
             scores = model.eval()(input_ids=ids, **(asked or {"use_cache": False})).logits
             outputs = [one for found in made.values() for one in found]
-            if not outputs:
+            if not outputs:  # nobody asks them
                 return frozenset(layers)
             gradients = torch.autograd.grad(scores.float().logsumexp(-1).sum(), outputs, allow_unused=True)
         except torch.OutOfMemoryError:

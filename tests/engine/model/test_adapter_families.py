@@ -8,8 +8,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from medicalgpt_cli.engine.model.adapters import add_adapter, target_layers
-from medicalgpt_cli.errors import UsageError
+from medicalgpt_cli.engine.model.adapters import add_adapter, save_adapter, target_layers
+from medicalgpt_cli.engine.model.loading import attach_adapter
+from medicalgpt_cli.errors import MedgptError, UsageError
 from medicalgpt_cli.settings.groups import AdapterSettings
 from tests.cli import medgpt
 from tests.conftest import DATA
@@ -47,6 +48,7 @@ LEFT_OUT = {
     "deepseek_v32": set(),
     "bart": set(),
     "big_bird": set(),
+    "inkling2_text": {"weight_proj"},  # PEFT would not read it back
 }
 # Layers that are asked nothing, or whose answer only chooses among tokens.
 UNREACHED = {
@@ -144,6 +146,20 @@ def test_a_layer_that_no_gradient_reaches_is_left_out_by_its_name_too() -> None:
     assert targets.unreached == ("model.decoder.layers.*.encoder_attn",)
     with pytest.raises(UsageError, match="no gradient of the loss reaches"):
         target_layers(language_model("deepseek_v32"), ("wq_b",))
+
+
+def test_an_adapter_that_peft_does_not_read_back_is_refused(tmp_path: Path) -> None:
+    """PEFT renames what it reads of some layers, and leaves them as they were with a warning."""
+    from peft import LoraConfig, get_peft_model
+
+    base = language_model("inkling2_text")
+    torch.manual_seed(7)  # what is not read is drawn anew, behind the seed of the base
+    wrapped = get_peft_model(base, LoraConfig(target_modules=["weight_proj"], init_lora_weights=False))
+    save_adapter(wrapped, tmp_path, "nowhere")
+    with pytest.raises(MedgptError, match="PEFT does not read 8 weights of the adapter"):
+        attach_adapter(language_model("inkling2_text"), tmp_path)
+    with pytest.raises(UsageError, match="--target-modules weight_proj"):
+        target_layers(language_model("inkling2_text"), ("weight_proj",))
 
 
 def test_experts_in_some_layers_leave_the_blocks_of_the_others() -> None:
