@@ -16,6 +16,7 @@ from medicalgpt_cli.settings.groups import (
     DeviceSettings,
     EndpointSettings,
     ExampleSettings,
+    GroupSettings,
     MemorySettings,
     ModelSettings,
     NamedModelSettings,
@@ -184,7 +185,7 @@ class VocabularySettings(OutputSettings, CorpusSettings, ReadingSettings, ModelS
 
 
 @dataclass(frozen=True, kw_only=True)
-class SftSettings(ExampleSettings, SpeedSettings, TrainSettings):
+class SftSettings(ExampleSettings, GroupSettings, SpeedSettings, TrainSettings):
     """Instruction tuning, single- and multi-turn."""
 
     panel: ClassVar[str] = "Instruction tuning"
@@ -194,7 +195,7 @@ class SftSettings(ExampleSettings, SpeedSettings, TrainSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class RewardSettings(ExampleSettings, SpeedSettings, TrainSettings):
+class RewardSettings(ExampleSettings, GroupSettings, SpeedSettings, TrainSettings):
     """A reward model from pairs of answers."""
 
     panel: ClassVar[str] = "Reward model"
@@ -222,7 +223,7 @@ class RewardSettings(ExampleSettings, SpeedSettings, TrainSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class RlSettings(RewardModelSettings, TrainSettings):
+class RlSettings(RewardModelSettings, GroupSettings, TrainSettings):
     """Reinforcement learning: PPO, RLOO or GRPO against a reward model, rules, or both."""
 
     panel: ClassVar[str] = "Reinforcement learning"

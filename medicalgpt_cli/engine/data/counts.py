@@ -26,6 +26,7 @@ class Counts:
     ignore: frozenset[str] = frozenset()  # keys that a person has said are not needed
     group: str | None = None  # the key that says which records belong together
     reading: ReadOptions = AS_FOUND
+    keep_going: bool = False  # wrong records and broken lines are kept in `wrong`, and end nothing
 
     read: int = 0
     skipped: Counter[str] = field(default_factory=Counter)
@@ -42,6 +43,10 @@ class Counts:
     _unused: dict[str, Counter[tuple[Place, str]]] = field(default_factory=lambda: defaultdict(Counter))
     _read: Counter[tuple[Place, str, bool]] = field(default_factory=Counter)
     _records: Counter[str] = field(default_factory=Counter)  # by file, of those that were read for their keys
+
+    def fresh(self) -> Counts:
+        """Empty counts with the same rules, for other files."""
+        return Counts(self.strict, self.ignore, self.group, self.reading, self.keep_going)
 
     @property
     def used(self) -> int:

@@ -23,7 +23,7 @@ from medicalgpt_cli.engine.data.preferences import (
     load_pairs,
     prompt_hash,
 )
-from medicalgpt_cli.engine.data.reading import reading_options
+from medicalgpt_cli.engine.data.reading import counts_for
 from medicalgpt_cli.engine.data.rendering import encode_prompt
 from medicalgpt_cli.engine.data.report import histogram, percentiles
 from medicalgpt_cli.engine.data.splitting import split, without_held_out
@@ -83,10 +83,8 @@ def load_reward_data(
     Raises:
         DataError: a row is no pair, or nothing is left to train on.
     """
-    reading = reading_options(
-        settings, [*settings.train_data, *settings.eval_data, *settings.exclude_prompts]
-    )
-    counts, held_counts = Counts(reading=reading), Counts(reading=reading)
+    counts = counts_for(settings, [*settings.train_data, *settings.eval_data, *settings.exclude_prompts])
+    held_counts = counts.fresh()
     options = {"margin_column": settings.margin_column}
     training = load_pairs(settings.train_data, counts, observer, max_samples=settings.max_samples, **options)
     if settings.eval_data:
@@ -97,7 +95,7 @@ def load_reward_data(
         held_counts.read, held_counts.formats = len(held), counts.formats
         counts.read -= len(held)
     if settings.exclude_prompts:
-        excluded = load_prompts(settings.exclude_prompts, Counts(reading=reading), observer)
+        excluded = load_prompts(settings.exclude_prompts, counts.fresh(), observer)
         training = without_held_out(training, excluded, counts, "its prompt stands in --exclude-prompts")
     audits = {"training": audit(training), "held_out": audit(held)}
     kept = _rendered(training, tokenizer, settings, counts)
