@@ -50,8 +50,8 @@ class Counts:
 
     @property
     def used(self) -> int:
-        """Rows that are not skipped."""
-        return self.read - sum(self.skipped.values())
+        """Rows that are neither skipped nor wrong."""
+        return self.read - sum(self.skipped.values()) - self.wrong_total
 
     def add_skip(self, reason: str, at: str) -> None:
         """A row (or a conversation that was used until now) is left out."""
@@ -88,17 +88,37 @@ class Counts:
         if len(self.wrong) < _LISTED:
             self.wrong.append(problem)
 
+    def add_wrong_line(self, problem: MedgptError) -> None:
+        """A line that could not be read as a record."""
+        self.read += 1
+        self.add_wrong(problem)
+
     def finish(self) -> None:
         """To be called when all is read.
 
         Raises:
-            DataError: records were wrong, or (where that is asked for) keys were not used.
+            DataError: as `check`, which is left to the caller where wrong records end nothing.
+        """
+        self._look_for_named_keys()
+        if not self.keep_going:
+            self.check()
+
+    def check(self) -> None:
+        """
+        Raises:
+            DataError: records were wrong, no record has the key of --group, or (where that is asked for) keys
+                were not used.
         """
         if self.wrong:
             first = self.wrong[0]
             more = f" (and {self.wrong_total - 1:,} more)" if self.wrong_total > 1 else ""
             hint = f"{first.hint}; `medgpt data` lists them" if more else first.hint
             raise DataError(f"{first.message}{more}", hint)
+        if self.group is not None and self._records and not self._in_a_group():
+            raise DataError(
+                f"--group {self.group}: no record has this key, or a value for it",
+                "`medgpt data FILE` shows the keys of a file",
+            )
         left = [one for one in self.unused() if not one["accepted"]]
         if self.strict and left:
             shown = ", ".join(f"{one['key']} ({one['records']:,} records)" for one in left[:8])
@@ -107,6 +127,28 @@ class Counts:
                 f"--strict: nothing is made of {shown}{more}",
                 "--ignore KEY accepts one that is not needed, --columns gives one a meaning",
             )
+
+    def _in_a_group(self) -> int:
+        """How many records have a value for the key of `--group`."""
+        key = fold(self.group or "")
+        return sum(
+            number
+            for (place, one, is_empty), number in self._read.items()
+            if place == "record" and not is_empty and fold(one) == key
+        )
+
+    def _look_for_named_keys(self) -> None:
+        """Notes about the keys of `--ignore` and `--group` that records do not have."""
+        if not self._records:
+            return
+        seen = {fold(key) for keys in self._unused.values() for _, key in keys}
+        notes = [
+            f"--ignore {key}: no record has this key" for key in sorted(self.ignore) if fold(key) not in seen
+        ]
+        alone = sum(self._records.values()) - self._in_a_group() if self.group is not None else 0
+        if alone:
+            notes.append(f"--group {self.group}: {alone:,} records have no value for it, and stand alone")
+        self.notices += [note for note in notes if note not in self.notices]
 
     def keys(self) -> list[dict[str, Any]]:
         """Each key that was read: where it stands, in how many records, and in how many its value is empty."""
@@ -180,6 +222,7 @@ _WOULD_MEAN = {
     "context": "a text below the question, and this kind of record has its turns in a list",
     "explanation": "what explains an answer, and there is none",
     "name": "a speaker's name, which chat templates do not know",
+    "group": "which records belong together; --group group keeps them on one side of a split",
     "scores": "scores of several answers",
     "ranks": "ranks of several answers",
 }

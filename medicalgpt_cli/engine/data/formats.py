@@ -8,13 +8,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import TypeVar
 
 from medicalgpt_cli.engine.data.counts import Counts
 from medicalgpt_cli.engine.data.messages import Conversation, Document, Message
 from medicalgpt_cli.engine.data.naming import keys_found
 from medicalgpt_cli.engine.data.read_options import AS_FOUND, ReadOptions
-from medicalgpt_cli.engine.data.readers import Row, expand_sources, is_document, is_text, read_rows, unit_of
+from medicalgpt_cli.engine.data.readers import (
+    HubDataset,
+    Row,
+    expand_sources,
+    is_document,
+    is_text,
+    read_rows,
+    unit_of,
+)
 from medicalgpt_cli.engine.data.records import EXPECTED, Record, kind_of_record, read_record
 from medicalgpt_cli.engine.observer import Observer
 from medicalgpt_cli.errors import DataError
@@ -49,7 +58,7 @@ def read_all(
         except DataError as problem:
             counts.add_wrong(problem)
             continue
-        if not counts.wrong:
+        if counts.keep_going or not counts.wrong:
             made += len(found)
             yield from found
     counts.finish()
@@ -299,22 +308,33 @@ def rows_of(
             raise DataError(NO_RECORDS, "its text is for pretrain and vocabulary", at=str(file))
         task = f"reading {getattr(file, 'name', file)}"
         observer.on_task_start(task, None, "rows")
-        number = 0
-        if is_text(file):
-            unit = unit_of(file, counts.reading) if text_unit == "auto" else text_unit
-            counts.formats[str(file)] = f"text, a document a {unit}"
-        else:
-            unit = "line"
-        rows = read_rows(file, text_unit=unit, notices=counts.notices, reading=counts.reading)
-        for number, row in enumerate(rows, 1):
-            if number % 1000 == 0:
-                observer.on_task_advance(task, number)
-            yield row
+        try:
+            number = 0
+            for number, row in enumerate(_rows_of_file(file, counts, text_unit), 1):
+                if number % 1000 == 0:
+                    observer.on_task_advance(task, number)
+                yield row
+        except DataError as problem:
+            if not counts.keep_going:
+                raise
+            counts.add_wrong_line(problem)
+            if number:
+                counts.notices.append(f"{file}: what stands behind row {number:,} cannot be read")
         observer.on_task_end(task)
-        if number == 0:
-            raise DataError(
-                f"{getattr(file, 'name', file)}: the file holds no record", "is it the right file?"
-            )
+
+
+def _rows_of_file(file: Path | HubDataset, counts: Counts, text_unit: str) -> Iterator[Row]:
+    unit = "line"
+    if is_text(file):
+        unit = unit_of(file, counts.reading) if text_unit == "auto" else text_unit
+        counts.formats[str(file)] = f"text, a document a {unit}"
+    wrong = counts.add_wrong_line if counts.keep_going else None
+    any_found, before = False, counts.wrong_total
+    for row in read_rows(file, text_unit=unit, notices=counts.notices, reading=counts.reading, wrong=wrong):
+        any_found = True
+        yield row
+    if not any_found and counts.wrong_total == before:
+        raise DataError(f"{getattr(file, 'name', file)}: the file holds no record", "is it the right file?")
 
 
 def _warn_about_duplicates(found: Sequence[Conversation], counts: Counts) -> None:

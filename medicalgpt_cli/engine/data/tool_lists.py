@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from medicalgpt_cli.engine.data.counts import Place
@@ -45,15 +46,23 @@ def tools_of(
             {"name": text_of(inner["name"], "name", at), "description": described, "parameters": parameters}
         )
         if left is not None:
-            used = {
-                "function",
-                "name",
-                "description",
-                "parameters" if "parameters" in inner else "input_schema",
-            }
-            used |= {"type"} if tool.get("type") == "function" else set()
-            keys = [*tool, *(inner if inner is not tool else ())]
-            left += [("tool call", str(key)) for key in keys if key not in used]
+            inside = {"name", "description", "parameters" if "parameters" in inner else "input_schema"}
+            around = {"type"} if tool.get("type") == "function" else set()
+            left += [("tool call", key) for key in unused_around(tool, inner, inside, around)]
     if len({one["name"] for one in found}) < len(found):
         raise DataError(f"two functions of {name} have one name", "names of functions have to differ", at=at)
     return tuple(found)
+
+
+def unused_around(
+    outer: Mapping[str, Any], inner: Mapping[str, Any], inside: Collection[str], around: Collection[str]
+) -> list[str]:
+    """The unused keys of a function or a call that may stand in an object `function`, or be that object itself.
+
+    Args:
+        inside: the used keys of the function. around: those of the object around it.
+    """
+    if inner is outer:
+        return [str(key) for key in outer if key not in inside and key not in around]
+    unused = [str(key) for key in outer if key != "function" and key not in around]
+    return [*unused, *(str(key) for key in inner if key not in inside)]

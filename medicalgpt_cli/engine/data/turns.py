@@ -11,6 +11,7 @@ from medicalgpt_cli.engine.data.messages import Message, Role, ToolCall
 from medicalgpt_cli.engine.data.naming import keys_found, role_name
 from medicalgpt_cli.engine.data.readers import parse_json
 from medicalgpt_cli.engine.data.reasoning import split_reasoning
+from medicalgpt_cli.engine.data.tool_lists import unused_around
 from medicalgpt_cli.errors import DataError
 from medicalgpt_cli.settings.fields import did_you_mean
 
@@ -196,16 +197,12 @@ class Turns:
                 f"a call of turn {number} has no name with an object of arguments", _CALL, at=self.at
             )
         found: ToolCall = {"name": text_of(name, "name", self.at), "arguments": arguments or {}}
-        used = {"function", "name", "arguments" if "arguments" in inner else "parameters"}
-        used |= {"type"} if call.get("type") == "function" else set()
+        inside = {"name", "arguments" if "arguments" in inner else "parameters"}
+        around = {"type"} if call.get("type") == "function" else set()
         if isinstance(call.get("id"), str):
             found["id"] = call["id"]
-            used.add("id")
-        self.left += [
-            ("tool call", str(key))
-            for key in [*call, *(inner if inner is not call else ())]
-            if key not in used
-        ]
+            around.add("id")
+        self.left += [("tool call", key) for key in unused_around(call, inner, inside, around)]
         return found
 
 
