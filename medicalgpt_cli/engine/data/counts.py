@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from medicalgpt_cli.engine.data.known_keys import MEDIA, fold, has_no_meaning, is_known, meaning_of
 from medicalgpt_cli.engine.data.naming import SHARE, looks_like_a_name
@@ -157,10 +157,12 @@ class Counts:
             name = key if is_known(key) or looks_like_a_name(key) else "other keys"
             entry = found.setdefault((place, name), [0, 0])
             entry[is_empty] += number
-        return [
+        order = {place: number for number, place in enumerate(get_args(Place))}
+        rows = [
             {"key": key, "where": place, "records": filled, "empty": empty}
             for (place, key), (filled, empty) in found.items()
         ]
+        return sorted(rows, key=lambda one: (order[one["where"]], -one["records"], one["key"]))
 
     def unused(self) -> list[dict[str, Any]]:
         """Each key that nothing was made of: its name where it may be named, where it stands, in how many records."""

@@ -39,17 +39,20 @@ def read_all(
     make: Callable[[Row], Iterable[_Made]],
     *,
     most: int | None = None,
+    text_unit: str = "line",
+    with_documents: bool = False,
 ) -> Iterator[_Made]:
     """What `make` gives for each row. Rows that are wrong are kept until all are read, so that all can be named.
 
     Args:
         most: no more rows are read once so many things were made.
+        text_unit, with_documents: as for `rows_of`.
 
     Raises:
         DataError: rows were wrong.
     """
     made = 0
-    for row in rows_of(sources, counts, observer):
+    for row in rows_of(sources, counts, observer, text_unit=text_unit, with_documents=with_documents):
         if most is not None and made >= most:
             break
         counts.read += 1
@@ -93,19 +96,26 @@ def load_prompts(sources: Sequence[str], counts: Counts, observer: Observer) -> 
 
     def make(row: Row) -> list[Conversation]:
         record = read_record(row, counts)
-        if record is None:
-            return []
-        _refuse_text(record)
-        messages = up_to_question(record)
-        if not messages:
-            counts.add_skip("no question", record.at)
-            return []
-        return [_conversation(record, messages)]
+        return [] if record is None else to_prompts(record, counts)
 
     found = list(read_all(sources, counts, observer, make))
     if not found:
         raise DataError(f"{', '.join(sources)}: no prompt", why_nothing(counts))
     return found
+
+
+def to_prompts(record: Record, counts: Counts) -> list[Conversation]:
+    """A record up to its last user turn; none where it asks nothing.
+
+    Raises:
+        DataError: it is plain text.
+    """
+    _refuse_text(record)
+    messages = up_to_question(record)
+    if not messages:
+        counts.add_skip("no question", record.at)
+        return []
+    return [_conversation(record, messages)]
 
 
 def up_to_question(record: Record) -> tuple[Message, ...]:
@@ -135,13 +145,7 @@ def iterate_texts(
     for row in rows_of(sources, counts, observer, text_unit=text_unit, with_documents=True):
         counts.read += 1
         try:
-            kind = kind_of_record(row.value, row.at)
-            if kind != "text":
-                raise DataError(
-                    f"this is {_article(kind)} record, and plain text is expected",
-                    '{"text": …}, or a .txt file; `medgpt sft` learns from conversations',
-                    at=row.at,
-                )
+            must_be_text(kind_of_record(row.value, row.at), row.at)
             record = read_record(row, counts)
         except DataError as problem:
             counts.add_wrong(problem)
@@ -156,6 +160,19 @@ def iterate_texts(
     counts.finish()
     if not any_found:
         raise DataError(f"{', '.join(sources)}: no text", why_nothing(counts))
+
+
+def must_be_text(kind: str, at: str) -> None:
+    """
+    Raises:
+        DataError: a record is of another kind than text.
+    """
+    if kind != "text":
+        raise DataError(
+            f"this is {_article(kind)} record, and plain text is expected",
+            '{"text": …}, or a .txt file; `medgpt sft` learns from conversations',
+            at=at,
+        )
 
 
 def load_texts(sources: Sequence[str], counts: Counts, observer: Observer) -> list[str]:

@@ -16,7 +16,7 @@ from medicalgpt_cli.engine.data.formats import join_same_role, read_all, why_not
 from medicalgpt_cli.engine.data.messages import Message
 from medicalgpt_cli.engine.data.naming import keys_found
 from medicalgpt_cli.engine.data.readers import Row
-from medicalgpt_cli.engine.data.records import read_record
+from medicalgpt_cli.engine.data.records import Record, read_record
 from medicalgpt_cli.engine.observer import Observer
 from medicalgpt_cli.errors import DataError
 
@@ -49,7 +49,8 @@ def load_pairs(
     """
 
     def make(row: Row) -> list[Pair]:
-        return _pairs_of(row, counts, margin_column)
+        record = read_record(row, counts, used=(margin_column,) if margin_column else ())
+        return [] if record is None else to_pairs(record, row, counts, margin_column)
 
     found = list(read_all(sources, counts, observer, make, most=max_samples))
     if not found:
@@ -57,11 +58,13 @@ def load_pairs(
     return found
 
 
-def _pairs_of(row: Row, counts: Counts, margin_column: str | None) -> list[Pair]:
-    """The pairs of a row: one, or of a ranking one for each two answers of different rank."""
-    record, at = read_record(row, counts, used=(margin_column,) if margin_column else ()), row.at
-    if record is None:
-        return []
+def to_pairs(record: Record, row: Row, counts: Counts, margin_column: str | None = None) -> list[Pair]:
+    """The pairs of a record: one, or of a ranking one for each two answers of different rank.
+
+    Raises:
+        DataError: it has no answers to compare, or no margin where one is asked for.
+    """
+    at = row.at
     if not record.answers:
         value = row.value if isinstance(row.value, dict) else {}
         without = "chosen" in Fields(value, at)
@@ -83,7 +86,7 @@ def _pairs_of(row: Row, counts: Counts, margin_column: str | None) -> list[Pair]
     if not any(one["role"] == "user" and one["content"].strip() for one in messages):
         counts.add_skip("no question", at)
         return []
-    margin = _margin(row.value, margin_column, at)
+    margin = margin_of(row, margin_column)
     ranked = [*zip(record.answers, record.ranks, strict=True)]
     pairs = [
         Pair(tuple(messages), better, worse, margin, at, row.path, record.id, record.tools, record.group)
@@ -97,10 +100,15 @@ def _pairs_of(row: Row, counts: Counts, margin_column: str | None) -> list[Pair]
     return pairs
 
 
-def _margin(value: dict[str, Any], column: str | None, at: str) -> float | None:
+def margin_of(row: Row, column: str | None) -> float | None:
+    """How much better the chosen answer of a row is, as its `column` says; None where no column is named.
+
+    Raises:
+        DataError: it is no number of at least 0.
+    """
     if column is None:
         return None
-    margin = value.get(column)
+    margin, at = row.value.get(column) if isinstance(row.value, dict) else None, row.at
     if isinstance(margin, str):  # of a table
         try:
             margin = float(margin)

@@ -7,7 +7,9 @@ from collections.abc import Hashable, Iterable, Sequence
 from typing import Protocol, TypeVar
 
 from medicalgpt_cli.engine.data.counts import Counts
+from medicalgpt_cli.engine.data.duplicates import find_duplicates, sections_of
 from medicalgpt_cli.engine.data.messages import Message
+from medicalgpt_cli.engine.observer import Observer
 
 
 class _HasMessages(Protocol):
@@ -95,6 +97,30 @@ def split(
     for one, root in zip(conversations, roots, strict=True):
         sides[root in chosen].append(one)
     return sides
+
+
+def hold_out(
+    conversations: Sequence[_Asked], fraction: float, seed: int, counts: Counts, observer: Observer
+) -> tuple[list[_Asked], list[_Asked]]:
+    """As `split`, near duplicates on one side where they can be looked for; what was done is noted in `counts`."""
+    if fraction == 0 or len(conversations) < 2:
+        return split(conversations, fraction, seed)
+    said = [
+        sections_of(one.messages, chosen=getattr(one, "chosen", ""), rejected=getattr(one, "rejected", ""))
+        for one in conversations
+    ]
+    found = find_duplicates(said, said, observer)  # equal records have equal questions
+    training, held = split(conversations, fraction, seed, alike=found.near.items())
+    if not held:
+        training, held = split(conversations, fraction, seed)
+        counts.notices.append(
+            "all records are near duplicates of each other: held out by their question alone"
+        )
+    elif found.note:
+        counts.notices.append(f"near duplicates may stand on both sides of the split: {found.note}")
+    elif found.near:
+        counts.notices.append(f"{len(found.near):,} near duplicates stand on one side of the split")
+    return training, held
 
 
 def without_held_out(

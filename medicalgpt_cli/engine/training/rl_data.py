@@ -14,7 +14,7 @@ from medicalgpt_cli.engine.data.prompts import Prompt, load_rl_prompts
 from medicalgpt_cli.engine.data.reading import counts_for
 from medicalgpt_cli.engine.data.rendering import encode_prompt
 from medicalgpt_cli.engine.data.report import histogram, percentiles
-from medicalgpt_cli.engine.data.splitting import split, without_held_out
+from medicalgpt_cli.engine.data.splitting import hold_out, without_held_out
 from medicalgpt_cli.engine.observer import Observer
 from medicalgpt_cli.engine.rewards.sources import check_keys
 from medicalgpt_cli.engine.training.ppo.rollout import Asked
@@ -53,7 +53,7 @@ def load_rl_data(
         held = load_rl_prompts(settings.eval_data, held_counts, observer)
         training = without_held_out(training, held, counts)
     else:
-        training, held = split(training, settings.eval_fraction, settings.seed)
+        training, held = hold_out(training, settings.eval_fraction, settings.seed, counts, observer)
         held_counts.read, held_counts.formats = len(held), counts.formats
         counts.read -= len(held)
     fresh = []

@@ -13,7 +13,7 @@ from medicalgpt_cli.engine.data.formats import load_conversations
 from medicalgpt_cli.engine.data.messages import Conversation
 from medicalgpt_cli.engine.data.reading import counts_for
 from medicalgpt_cli.engine.data.report import describe, fingerprint
-from medicalgpt_cli.engine.data.splitting import prompt_key, split, without_held_out
+from medicalgpt_cli.engine.data.splitting import hold_out, prompt_key, without_held_out
 from medicalgpt_cli.engine.observer import Observer
 from medicalgpt_cli.errors import DataError
 from medicalgpt_cli.settings.stages import SftSettings
@@ -42,7 +42,7 @@ def load_sft_data(settings: SftSettings, tokenizer: PreTrainedTokenizerBase, obs
         held = load_conversations(settings.eval_data, held_counts, observer)
         training = without_held_out(training, held, counts)
     else:
-        training, held = split(training, settings.eval_fraction, settings.seed)
+        training, held = hold_out(training, settings.eval_fraction, settings.seed, counts, observer)
         held_counts.read, held_counts.formats = len(held), counts.formats
         counts.read -= len(held)
 
