@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 _BAR = 40  # characters of the longest bar
 _SHOWN = 4000  # characters of an example that are shown
 _LEARNT = "bold green"
+_SCRIPTS = {"zh": "Chinese", "en": "English or another in Latin script", "other": "other"}
 
 
 def show_data(found: Inspection, tokenizer: Any, number: int, console: Console | None = None) -> None:
@@ -204,8 +205,8 @@ def _about_records(report: Mapping[str, Any]) -> list[tuple[str, str]]:
         rows.append(("with", ", ".join(f"{name} {number:,}" for name, number in report["holds"].items())))
     total = sum(report["languages"].values())
     if total:
-        shares = [f"{name} {number / total:.0%}" for name, number in report["languages"].items()]
-        rows.append(("languages", f"{', '.join(shares)} ({report['languages_by']})"))
+        shares = (f"{_SCRIPTS[name]} {number / total:.0%}" for name, number in report["languages"].items())
+        rows.append(("languages", ", ".join(shares)))
     if report["groups"]:
         rows.append(("groups", f"{report['groups']['groups']:,} of {report['groups']['records']:,} records"))
     repeated = report["duplicates"]

@@ -20,7 +20,7 @@ from medicalgpt_cli.engine.data.formats import (
     to_prompts,
     why_nothing,
 )
-from medicalgpt_cli.engine.data.language import count_languages
+from medicalgpt_cli.engine.data.language import language_of
 from medicalgpt_cli.engine.data.messages import Conversation, Message
 from medicalgpt_cli.engine.data.normalised import normalised
 from medicalgpt_cli.engine.data.preferences import Pair, audit, audit_notices, margin_of, to_pairs
@@ -278,7 +278,7 @@ def _report(
         if tokenizer is None
         else describe(examples, counts, tokenizer, max_length)
     )
-    languages, how = count_languages("\n".join(text for _, text in item.sections) for item in items)
+    languages = Counter(language_of("\n".join(text for _, text in item.sections)) for item in items)
     groups = [item.record.group for item in items if item.record.group is not None]
     return report | {
         "use": use,
@@ -290,7 +290,6 @@ def _report(
         "longer": sum(length > max_length for length in lengths) if tokenizer else None,
         "holds": {name: number for name, number in _holds(items).items() if number},
         "languages": dict(languages.most_common()),
-        "languages_by": how,
         "groups": {"records": len(groups), "groups": len(set(groups))} if counts.group else None,
         "documents": len(items) if use == "texts" else 0,
         "prompts": sum(len(item.conversations) for item in items) if use == "prompts" else 0,
