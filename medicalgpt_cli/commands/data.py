@@ -42,6 +42,7 @@ def run(settings: InspectDataSettings, observer: Observer) -> dict[str, Any]:
         observer,
         text_unit=settings.text_unit,
         margin_column=settings.margin_column,
+        thinking=settings.thinking,
     )
     report = found.report
     if settings.output and found.problem is None:

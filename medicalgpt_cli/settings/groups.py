@@ -242,13 +242,17 @@ class DataSettings(ReadingSettings):
     panel: ClassVar[str] = "Data"
 
     train_data: tuple[str, ...] = opt(
-        (), "A file, folder or hub data set to learn from; can be repeated.", metavar="PATH"
+        (),
+        "A file, folder or hub data set to learn from; can be repeated. FILE:0.7 gives it the weight 0.7.",
+        metavar="PATH",
     )
     eval_data: tuple[str, ...] = opt((), "Held-out data to measure on; can be repeated.", metavar="PATH")
     eval_fraction: float = opt(
         0.05, "Share of the training data held out where no --eval-data is given.", min=0, max=0.5
     )
-    max_samples: int | None = opt(None, "Use at most this many training records (the first ones).", min=1)
+    max_samples: int | None = opt(
+        None, "Use at most this many training records: the first of each file, shared over the files.", min=1
+    )
 
     def check(self) -> None:
         super().check()
@@ -399,7 +403,20 @@ class RunSettings(MemorySettings, OutputSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SamplingSettings(Settings):
+class ThinkingSettings(Settings):
+    """Whether a model that can reason in front of its answer is asked to."""
+
+    panel: ClassVar[str] = "Answers"
+
+    thinking: str = opt(
+        "auto",
+        "Reasoning in front of an answer, where the chat template has a switch; auto is its default.",
+        choices=("auto", "on", "off"),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingSettings(ThinkingSettings):
     panel: ClassVar[str] = "Answers"
 
     max_new_tokens: int = opt(512, "Longest answer in tokens.", min=1)

@@ -19,6 +19,7 @@ from medicalgpt_cli.settings.groups import (
     GroupSettings,
     MemorySettings,
     ModelSettings,
+    NamedModelSettings,
     OptimSettings,
     OtherBaseSettings,
     OutputSettings,
@@ -27,6 +28,7 @@ from medicalgpt_cli.settings.groups import (
     RewardModelSettings,
     RunSettings,
     SpeedSettings,
+    ThinkingSettings,
 )
 
 
@@ -184,7 +186,7 @@ class VocabularySettings(OutputSettings, CorpusSettings, ReadingSettings, ModelS
 
 
 @dataclass(frozen=True, kw_only=True)
-class SftSettings(ExampleSettings, GroupSettings, SpeedSettings, TrainSettings):
+class SftSettings(ExampleSettings, ThinkingSettings, GroupSettings, SpeedSettings, TrainSettings):
     """Instruction tuning, single- and multi-turn."""
 
     panel: ClassVar[str] = "Instruction tuning"
@@ -222,7 +224,7 @@ class RewardSettings(ExampleSettings, GroupSettings, SpeedSettings, TrainSetting
 
 
 @dataclass(frozen=True, kw_only=True)
-class RlSettings(RewardModelSettings, GroupSettings, TrainSettings):
+class RlSettings(RewardModelSettings, ThinkingSettings, GroupSettings, TrainSettings):
     """Reinforcement learning: PPO, RLOO or GRPO against a reward model, rules, or both."""
 
     panel: ClassVar[str] = "Reinforcement learning"
@@ -628,7 +630,9 @@ class ServeSettings(OutputSettings, EndpointSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class InspectDataSettings(OutputSettings, GroupSettings, CorpusSettings, ReadingSettings, ModelSettings):
+class InspectDataSettings(
+    OutputSettings, GroupSettings, CorpusSettings, ReadingSettings, ThinkingSettings, NamedModelSettings
+):
     """Look at data files: format, keys, mistakes, duplicates, token lengths, loss mask; write them clean."""
 
     panel: ClassVar[str] = "Data"
@@ -665,6 +669,14 @@ class InspectDataSettings(OutputSettings, GroupSettings, CorpusSettings, Reading
                 )
         if self.split is None and self.chosen("seed"):
             raise UsageError("--seed is the seed of --split", "leave it out, or add --split 0.9/0.1")
+        if self.template and not (self.base_model or self.lora_model or self.tokenizer_path):
+            raise UsageError(
+                "--template goes with a tokenizer", "add --base-model NAME or --tokenizer-path DIR"
+            )
+        if self.thinking != "auto" and not (self.base_model or self.lora_model or self.tokenizer_path):
+            raise UsageError(
+                "--thinking goes with a tokenizer", "add --base-model NAME or --tokenizer-path DIR"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -79,11 +79,16 @@ def find_duplicates(
         first = seen.setdefault(digest, place)
         if first != place:
             exact[place] = first
-    if importlib.util.find_spec("datasketch") is None:
-        return Duplicates(exact, {}, "near duplicates need datasketch: pip install medicalgpt-cli[quality]")
-    if len(said) > most:
-        return Duplicates(exact, {}, f"near duplicates are looked for among up to {most:,} records")
+    if note := why_not_near(len(said), most):
+        return Duplicates(exact, {}, note)
     return Duplicates(exact, dict(_near(said, exact, observer)))
+
+
+def why_not_near(number: int, most: int = MOST) -> str | None:
+    """Why near duplicates cannot be looked for among so many records; None where they can."""
+    if importlib.util.find_spec("datasketch") is None:
+        return "near ones need datasketch: pip install medicalgpt-cli[quality]"
+    return f"near ones are looked for among up to {most:,} records" if number > most else None
 
 
 def _near(

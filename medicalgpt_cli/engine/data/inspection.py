@@ -11,7 +11,13 @@ from transformers import PreTrainedTokenizerBase
 
 from medicalgpt_cli.engine.data.counts import Counts
 from medicalgpt_cli.engine.data.duplicates import Duplicates, Section, find_duplicates, sections_of
-from medicalgpt_cli.engine.data.examples import IGNORED, Example, render_answer, render_conversation
+from medicalgpt_cli.engine.data.examples import (
+    IGNORED,
+    Example,
+    render_answer,
+    render_conversation,
+    uncut_lengths,
+)
 from medicalgpt_cli.engine.data.formats import (
     first_format,
     must_be_text,
@@ -25,6 +31,7 @@ from medicalgpt_cli.engine.data.messages import Conversation, Message
 from medicalgpt_cli.engine.data.normalised import normalised
 from medicalgpt_cli.engine.data.preferences import Pair, audit, audit_notices, margin_of, to_pairs
 from medicalgpt_cli.engine.data.readers import Row
+from medicalgpt_cli.engine.data.reasoning import Thinking
 from medicalgpt_cli.engine.data.records import Record, read_record
 from medicalgpt_cli.engine.data.rendering import encode_prompt, encode_raw
 from medicalgpt_cli.engine.data.report import describe, histogram, percentiles
@@ -81,6 +88,7 @@ def inspect(
     *,
     text_unit: str = "auto",
     margin_column: str | None = None,
+    thinking: Thinking = "auto",
 ) -> Inspection:
     """Read files of any format and measure them, in tokens or (without a tokenizer) in characters.
 
@@ -114,7 +122,7 @@ def inspect(
             items += [] if item is None else [item]
     if use == "conversations" and uses["pairs"]:
         counts.notices.append(f"{uses['pairs']:,} records are pairs: of these, the chosen answer is learnt")
-    lengths = _measure(items, use, tokenizer, max_length, counts, observer)
+    lengths = _measure(items, use, tokenizer, max_length, thinking, counts, observer)
     duplicates = find_duplicates(
         [item.identity for item in items], [item.sections for item in items], observer
     )
@@ -176,6 +184,7 @@ def _measure(
     use: Use,
     tokenizer: PreTrainedTokenizerBase | None,
     max_length: int,
+    thinking: Thinking,
     counts: Counts,
     observer: Observer,
 ) -> list[int]:
@@ -189,43 +198,29 @@ def _measure(
         if use == "texts":
             lengths.append(len(encode_raw(tokenizer, item.record.text or "")))
         elif use == "prompts":
-            lengths += [len(encode_prompt(tokenizer, one.messages, one.tools)) for one in item.conversations]
+            lengths += [
+                len(encode_prompt(tokenizer, one.messages, one.tools, thinking)) for one in item.conversations
+            ]
         elif use == "pairs":
-            lengths += _encode_pairs(item, tokenizer, max_length, counts)
+            lengths += _encode_pairs(item, tokenizer, counts)
         else:
-            lengths += _encode_conversations(item, tokenizer, max_length, counts)
+            for one in item.conversations:
+                lengths += uncut_lengths(tokenizer, one, thinking)
+                item.examples += render_conversation(tokenizer, one, max_length, counts, thinking)
         if number % 50 == 0:
             observer.on_task_advance(task, number)
     observer.on_task_end(task)
     return lengths
 
 
-def _encode_conversations(
-    item: Item, tokenizer: PreTrainedTokenizerBase, max_length: int, counts: Counts
-) -> list[int]:
-    """Gives the item its examples as training has them. Returns: lengths without the limit."""
-    lengths: list[int] = []
-    for one in item.conversations:
-        before = (counts.tokens_cut, counts.skipped.total())
-        examples = render_conversation(tokenizer, one, max_length, counts)
-        whole = examples
-        if before != (counts.tokens_cut, counts.skipped.total()):
-            whole = render_conversation(tokenizer, one, _UNCUT, Counts())
-        item.examples += examples
-        lengths += [len(example.input_ids) for example in whole]
-    return lengths
-
-
-def _encode_pairs(
-    item: Item, tokenizer: PreTrainedTokenizerBase, max_length: int, counts: Counts
-) -> list[int]:
-    """The same for both answers of each pair, behind their prompt."""
+def _encode_pairs(item: Item, tokenizer: PreTrainedTokenizerBase, counts: Counts) -> list[int]:
+    """Gives the item an example for both answers of each pair, behind their prompt. Returns: their lengths."""
     lengths: list[int] = []
     for pair in item.pairs:
         sides: list[Example] = []
         for answer in (pair.chosen, pair.rejected):
             try:
-                rendered = render_answer(tokenizer, pair.messages, answer, _UNCUT)
+                rendered = render_answer(tokenizer, pair.messages, answer, _UNCUT, pair.tools)
             except UsageError as problem:
                 if not tokenizer.chat_template:
                     raise

@@ -6,7 +6,7 @@ import hashlib
 import itertools
 import math
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,22 +40,36 @@ def load_pairs(
     observer: Observer,
     *,
     margin_column: str | None = None,
-    max_samples: int | None = None,
+    shares: Mapping[str, int] | None = None,
 ) -> list[Pair]:
     """Preference pairs of all sources in order; a pair from which nothing can be learnt is counted.
+
+    Args:
+        shares: how many are taken of each file (`read_all`).
 
     Raises:
         DataError: a row is no preference pair, or nothing is left.
     """
 
+    found = list(_pairs(sources, counts, observer, margin_column, shares=shares))
+    if not found:
+        raise DataError(f"{', '.join(sources)}: no pair to learn from", why_nothing(counts))
+    return found
+
+
+def usable_pairs(name: str, most: int, rules: Counts, margin_column: str | None) -> int:
+    """How many pairs a file has, counted up to a number. `rules`: counts with the rules by which it is read."""
+    return sum(1 for _ in _pairs([name], rules.fresh(), Observer(), margin_column, most=most))
+
+
+def _pairs(
+    sources: Sequence[str], counts: Counts, observer: Observer, margin_column: str | None, **limits: Any
+) -> Iterator[Pair]:
     def make(row: Row) -> list[Pair]:
         record = read_record(row, counts, used=(margin_column,) if margin_column else ())
         return [] if record is None else to_pairs(record, row, counts, margin_column)
 
-    found = list(read_all(sources, counts, observer, make, most=max_samples))
-    if not found:
-        raise DataError(f"{', '.join(sources)}: no pair to learn from", why_nothing(counts))
-    return found
+    return read_all(sources, counts, observer, make, **limits)
 
 
 def to_pairs(record: Record, row: Row, counts: Counts, margin_column: str | None = None) -> list[Pair]:

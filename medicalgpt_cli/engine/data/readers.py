@@ -60,6 +60,9 @@ class Row:
         return f"{self.path}:{self.line}"
 
 
+_NO_DATA = ("dataset_info.json",)  # what a folder's data sets are, in LLaMA-Factory's words
+
+
 @dataclass(frozen=True)
 class HubDataset:
     """A data set of the Hugging Face hub, `owner/name` or `owner/name:split`."""
@@ -87,7 +90,8 @@ def expand_sources(
     ignored: list[str] = []
 
     def wanted(file: Path) -> bool:
-        return _kind(file) is not None and (with_documents or not is_document(file))
+        known = _kind(file) is not None and file.name not in _NO_DATA
+        return known and (with_documents or not is_document(file))
 
     for source in sources:
         path = Path(source)
@@ -194,7 +198,7 @@ def renamed(row: Row, columns: Sequence[tuple[str, str]]) -> Row:
     for old, key in new.items():
         if key in row.value and key not in new:
             raise DataError(
-                f"--columns {key}={old}: the record has a {key} of its own",
+                f"--columns {key}={old}: the record has a key {key} of its own",
                 f"rename it in the file, or give it another meaning, too: --columns KEY={key}",
                 at=row.at,
             )

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
 from typing import Any
 
 from medicalgpt_cli.engine.data.counts import Place
-from medicalgpt_cli.engine.data.fields import Fields, kind_of, text_of
+from medicalgpt_cli.engine.data.fields import EMPTY, Fields, kind_of, text_of
+from medicalgpt_cli.engine.data.turns import unused_of_function
 from medicalgpt_cli.errors import DataError
 
 _SHAPE = '[{"type": "function", "function": {"name": …, "description": …, "parameters": {…}}}]'
@@ -21,7 +21,7 @@ def read_tools(fields: Fields, left: list[tuple[Place, str]]) -> tuple[dict[str,
     if "tools" not in fields:
         return ()
     value, name = fields.listed("tools"), fields.name("tools")
-    if value in (None, "", []):
+    if value in EMPTY:
         return ()
     if not isinstance(value, list):
         raise DataError(f"{name} is {kind_of(value)}, not a list", _SHAPE, at=fields.at)
@@ -47,22 +47,7 @@ def tools_of(
         )
         if left is not None:
             inside = {"name", "description", "parameters" if "parameters" in inner else "input_schema"}
-            around = {"type"} if tool.get("type") == "function" else set()
-            left += [("tool call", key) for key in unused_around(tool, inner, inside, around)]
+            left += unused_of_function(tool, inner, {"function"}, inside)
     if len({one["name"] for one in found}) < len(found):
         raise DataError(f"two functions of {name} have one name", "names of functions have to differ", at=at)
     return tuple(found)
-
-
-def unused_around(
-    outer: Mapping[str, Any], inner: Mapping[str, Any], inside: Collection[str], around: Collection[str]
-) -> list[str]:
-    """The unused keys of a function or a call that may stand in an object `function`, or be that object itself.
-
-    Args:
-        inside: the used keys of the function. around: those of the object around it.
-    """
-    if inner is outer:
-        return [str(key) for key in outer if key not in inside and key not in around]
-    unused = [str(key) for key in outer if key != "function" and key not in around]
-    return [*unused, *(str(key) for key in inner if key not in inside)]

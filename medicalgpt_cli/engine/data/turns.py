@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection
 from typing import Any
 
 from medicalgpt_cli.engine.data.counts import Place
-from medicalgpt_cli.engine.data.fields import Fields, kind_of, text_of
+from medicalgpt_cli.engine.data.fields import EMPTY, Fields, kind_of, text_of
 from medicalgpt_cli.engine.data.messages import Message, Role, ToolCall
 from medicalgpt_cli.engine.data.naming import keys_found, role_name
 from medicalgpt_cli.engine.data.readers import parse_json
 from medicalgpt_cli.engine.data.reasoning import split_reasoning
-from medicalgpt_cli.engine.data.tool_lists import unused_around
 from medicalgpt_cli.errors import DataError
 from medicalgpt_cli.settings.fields import did_you_mean
 
@@ -31,6 +31,21 @@ _MEDIA_PARTS = {
     **dict.fromkeys(("video", "video_url"), "videos"),
     **dict.fromkeys(("file", "input_file"), "files"),
 }
+
+
+_PAIRS = (("human", "assistant"), ("user", "assistant"), ("question", "answer"), ("input", "output"))
+# A turn that is a text with its speaker in front of it (HuatuoGPT's).
+_ASKS = ("问", "患者", "病人", "user", "human", "patient")
+_SPOKEN = re.compile(
+    r"\s*(问|患者|病人|答|医生|user|human|patient|assistant|doctor|gpt)\s*[:：](.*)", re.S | re.I
+)
+
+
+def _pair_of(turn: Any) -> tuple[str, str] | None:
+    """The keys of a turn that is a question with its answer."""
+    if not isinstance(turn, dict) or "role" in turn or "from" in turn:
+        return None
+    return next((pair for pair in _PAIRS if pair[0] in turn and pair[1] in turn), None)
 
 
 class NotUsable(Exception):
@@ -54,7 +69,26 @@ class Turns:
         self.read: list[tuple[Place, str, bool]] = []
         if not isinstance(turns, list | tuple):
             raise DataError(f"{name} is {kind_of(turns)}, not a list of turns", _SHAPE, at=at)
-        self.messages: list[Message] = [self._turn(turn, number) for number, turn in enumerate(turns, 1)]
+        self.messages: list[Message] = []
+        for number, turn in enumerate(turns, 1):
+            if pair := _pair_of(turn):
+                self._exchange(turn, pair, number)
+            elif isinstance(turn, str) and (spoken := _SPOKEN.match(turn)):
+                role: Role = "user" if spoken[1].casefold() in _ASKS else "assistant"
+                self.messages.append(
+                    {"role": role, "content": text_of(spoken[2].strip(), f"turn {number}", at)}
+                )
+            else:
+                self.messages.append(self._turn(turn, number))
+
+    def _exchange(self, turn: dict[str, Any], pair: tuple[str, str], number: int) -> None:
+        """A question and its answer in one object (Firefly's, XTuner's), perhaps with a system message."""
+        for role, key in (("system", "system"), ("user", pair[0]), ("assistant", pair[1])):
+            if turn.get(key) not in (None, "") or (key in pair and key in turn):
+                text = "" if turn[key] is None else text_of(turn[key], f"{key} of turn {number}", self.at)
+                inner = {"role": role, "content": text}
+                self.messages.append(self._turn(inner, number))
+        self.left += [("turn", str(key)) for key in turn if key not in (*pair, "system")]
 
     def _turn(self, turn: Any, number: int) -> Message:
         if not isinstance(turn, dict):
@@ -163,11 +197,11 @@ class Turns:
     # -- calls ---------------------------------------------------------------------------------------------
 
     def _calls(self, fields: Fields, number: int) -> list[ToolCall]:
-        calls = fields.listed("tool_calls") or []
-        single = fields.listed("function_call")  # OpenAI's older form
+        calls, single = (fields.listed(key) for key in ("tool_calls", "function_call"))  # the latter is older
+        calls = [] if calls in EMPTY else calls
         if not isinstance(calls, list):
             raise DataError(f"tool_calls of turn {number} is {kind_of(calls)}, not a list", _CALL, at=self.at)
-        return [self._call(call, number) for call in [*calls, *([single] if single else [])]]
+        return [self._call(call, number) for call in [*calls, *([] if single in EMPTY else [single])]]
 
     def _call_in_text(self, text: str, number: int) -> list[ToolCall]:
         try:
@@ -198,12 +232,27 @@ class Turns:
             )
         found: ToolCall = {"name": text_of(name, "name", self.at), "arguments": arguments or {}}
         inside = {"name", "arguments" if "arguments" in inner else "parameters"}
-        around = {"type"} if call.get("type") == "function" else set()
-        if isinstance(call.get("id"), str):
+        around = {"function", "id"} if isinstance(call.get("id"), str) else {"function"}
+        if "id" in around:
             found["id"] = call["id"]
-            around.add("id")
-        self.left += [("tool call", key) for key in unused_around(call, inner, inside, around)]
+        self.left += unused_of_function(call, inner, around, inside)
         return found
+
+
+def unused_of_function(
+    outer: dict[str, Any], inner: dict[str, Any], around: set[str], inside: set[str]
+) -> list[tuple[Place, str]]:
+    """Keys of a call or a tool that are not used, of an object with a `function` in it or of one without.
+
+    Args:
+        around: the keys that are used of the outer object. inside: those of the function.
+    """
+    if outer.get("type") == "function":
+        around = around | {"type"}
+    if outer is inner:
+        return [("tool call", str(key)) for key in outer if key not in around | inside]
+    left = [key for key in outer if key not in around] + [key for key in inner if key not in inside]
+    return [("tool call", str(key)) for key in left]
 
 
 _SHAPE = '[{"role": …, "content": …}, …]'
