@@ -22,7 +22,7 @@ from medicalgpt_cli.engine.data.readers import (
     renamed,
     text_lines,
 )
-from medicalgpt_cli.engine.data.reading import reading_options
+from medicalgpt_cli.engine.data.reading import counts_for
 from medicalgpt_cli.engine.data.records import read_record
 from medicalgpt_cli.errors import DataError
 from medicalgpt_cli.settings.stages import InferSettings
@@ -95,7 +95,7 @@ def counts_of_questions(settings: InferSettings) -> Counts:
     named = (
         [] if is_stream(source) or not Path(source).is_file() else [source]
     )  # what is missing is said later
-    return Counts(reading=reading_options(settings, named))
+    return counts_for(settings, named)
 
 
 def is_stream(source: str) -> bool:
