@@ -5,13 +5,22 @@ Each answer is learnt behind exactly the tokens that inference renders in front 
 
 from __future__ import annotations
 
+import bisect
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from functools import partial
 
 from transformers import PreTrainedTokenizerBase
 
+from medicalgpt_cli.engine.data.answer_windows import (
+    Answer,
+    Answers,
+    NotLearnable,
+    Turn,
+    answers_of,
+    first_that_fits,
+)
 from medicalgpt_cli.engine.data.control_tokens import defuse, encode_rendered
 from medicalgpt_cli.engine.data.counts import Counts
 from medicalgpt_cli.engine.data.messages import Conversation, Message
@@ -29,12 +38,16 @@ IGNORED = -100
 
 @dataclass
 class Example:
-    """What a model trains on: `labels[t]` is `input_ids[t]` where a loss falls, and -100 elsewhere."""
+    """What a model trains on: `labels[t]` is `input_ids[t]` where a loss falls, and -100 elsewhere.
+
+    `weights[t]` is what the loss of label t is multiplied by; None where that is 1 for all.
+    """
 
     input_ids: list[int]
     labels: list[int]
     at: str  # file:line
     id: str | None = None
+    weights: list[float] | None = None
 
 
 def render_conversation(
@@ -45,6 +58,7 @@ def render_conversation(
     One example holds all turns if the template only ever appends. Where it rewrites what was said before
     (strips reasoning, moves the system message), each assistant turn becomes an example of its own.
     What does not fit `max_length` loses its oldest exchanges; all of that is counted in `counts`.
+    An answer with weight 0 is context, and one with another weight than 1 gives its tokens that weight.
     """
     try:
         found = _examples(tokenizer, conversation, max_length, counts)
@@ -64,50 +78,64 @@ def render_conversation(
 def _examples(
     tokenizer: PreTrainedTokenizerBase, conversation: Conversation, max_length: int, counts: Counts
 ) -> list[Example]:
-    turns = _turns(tokenizer, conversation.messages)
-    if any(turn.other_header for turn in turns):
-        counts.add_merge(
-            "answer learnt behind a header that the template leaves out of the history", conversation.at
-        )
-    if folds_system(tokenizer, conversation.messages):
-        counts.add_merge("system message put in front of the first question", conversation.at)
-    example = _append_only(turns)
-    if example is None and len(turns) > 1:
-        counts.add_merge(
-            "one example a turn: the template renders earlier turns differently", conversation.at
-        )
-        ends = [turn.index + 1 for turn in turns]
+    at = conversation.at
+    messages = _to_last_learnt(conversation, counts)
+    answers = answers_of(messages, partial(_turn, tokenizer))
+    if any(answer.other_header for answer in answers.found):
+        counts.add_merge("answer learnt behind a header that the template leaves out of the history", at)
+    if folds_system(tokenizer, messages):
+        counts.add_merge("system message put in front of the first question", at)
+    if answers.input_ids is None:
+        counts.add_merge("one example a turn: the template renders earlier turns differently", at)
         parts = [
-            _fit_last(tokenizer, conversation.messages[:end], max_length, counts, conversation.at)
-            for end in ends
+            _fit_last(tokenizer, messages, answer, max_length, counts, at)
+            for answer in answers.found
+            if _weight(messages[answer.index])
         ]
-    elif example is None or len(example.input_ids) > max_length:
-        parts = [_fit(tokenizer, conversation, turns, max_length, counts)]
+    elif len(answers.input_ids) > max_length:
+        parts = [_fit(tokenizer, messages, answers, max_length, counts, at)]
     else:
-        parts = [example]
+        parts = [_together(messages, answers)]
     return [part for part in parts if part is not None]
 
 
-@dataclass(frozen=True)
-class _Turn:
-    """An answer: which message it is, what stands in front of it at inference, and what is to be learnt."""
-
-    index: int
-    prompt: list[int]
-    target: list[int]
-    other_header: bool = False  # the generation prompt is not how the template renders an answer
-
-
-def _turns(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> list[_Turn]:
-    """The assistant turns of a conversation. One that opens it answers nothing, and is only context."""
-    return [
-        _turn(tokenizer, messages[: index + 1])
-        for index, message in enumerate(messages)
-        if message["role"] == "assistant" and any(one["role"] == "user" for one in messages[:index])
-    ]
+def uncut_lengths(tokenizer: PreTrainedTokenizerBase, conversation: Conversation) -> list[int]:
+    """How many tokens each example of a conversation has where none is cut; empty where nothing can be learnt."""
+    try:
+        messages = _to_last_learnt(conversation, Counts())
+        answers = answers_of(messages, partial(_turn, tokenizer))
+    except NotLearnable:
+        return []
+    except UsageError:
+        if not tokenizer.chat_template:
+            raise
+        return []
+    if answers.input_ids is not None:
+        return [len(answers.input_ids)]
+    return [answer.end for answer in answers.found if _weight(messages[answer.index])]
 
 
-def _turn(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> _Turn:
+def _weight(message: Message) -> float:
+    return message.get("weight", 1.0)
+
+
+def _to_last_learnt(conversation: Conversation, counts: Counts) -> Sequence[Message]:
+    """The turns up to the last answer with a weight above 0; what stands behind it is context of nothing."""
+    messages = conversation.messages
+    answers = [index for index, one in enumerate(messages) if one["role"] == "assistant"]
+    learnt = [index for index in answers if _weight(messages[index]) > 0]
+    if not learnt:
+        raise NotLearnable(
+            "no answer to learn from: all have weight 0" if answers else "no answer to learn from"
+        )
+    for _ in range(bisect.bisect(answers, learnt[-1]) - len(learnt)):
+        counts.add_merge("turns with weight 0 are context", conversation.at)
+    if learnt[-1] < len(messages) - 1:
+        counts.add_merge("turns behind the last answer to learn left out", conversation.at)
+    return messages[: learnt[-1] + 1]
+
+
+def _turn(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> Turn:
     """The last message as a target: what the template writes behind the prompt, to the end of the turn."""
     prompt_text = render_text(tokenizer, messages[:-1], generation=True)
     whole_text = render_text(tokenizer, messages, generation=False)
@@ -131,7 +159,7 @@ def _turn(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> _T
         target = target[: target.index(end) + 1]
     else:
         target = [*target, tokenizer.eos_token_id]
-    return _Turn(len(messages) - 1, prompt, target, other_header)
+    return Turn(prompt, target, other_header)
 
 
 def _behind_header(prompt_text: str, answer: str) -> str:
@@ -144,58 +172,66 @@ def _behind_header(prompt_text: str, answer: str) -> str:
     return answer
 
 
-class NotLearnable(Exception):
-    """A conversation whose target cannot be rendered as the model would write it; the reason is counted."""
+def _together(messages: Sequence[Message], answers: Answers) -> Example:
+    """All answers in one example."""
+    assert answers.input_ids is not None
+    example = Example(answers.input_ids, [IGNORED] * len(answers.input_ids), at="")
+    for answer in answers.found:
+        _learn(example, answer.begin, answer.target, _weight(messages[answer.index]))
+    return example
 
 
-def _append_only(turns: Sequence[_Turn]) -> Example | None:
-    """All turns in one example, if each prompt begins with the prompt and answer before it; else None."""
-    if not turns:
-        return None
-    for earlier, later in pairwise(turns):
-        said = earlier.prompt + earlier.target
-        if later.prompt[: len(said)] != said:
-            return None
-    input_ids = turns[-1].prompt + turns[-1].target
-    labels = [IGNORED] * len(input_ids)
-    for turn in turns:
-        labels[len(turn.prompt) : len(turn.prompt) + len(turn.target)] = turn.target
-    return Example(input_ids, labels, at="")
+def _learn(example: Example, begin: int, target: Sequence[int], weight: float) -> None:
+    """Put a loss on a stretch of an example."""
+    if weight == 0:
+        return
+    place = slice(begin, begin + len(target))
+    example.labels[place] = target
+    if weight != 1:
+        example.weights = example.weights or [1.0] * len(example.labels)
+        example.weights[place] = [weight] * len(target)
 
 
 def _fit(
     tokenizer: PreTrainedTokenizerBase,
-    conversation: Conversation,
-    turns: Sequence[_Turn],
+    messages: Sequence[Message],
+    answers: Answers,
     max_length: int,
     counts: Counts,
+    at: str,
 ) -> Example | None:
     """The newest exchanges that fit together; the oldest go first, the system message stays."""
-    messages = list(conversation.messages)
     first = 1 if messages[0]["role"] == "system" else 0
     users = [i for i in range(first + 1, len(messages)) if messages[i]["role"] == "user"]
-    length = len(turns[-1].prompt) + len(turns[-1].target)
-    for start in users:
-        kept = [*messages[:first], *messages[start:]]
-        example = _append_only(_turns(tokenizer, kept))
-        if example is not None and len(example.input_ids) <= max_length:
-            counts.add_truncation(
-                "oldest exchanges dropped to fit --max-length",
-                conversation.at,
-                length - len(example.input_ids),
-            )
-            return example
-    return _fit_last(tokenizer, messages, max_length, counts, conversation.at)
+
+    def kept(number: int) -> list[Message]:
+        return [*messages[:first], *messages[users[number] :]]
+
+    def fits(number: int) -> bool:
+        turn = _turn(tokenizer, kept(number))
+        return len(turn.prompt) + len(turn.target) <= max_length
+
+    for number in range(first_that_fits(len(users), fits), len(users)):
+        shorter = answers_of(kept(number), partial(_turn, tokenizer))
+        if shorter.input_ids is not None and len(shorter.input_ids) <= max_length:
+            lost = answers.found[-1].end - len(shorter.input_ids)
+            counts.add_truncation("oldest exchanges dropped to fit --max-length", at, lost)
+            return _together(kept(number), shorter)
+    return _fit_last(tokenizer, messages, answers.found[-1], max_length, counts, at)
 
 
 def _fit_last(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], max_length: int, counts: Counts, at: str
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Message],
+    answer: Answer,
+    max_length: int,
+    counts: Counts,
+    at: str,
 ) -> Example | None:
-    """The last answer behind as much of its history as fits; its end is cut where it alone is too long."""
-    whole = _turn(tokenizer, messages)
-    question, _ = fit_history(tokenizer, messages[:-1], max_length - len(whole.target))
-    turn = _turn(tokenizer, [*question, messages[-1]])
-    lost = len(whole.prompt) - len(turn.prompt)
+    """One answer behind as much of its history as fits; its end is cut where it alone is too long."""
+    question, _ = fit_history(tokenizer, messages[: answer.index], max_length - len(answer.target))
+    turn = _turn(tokenizer, [*question, messages[answer.index]])
+    lost = answer.begin - len(turn.prompt)
     if len(turn.prompt) >= max_length:
         counts.add_skip("the question alone fills --max-length", at)
         return None
@@ -206,7 +242,9 @@ def _fit_last(
         )
     elif lost:
         counts.add_truncation("oldest exchanges dropped to fit --max-length", at, lost)
-    return Example(turn.prompt + target, [IGNORED] * len(turn.prompt) + target, at=at)
+    example = Example(turn.prompt + target, [IGNORED] * (len(turn.prompt) + len(target)), at=at)
+    _learn(example, len(turn.prompt), target, _weight(messages[answer.index]))
+    return example
 
 
 def render_answer(

@@ -10,7 +10,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from medicalgpt_cli.engine.data.counts import Counts
-from medicalgpt_cli.engine.data.examples import IGNORED, Example, render_conversation
+from medicalgpt_cli.engine.data.examples import IGNORED, Example, render_conversation, uncut_lengths
 from medicalgpt_cli.engine.data.formats import first_format, load_conversations, load_prompts, load_texts
 from medicalgpt_cli.engine.data.messages import Conversation
 from medicalgpt_cli.engine.data.rendering import encode_prompt, encode_raw
@@ -66,8 +66,7 @@ def inspect(
         if tokenizer is None:
             lengths = [_prompt_length(one, None) for one in conversations]
         else:
-            whole = [one for c in conversations for one in render_conversation(tokenizer, c, UNCUT, Counts())]
-            lengths = [len(one.input_ids) for one in whole]
+            lengths = [length for c in conversations for length in uncut_lengths(tokenizer, c)]
             examples = [
                 one for c in conversations for one in render_conversation(tokenizer, c, max_length, counts)
             ]
@@ -84,9 +83,6 @@ def inspect(
         "longer": sum(length > max_length for length in lengths) if tokenizer else None,
     }
     return Inspection(report, conversations, examples)
-
-
-UNCUT = 10**9
 
 
 def _prompt_length(conversation: Conversation, tokenizer: PreTrainedTokenizerBase | None) -> int:
