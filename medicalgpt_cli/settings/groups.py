@@ -357,7 +357,20 @@ class RunSettings(MemorySettings, OutputSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SamplingSettings(Settings):
+class ThinkingSettings(Settings):
+    """Whether a model that can reason in front of its answer is asked to."""
+
+    panel: ClassVar[str] = "Answers"
+
+    thinking: str = opt(
+        "auto",
+        "Reasoning in front of an answer, where the chat template has a switch; auto is its default.",
+        choices=("auto", "on", "off"),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingSettings(ThinkingSettings):
     panel: ClassVar[str] = "Answers"
 
     max_new_tokens: int = opt(512, "Longest answer in tokens.", min=1)

@@ -12,7 +12,10 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from medicalgpt_cli.engine.data.rendering import encode_prompt, encode_raw
+from medicalgpt_cli.engine.data.counts import Counts
+from medicalgpt_cli.engine.data.rendering import check_thinking, encode_prompt, encode_raw
+from medicalgpt_cli.engine.data.template_facts import template_facts
+from medicalgpt_cli.engine.generation.answer_reader import EncodedPrompt
 from medicalgpt_cli.engine.generation.batching import batches_by_length
 from medicalgpt_cli.engine.generation.decoding import Answer
 from medicalgpt_cli.engine.generation.endpoint import EndpointBackend, RemotePrompt
@@ -20,6 +23,7 @@ from medicalgpt_cli.engine.generation.helpers import Helpers, even_batch_size, h
 from medicalgpt_cli.engine.generation.local import LocalBackend, load_to_answer
 from medicalgpt_cli.engine.generation.predictions import PredictionFile, StandardOutput
 from medicalgpt_cli.engine.generation.questions import Question, read_questions
+from medicalgpt_cli.engine.generation.wire import call_to_wire, finish_reason, with_call_ids
 from medicalgpt_cli.engine.model.base_record import describe
 from medicalgpt_cli.engine.model.loading import load_tokenizer
 from medicalgpt_cli.engine.model.quantization import check_quantization
@@ -42,7 +46,10 @@ def run_infer(settings: InferSettings, observer: Observer) -> dict[str, Any]:
         DataError, UsageError: the questions or settings are wrong, or the predictions file exists.
     """
     check_connection()
-    questions = read_questions(settings.data_file)
+    counts = Counts()
+    questions = read_questions(settings.data_file, counts)
+    for line in [*counts.unused_lines(), *counts.notices]:
+        observer.on_notice(line)
     model = (_RemoteModel if settings.endpoint else LocalModel)(settings, observer)
     prompts = [model.prompt(question) for question in questions]
     output = _output(settings, questions, model.identity())
@@ -73,7 +80,7 @@ def run_infer(settings: InferSettings, observer: Observer) -> dict[str, Any]:
 def _answer_all(
     backend: LocalBackend | EndpointBackend,
     questions: list[Question],
-    prompts: list[list[int] | RemotePrompt | Refused],
+    prompts: list[EncodedPrompt | RemotePrompt | Refused],
     output: Any,
     batch_size: int,
     observer: Observer,
@@ -166,19 +173,24 @@ class LocalModel:
         check_quantization(self.resolved, settings.quantization)
         plain = settings.with_prompt is True
         self.tokenizer = load_tokenizer(settings, self.resolved, observer, plain_template=plain)
+        if uses_template(self.tokenizer, settings):
+            check_thinking(template_facts(self.tokenizer), settings.thinking)
 
-    def prompt(self, question: Question) -> list[int] | Refused:
-        """Token ids of a question: in the chat template, or the raw text with `--no-prompt`.
+    def prompt(self, question: Question) -> EncodedPrompt | Refused:
+        """A question in the chat template, or the raw text with `--no-prompt`.
 
         Raises:
             UsageError: raw text was asked for, but the question is a conversation.
         """
         if not uses_template(self.tokenizer, self.settings):
-            return encode_raw(self.tokenizer, raw_text(question, self.settings))
+            return EncodedPrompt(encode_raw(self.tokenizer, raw_text(question, self.settings)), raw=True)
+        messages = with_system(question.messages, self.settings.system_prompt)
+        thinking = self.settings.thinking
         try:
-            return encode_prompt(self.tokenizer, with_system(question.messages, self.settings.system_prompt))
+            ids = encode_prompt(self.tokenizer, messages, question.tools, thinking)
         except UsageError as problem:
             return Refused(problem.message)
+        return EncodedPrompt(ids, question.tools, thinking)
 
     def identity(self) -> dict[str, str]:
         models = [one for one in (self.resolved.base, self.resolved.adapter) if one is not None]
@@ -202,7 +214,8 @@ class _RemoteModel:
     def prompt(self, question: Question) -> RemotePrompt:
         if self.settings.with_prompt is False:
             return self.backend.raw_prompt(raw_text(question, self.settings))
-        return self.backend.prompt(with_system(question.messages, self.settings.system_prompt))
+        messages = with_system(question.messages, self.settings.system_prompt)
+        return self.backend.prompt(messages, question.tools)
 
     def identity(self) -> dict[str, str]:
         return {"the endpoint": self.backend.url, "the endpoint's model": self.backend.model}
@@ -215,12 +228,13 @@ def raw_text(question: Question, settings: InferSettings) -> str:
     """The text that is continued with `--no-prompt`.
 
     Raises:
-        UsageError: the question is a conversation, or there is a system prompt.
+        UsageError: the question is a conversation or has tools, or there is a system prompt or a word about reasoning.
     """
-    if not isinstance(question.input, str):
-        raise UsageError(
-            f"{question.at}: a conversation cannot be continued as raw text", "add --with-prompt"
-        )
+    if not isinstance(question.input, str) or question.tools:
+        what = "a question with tools" if question.tools else "a conversation"
+        raise UsageError(f"{question.at}: {what} cannot be continued as raw text", "add --with-prompt")
+    if settings.thinking != "auto":
+        raise UsageError("--thinking goes with the chat template", "add --with-prompt")
     if settings.system_prompt:
         raise UsageError("--system-prompt goes with the chat template", "add --with-prompt")
     return question.input
@@ -240,11 +254,14 @@ def with_system(messages: Any, system_prompt: str | None) -> list[Any]:
 
 def prediction(question: Question, answer: Answer) -> dict[str, Any]:
     """A row of the predictions file."""
-    row = {
-        "id": question.id,
-        "input": question.input,
-        "output": answer.text,
-        "finish_reason": answer.finish_reason,
+    calls = with_call_ids(answer.tool_calls, question.id, question.messages)
+    row: dict[str, Any] = {"id": question.id, "input": question.input, "output": answer.text}
+    if answer.reasoning:
+        row["reasoning_content"] = answer.reasoning
+    if calls:
+        row["tool_calls"] = [call_to_wire(call) for call in calls]
+    row |= {
+        "finish_reason": finish_reason(answer.finish_reason, calls),
         "prompt_tokens": answer.prompt_tokens,
         "completion_tokens": answer.completion_tokens,
     }
@@ -274,7 +291,7 @@ def _identity(settings: InferSettings, questions: list[Question], model: dict[st
     chosen = {
         flag_of(name): str(getattr(settings, name)) for name in options_of(settings) if name not in _FREE
     }
-    asked = _hash([(question.id, question.messages) for question in questions])
+    asked = _hash([(question.id, question.messages, question.tools) for question in questions])
     return {"the questions": asked, **model, **chosen}
 
 
