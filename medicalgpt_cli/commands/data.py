@@ -10,8 +10,10 @@ from medicalgpt_cli.settings.stages import InspectDataSettings
 
 def run(settings: InspectDataSettings, observer: Observer) -> dict[str, Any]:
     """Measure the files with the named model's tokenizer, or in characters where none is named."""
+    from medicalgpt_cli.engine.data.reading import reading_options
     from medicalgpt_cli.engine.data.report import inspect
 
+    reading = reading_options(settings, settings.files)
     tokenizer = None
     if settings.base_model or settings.lora_model or settings.tokenizer_path:
         tokenizer = _tokenizer(settings, observer)
@@ -19,7 +21,7 @@ def run(settings: InspectDataSettings, observer: Observer) -> dict[str, Any]:
         observer.on_notice(
             "no model is named: lengths are in characters; --base-model NAME shows tokens and the loss mask"
         )
-    found = inspect(settings.files, tokenizer, settings.max_length, observer)
+    found = inspect(settings.files, tokenizer, settings.max_length, observer, reading=reading)
     if not settings.json:
         from medicalgpt_cli.terminal.data_view import show_data
 

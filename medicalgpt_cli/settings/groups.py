@@ -196,7 +196,31 @@ class AdapterSettings(Settings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataSettings(Settings):
+class ReadingSettings(Settings):
+    """How files are read where they do not say it themselves."""
+
+    panel: ClassVar[str] = "Data"
+
+    columns: tuple[str, ...] = opt(
+        (),
+        "Which columns of a table or keys of a record are meant by the keys that medgpt reads: "
+        "question=患者问题,answer=医生回答.",
+        metavar="KEY=NAME,…",
+    )
+    sheet: str | None = opt(
+        None,
+        "Name or number of the sheet of a workbook; the first with data where not given.",
+        metavar="NAME",
+    )
+    encoding: str | None = opt(
+        None,
+        "Encoding of all text, JSON and .csv files; UTF-8, GB18030 or UTF-16 as found where not given.",
+        metavar="NAME",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSettings(ReadingSettings):
     panel: ClassVar[str] = "Data"
 
     train_data: tuple[str, ...] = opt(

@@ -23,6 +23,7 @@ from medicalgpt_cli.settings.groups import (
     OtherBaseSettings,
     OutputSettings,
     QuantizationSettings,
+    ReadingSettings,
     RewardModelSettings,
     RunSettings,
     SpeedSettings,
@@ -132,7 +133,7 @@ class PretrainSettings(CorpusSettings, SpeedSettings, TrainSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class VocabularySettings(OutputSettings, CorpusSettings, ModelSettings):
+class VocabularySettings(OutputSettings, CorpusSettings, ReadingSettings, ModelSettings):
     """Widen a model's vocabulary with the words of a corpus."""
 
     panel: ClassVar[str] = "Vocabulary"
@@ -432,7 +433,12 @@ def _is_number(text: str) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class ScoreSettings(
-    OutputSettings, RewardModelSettings, OtherBaseSettings, QuantizationSettings, MemorySettings
+    OutputSettings,
+    ReadingSettings,
+    RewardModelSettings,
+    OtherBaseSettings,
+    QuantizationSettings,
+    MemorySettings,
 ):
     """Score answers with a reward model."""
 
@@ -484,7 +490,7 @@ def _check_size(shard_size: str) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class InferSettings(OutputSettings, EndpointSettings):
+class InferSettings(OutputSettings, ReadingSettings, EndpointSettings):
     """Answer a file of questions."""
 
     panel: ClassVar[str] = "Questions"
@@ -622,7 +628,7 @@ class ServeSettings(OutputSettings, EndpointSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class InspectDataSettings(OutputSettings, NamedModelSettings):
+class InspectDataSettings(OutputSettings, ReadingSettings, NamedModelSettings):
     """Look at data files: format, counts, token lengths, loss mask."""
 
     panel: ClassVar[str] = "Data"

@@ -473,7 +473,8 @@ def _common(one: str, other: str) -> str:
 def gives_back(form: CallFormat, texts: Collection[tuple[str, Sequence[ToolCall]]]) -> bool:
     """Whether a format reads the calls out of texts as they were written."""
     for text, calls in texts:
-        reader, found, at = CallReader(form, None), [], 0
+        reader, at = CallReader(form, None), 0
+        found: list[ToolCall] = []
         try:
             while len(found) < len(calls):
                 reader.forget()

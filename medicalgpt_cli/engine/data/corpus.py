@@ -30,6 +30,7 @@ from medicalgpt_cli.engine.data.counts import Counts
 from medicalgpt_cli.engine.data.formats import iterate_texts
 from medicalgpt_cli.engine.data.language import language_of
 from medicalgpt_cli.engine.data.messages import Document
+from medicalgpt_cli.engine.data.read_options import AS_FOUND, ReadOptions
 from medicalgpt_cli.engine.data.readers import HubDataset, expand_sources
 from medicalgpt_cli.engine.data.rendering import document_marks, encode_texts
 from medicalgpt_cli.engine.model.tokenizer import fingerprint
@@ -38,7 +39,7 @@ from medicalgpt_cli.engine.run import checkpoints
 from medicalgpt_cli.engine.run.files import PRIVATE, private_folder, remove_tree, sha256_file, staged
 from medicalgpt_cli.errors import DataError, UsageError
 
-FORMAT = 1
+FORMAT = 2  # counts also how files are read: their encodings, sheets and documents
 LANGUAGES = ("zh", "en", "other")
 _DOCUMENT = np.dtype([("end", "<i8"), ("bytes", "<i8"), ("hash", "<u8"), ("language", "u1")])
 _BATCH_CHARACTERS = 1_000_000  # tokenised together: fast, and little memory
@@ -105,18 +106,23 @@ class Corpus:
 
 
 def tokenise(
-    source: Source, tokenizer: PreTrainedTokenizerBase, text_unit: str, cache: Path, observer: Observer
+    source: Source,
+    tokenizer: PreTrainedTokenizerBase,
+    text_unit: str,
+    cache: Path,
+    observer: Observer,
+    reading: ReadOptions = AS_FOUND,
 ) -> Corpus:
     """Open the corpus of a source, tokenising it if the cache does not have it yet.
 
     Raises:
         DataError: a file is missing or broken, or holds no text.
     """
-    files, _ = expand_sources([source.name])
+    files, _ = expand_sources([source.name], with_documents=True)
     tokens = cache / "tokens"
     private_folder(tokens)
     try:
-        folder = tokens / _key(files, tokenizer, text_unit)
+        folder = tokens / _key(files, tokenizer, text_unit, reading)
     except OSError as problem:
         raise DataError(
             f"{problem.strerror or type(problem).__name__}", "check the path", at=str(problem.filename)
@@ -131,7 +137,7 @@ def tokenise(
             remove_tree(folder)
         if not folder.is_dir():
             with staged(folder, PRIVATE) as new:
-                _write(new, source, tokenizer, text_unit, observer, folder.name)
+                _write(new, source, tokenizer, text_unit, observer, folder.name, reading)
         return Corpus(folder, source)
 
 
@@ -143,12 +149,18 @@ def _damage(folder: Path) -> str | None:
     return found
 
 
-def _key(files: Sequence[Path | HubDataset], tokenizer: PreTrainedTokenizerBase, text_unit: str) -> str:
+def _key(
+    files: Sequence[Path | HubDataset],
+    tokenizer: PreTrainedTokenizerBase,
+    text_unit: str,
+    reading: ReadOptions,
+) -> str:
     content = [
         [str(file), sha256_file(file)] if isinstance(file, Path) else [file.name, file.split]
         for file in files
     ]
-    parts = [FORMAT, fingerprint(tokenizer), document_marks(tokenizer), text_unit, content]
+    how = [reading.encoding, reading.sheet, reading.columns]
+    parts = [FORMAT, fingerprint(tokenizer), document_marks(tokenizer), text_unit, how, content]
     return hashlib.sha256(json.dumps(parts).encode("utf-8", "surrogateescape")).hexdigest()[:32]
 
 
@@ -159,8 +171,9 @@ def _write(
     text_unit: str,
     observer: Observer,
     key: str,
+    reading: ReadOptions,
 ) -> None:
-    counts, languages, seen = Counts(), Counter(), hashlib.sha256()
+    counts, languages, seen = Counts(reading=reading), Counter(), hashlib.sha256()
     start, _, separate = document_marks(tokenizer)
     end = [document_marks(tokenizer)[1]] if separate else []
     dtype = np.dtype("<u2" if len(tokenizer) <= 2**16 else "<u4")

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from medicalgpt_cli.engine.data.known_keys import MEDIA, fold, has_no_meaning, is_known, meaning_of
 from medicalgpt_cli.engine.data.naming import SHARE, looks_like_a_name
+from medicalgpt_cli.engine.data.read_options import AS_FOUND, ReadOptions
 from medicalgpt_cli.errors import DataError, MedgptError
 
 Place = Literal["record", "turn", "part", "tool call"]
@@ -19,11 +20,12 @@ _LISTED = 20  # wrong records that are kept
 
 @dataclass
 class Counts:
-    """Figures of what was read, and the rules for what may stay unused."""
+    """Figures of what was read, how it is read, and the rules for what may stay unused."""
 
     strict: bool = False  # a key that is not used ends the run
     ignore: frozenset[str] = frozenset()  # keys that a person has said are not needed
     group: str | None = None  # the key that says which records belong together
+    reading: ReadOptions = AS_FOUND
 
     read: int = 0
     skipped: Counter[str] = field(default_factory=Counter)

@@ -6,31 +6,24 @@ Each answer is learnt behind exactly the tokens that inference renders in front 
 from __future__ import annotations
 
 import bisect
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 
 from transformers import PreTrainedTokenizerBase
 
+from medicalgpt_cli.engine.data.answer_targets import AnswerRenderer, answer_turn
 from medicalgpt_cli.engine.data.answer_windows import (
     Answer,
     Answers,
     NotLearnable,
-    Turn,
     answers_of,
     first_that_fits,
 )
-from medicalgpt_cli.engine.data.control_tokens import defuse, encode_rendered
 from medicalgpt_cli.engine.data.counts import Counts
 from medicalgpt_cli.engine.data.messages import Conversation, Message
-from medicalgpt_cli.engine.data.rendering import (
-    end_of_turn,
-    fit_history,
-    folds_system,
-    render_text,
-    template_facts,
-)
+from medicalgpt_cli.engine.data.reasoning import Thinking
+from medicalgpt_cli.engine.data.rendering import TemplateRefuses, check_thinking, fit_history, folds_system
+from medicalgpt_cli.engine.data.template_facts import template_facts
 from medicalgpt_cli.errors import UsageError
 
 IGNORED = -100
@@ -51,7 +44,11 @@ class Example:
 
 
 def render_conversation(
-    tokenizer: PreTrainedTokenizerBase, conversation: Conversation, max_length: int, counts: Counts
+    tokenizer: PreTrainedTokenizerBase,
+    conversation: Conversation,
+    max_length: int,
+    counts: Counts,
+    thinking: Thinking = "auto",
 ) -> list[Example]:
     """Examples of a conversation, with the loss on every assistant turn and its end token.
 
@@ -59,13 +56,17 @@ def render_conversation(
     (strips reasoning, moves the system message), each assistant turn becomes an example of its own.
     What does not fit `max_length` loses its oldest exchanges; all of that is counted in `counts`.
     An answer with weight 0 is context, and one with another weight than 1 gives its tokens that weight.
+    Calls of tools are answers; their results are context.
+
+    Raises:
+        UsageError: there is no chat template, or it has no switch for `thinking`.
     """
+    check_thinking(template_facts(tokenizer), thinking)
     try:
-        found = _examples(tokenizer, conversation, max_length, counts)
-    except UsageError:
-        if not tokenizer.chat_template:
-            raise
-        counts.add_skip("the chat template refuses this order of roles", conversation.at)
+        renderer = AnswerRenderer(tokenizer, conversation.tools, thinking)
+        found = _examples(renderer, conversation, max_length, counts)
+    except TemplateRefuses as problem:
+        counts.add_skip(problem.reason, conversation.at)
         return []
     except NotLearnable as reason:
         counts.add_skip(str(reason), conversation.at)
@@ -76,39 +77,39 @@ def render_conversation(
 
 
 def _examples(
-    tokenizer: PreTrainedTokenizerBase, conversation: Conversation, max_length: int, counts: Counts
+    renderer: AnswerRenderer, conversation: Conversation, max_length: int, counts: Counts
 ) -> list[Example]:
     at = conversation.at
     messages = _to_last_learnt(conversation, counts)
-    answers = answers_of(messages, partial(_turn, tokenizer))
+    answers = answers_of(messages, renderer.turn)
     if any(answer.other_header for answer in answers.found):
         counts.add_merge("answer learnt behind a header that the template leaves out of the history", at)
-    if folds_system(tokenizer, messages):
+    if folds_system(renderer.tokenizer, messages):
         counts.add_merge("system message put in front of the first question", at)
+    for note in renderer.notes(messages):
+        counts.add_merge(note, at)
     if answers.input_ids is None:
         counts.add_merge("one example a turn: the template renders earlier turns differently", at)
         parts = [
-            _fit_last(tokenizer, messages, answer, max_length, counts, at)
+            _fit_last(renderer, messages, answer, max_length, counts, at)
             for answer in answers.found
             if _weight(messages[answer.index])
         ]
     elif len(answers.input_ids) > max_length:
-        parts = [_fit(tokenizer, messages, answers, max_length, counts, at)]
+        parts = [_fit(renderer, messages, answers, max_length, counts, at)]
     else:
         parts = [_together(messages, answers)]
     return [part for part in parts if part is not None]
 
 
-def uncut_lengths(tokenizer: PreTrainedTokenizerBase, conversation: Conversation) -> list[int]:
+def uncut_lengths(
+    tokenizer: PreTrainedTokenizerBase, conversation: Conversation, thinking: Thinking = "auto"
+) -> list[int]:
     """How many tokens each example of a conversation has where none is cut; empty where nothing can be learnt."""
     try:
         messages = _to_last_learnt(conversation, Counts())
-        answers = answers_of(messages, partial(_turn, tokenizer))
-    except NotLearnable:
-        return []
-    except UsageError:
-        if not tokenizer.chat_template:
-            raise
+        answers = answers_of(messages, AnswerRenderer(tokenizer, conversation.tools, thinking).turn)
+    except (NotLearnable, TemplateRefuses):
         return []
     if answers.input_ids is not None:
         return [len(answers.input_ids)]
@@ -135,43 +136,6 @@ def _to_last_learnt(conversation: Conversation, counts: Counts) -> Sequence[Mess
     return messages[: learnt[-1] + 1]
 
 
-def _turn(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> Turn:
-    """The last message as a target: what the template writes behind the prompt, to the end of the turn."""
-    prompt_text = render_text(tokenizer, messages[:-1], generation=True)
-    whole_text = render_text(tokenizer, messages, generation=False)
-    prompt, whole = encode_rendered(tokenizer, prompt_text), encode_rendered(tokenizer, whole_text)
-    end = end_of_turn(tokenizer)
-    other_header = False
-    if whole[: len(prompt)] == prompt:
-        target = whole[len(prompt) :]
-    elif whole_text.startswith(prompt_text):
-        # A token runs over the border: at inference the prompt ends there, so the answer begins a token anew.
-        target = encode_rendered(tokenizer, whole_text.removeprefix(prompt_text))
-        if tokenizer.decode(prompt + target) != tokenizer.decode(whole):
-            raise NotLearnable("the tokenizer does not give back the answer behind its prompt")
-    else:
-        # The generation prompt says more than the rendered history (an empty reasoning block, say):
-        # what the model has to say after it is the answer itself.
-        other_header = True
-        answer = _behind_header(prompt_text, messages[-1]["content"])
-        target = encode_rendered(tokenizer, defuse(tokenizer, answer, template_facts(tokenizer).answered))
-    if end in target:
-        target = target[: target.index(end) + 1]
-    else:
-        target = [*target, tokenizer.eos_token_id]
-    return Turn(prompt, target, other_header)
-
-
-def _behind_header(prompt_text: str, answer: str) -> str:
-    """The answer without the opening that the generation prompt already wrote (`<think>`, say)."""
-    opening = re.match(r"<[^<>]+>\n*", answer)
-    if opening and prompt_text.endswith(opening[0]):
-        return answer.removeprefix(opening[0])
-    if prompt_text.rstrip().endswith("<think>"):
-        raise NotLearnable("the template opens a reasoning block, and the answer has none")
-    return answer
-
-
 def _together(messages: Sequence[Message], answers: Answers) -> Example:
     """All answers in one example."""
     assert answers.input_ids is not None
@@ -193,7 +157,7 @@ def _learn(example: Example, begin: int, target: Sequence[int], weight: float) -
 
 
 def _fit(
-    tokenizer: PreTrainedTokenizerBase,
+    renderer: AnswerRenderer,
     messages: Sequence[Message],
     answers: Answers,
     max_length: int,
@@ -208,20 +172,20 @@ def _fit(
         return [*messages[:first], *messages[users[number] :]]
 
     def fits(number: int) -> bool:
-        turn = _turn(tokenizer, kept(number))
+        turn = renderer.turn(kept(number))
         return len(turn.prompt) + len(turn.target) <= max_length
 
     for number in range(first_that_fits(len(users), fits), len(users)):
-        shorter = answers_of(kept(number), partial(_turn, tokenizer))
+        shorter = answers_of(kept(number), renderer.turn)
         if shorter.input_ids is not None and len(shorter.input_ids) <= max_length:
             lost = answers.found[-1].end - len(shorter.input_ids)
             counts.add_truncation("oldest exchanges dropped to fit --max-length", at, lost)
             return _together(kept(number), shorter)
-    return _fit_last(tokenizer, messages, answers.found[-1], max_length, counts, at)
+    return _fit_last(renderer, messages, answers.found[-1], max_length, counts, at)
 
 
 def _fit_last(
-    tokenizer: PreTrainedTokenizerBase,
+    renderer: AnswerRenderer,
     messages: Sequence[Message],
     answer: Answer,
     max_length: int,
@@ -229,8 +193,9 @@ def _fit_last(
     at: str,
 ) -> Example | None:
     """One answer behind as much of its history as fits; its end is cut where it alone is too long."""
-    question, _ = fit_history(tokenizer, messages[: answer.index], max_length - len(answer.target))
-    turn = _turn(tokenizer, [*question, messages[answer.index]])
+    said = messages[answer.index]
+    question = renderer.history(messages[: answer.index], said, max_length - len(answer.target))
+    turn = renderer.turn([*question, said])
     lost = answer.begin - len(turn.prompt)
     if len(turn.prompt) >= max_length:
         counts.add_skip("the question alone fills --max-length", at)
@@ -259,10 +224,10 @@ def render_answer(
         UsageError: the template refuses the conversation.
     """
     try:
-        turn = _turn(tokenizer, [*messages, {"role": "assistant", "content": answer}])
+        turn = answer_turn(tokenizer, [*messages, {"role": "assistant", "content": answer}])
         if len(turn.prompt) + len(turn.target) > max_length:
             kept, _ = fit_history(tokenizer, messages, max_length - len(turn.target))
-            turn = _turn(tokenizer, [*kept, {"role": "assistant", "content": answer}])
+            turn = answer_turn(tokenizer, [*kept, {"role": "assistant", "content": answer}])
     except NotLearnable as problem:
         raise UsageError(str(problem), "another --template may suit these answers") from None
     if len(turn.prompt) + len(turn.target) > max_length:

@@ -16,7 +16,7 @@ from typing import Any
 
 from medicalgpt_cli.engine.data.fields import Fields, kind_of, text_of
 from medicalgpt_cli.engine.data.known_keys import meaning_of
-from medicalgpt_cli.engine.data.readers import read_rows
+from medicalgpt_cli.engine.data.readers import ReadOptions, read_again, read_as
 from medicalgpt_cli.errors import DataError, MedgptError
 
 _SINGLE = ("opa", "opb", "opc", "opd", "ope")
@@ -194,15 +194,15 @@ def _first_number(path: str, meaning: str) -> int | None:
     if not file.is_file():
         return None
     status = file.stat()
-    return _scanned(file, meaning, status.st_size, status.st_mtime_ns)
+    return _scanned(file, read_as(file), meaning, status.st_size, status.st_mtime_ns)
 
 
 @functools.lru_cache(maxsize=8)
-def _scanned(file: Path, meaning: str, _size: int, _changed: int) -> int | None:
+def _scanned(file: Path, _reading: ReadOptions, meaning: str, _size: int, _changed: int) -> int | None:
     """0 where a 0 stands there, 1 where the number of an option behind the last stands there."""
     beyond = False
     try:
-        for row in itertools.islice(read_rows(file), _SCANNED):
+        for row in itertools.islice(read_again(file), _SCANNED):
             if not isinstance(row.value, dict):
                 continue
             fields = Fields(row.value, row.at)

@@ -13,12 +13,14 @@ from typing import TypeVar
 from medicalgpt_cli.engine.data.counts import Counts
 from medicalgpt_cli.engine.data.messages import Conversation, Document, Message
 from medicalgpt_cli.engine.data.naming import keys_found
-from medicalgpt_cli.engine.data.readers import Row, expand_sources, is_text, read_rows, unit_of
+from medicalgpt_cli.engine.data.read_options import AS_FOUND, ReadOptions
+from medicalgpt_cli.engine.data.readers import Row, expand_sources, is_document, is_text, read_rows, unit_of
 from medicalgpt_cli.engine.data.records import EXPECTED, Record, kind_of_record, read_record
 from medicalgpt_cli.engine.observer import Observer
 from medicalgpt_cli.errors import DataError
 
 _Made = TypeVar("_Made")
+NO_RECORDS = "a document has no questions and answers"
 
 
 def read_all(
@@ -121,7 +123,7 @@ def iterate_texts(
         DataError: a record has no text, or nothing is found.
     """
     any_found = False
-    for row in rows_of(sources, counts, observer, text_unit=text_unit):
+    for row in rows_of(sources, counts, observer, text_unit=text_unit, with_documents=True):
         counts.read += 1
         try:
             kind = kind_of_record(row.value, row.at)
@@ -152,16 +154,18 @@ def load_texts(sources: Sequence[str], counts: Counts, observer: Observer) -> li
     return [document.text for document in iterate_texts(sources, counts, observer)]
 
 
-def first_format(sources: Sequence[str]) -> str:
-    """The format of the first record that has one, which decides what the sources are for.
+def first_format(sources: Sequence[str], reading: ReadOptions = AS_FOUND) -> str:
+    """The format of the first record that has one, which decides what the sources are for; text if all are documents.
 
     Raises:
         DataError: there is no record, or none of a known format.
     """
-    files, _ = expand_sources(sources)
+    files, _ = expand_sources(sources, with_documents=True)
+    if files and all(is_document(file) for file in files):
+        return "text"
     first: DataError | None = None
     for file in files:
-        for row in read_rows(file):
+        for row in () if is_document(file) else read_rows(file, reading=reading):
             try:
                 return kind_of_record(row.value, row.at)
             except DataError as problem:
@@ -269,24 +273,40 @@ def join_same_role(messages: Iterable[Message], at: str, counts: Counts) -> list
 
 
 def rows_of(
-    sources: Sequence[str], counts: Counts, observer: Observer, *, text_unit: str = "line"
+    sources: Sequence[str],
+    counts: Counts,
+    observer: Observer,
+    *,
+    text_unit: str = "line",
+    with_documents: bool = False,
 ) -> Iterator[Row]:
-    """The rows of all sources in order."""
-    files, ignored = expand_sources(sources, counts.notices)
+    """The rows of all sources in order.
+
+    Args:
+        with_documents: whether documents (`.docx`, …) are read; where not, those of a folder are left out and counted.
+
+    Raises:
+        DataError: what is wrong with a file, or a document is named where it is of no use.
+    """
+    files, ignored = expand_sources(sources, counts.notices, with_documents=with_documents)
     if ignored:
+        word = "of unknown kind" if with_documents else "that hold no records"
         counts.notices.append(
-            f"{len(ignored)} files of unknown kind in the folders are left out, such as {ignored[0]}"
+            f"{len(ignored)} files {word} in the folders are left out, such as {ignored[0]}"
         )
     for file in files:
+        if is_document(file) and not with_documents:
+            raise DataError(NO_RECORDS, "its text is for pretrain and vocabulary", at=str(file))
         task = f"reading {getattr(file, 'name', file)}"
         observer.on_task_start(task, None, "rows")
         number = 0
         if is_text(file):
-            unit = unit_of(file) if text_unit == "auto" else text_unit
+            unit = unit_of(file, counts.reading) if text_unit == "auto" else text_unit
             counts.formats[str(file)] = f"text, a document a {unit}"
         else:
             unit = "line"
-        for number, row in enumerate(read_rows(file, text_unit=unit, notices=counts.notices), 1):
+        rows = read_rows(file, text_unit=unit, notices=counts.notices, reading=counts.reading)
+        for number, row in enumerate(rows, 1):
             if number % 1000 == 0:
                 observer.on_task_advance(task, number)
             yield row

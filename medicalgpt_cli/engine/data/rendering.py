@@ -227,19 +227,25 @@ def render_text(
             "the model has no chat template", "give one: --template chatml, alpaca, plain or a file"
         )
     facts = template_facts(tokenizer)
+    if not facts.writes:
+        raise UsageError(
+            "the chat template leaves out what is said in plain text",
+            "it may be made for images; another model or --template takes text",
+        )
     check_thinking(facts, thinking)
     calls = [len(one.get("tool_calls", ())) for one in messages]
     if max(calls, default=0) > 1 and not facts.tools.several:
         raise TemplateRefuses(
             "the chat template takes one tool call a turn, and a turn has several",
             "give each call a turn of its own, followed by its result",
+            "the chat template takes one tool call a turn",
         )
+    said = [_defused(tokenizer, facts, one) for one in messages]
     native = facts.tools.way is not None
-    turns = [_defused(tokenizer, facts, one) for one in messages]
     turns = (
-        native_turns(facts.tools, with_ids(turns, short=facts.tools.short_ids))
+        native_turns(facts.tools, with_ids(said, short=facts.tools.short_ids))
         if native
-        else plain_turns(turns)
+        else plain_turns(said)
     )
     turns = [_with_reasoning(facts, one) for one in turns]
     offered = [_defused_value(tokenizer, facts.asked, one) for one in tools]
@@ -251,18 +257,26 @@ def render_text(
     if offered:
         more["tools"] = as_functions(offered)
     try:
-        text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=generation, **more)
+        text = str(
+            tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=generation, **more)
+        )
     except TEMPLATE_ERRORS:
         roles = ", ".join(one["role"] for one in messages[:6])
         raise TemplateRefuses(
-            f"the chat template refuses the roles {roles}", "user and assistant have to take turns"
+            f"the chat template refuses the roles {roles}",
+            "user and assistant have to take turns",
+            "the chat template refuses this order of roles",
         ) from None
     check_rendered(text, sum(map(_size, (turns, offered))))
     return text
 
 
 class TemplateRefuses(UsageError):
-    """The chat template does not take a conversation."""
+    """The chat template does not take a conversation. `reason` says so where such conversations are counted."""
+
+    def __init__(self, message: str, hint: str, reason: str) -> None:
+        super().__init__(message, hint)
+        self.reason = reason
 
 
 def check_thinking(facts: TemplateFacts, thinking: Thinking) -> None:

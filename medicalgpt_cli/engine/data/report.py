@@ -13,6 +13,7 @@ from medicalgpt_cli.engine.data.counts import Counts
 from medicalgpt_cli.engine.data.examples import IGNORED, Example, render_conversation, uncut_lengths
 from medicalgpt_cli.engine.data.formats import first_format, load_conversations, load_prompts, load_texts
 from medicalgpt_cli.engine.data.messages import Conversation
+from medicalgpt_cli.engine.data.read_options import AS_FOUND, ReadOptions
 from medicalgpt_cli.engine.data.rendering import encode_prompt, encode_raw
 from medicalgpt_cli.engine.observer import Observer
 
@@ -44,15 +45,20 @@ class Inspection:
 
 
 def inspect(
-    sources: Sequence[str], tokenizer: PreTrainedTokenizerBase | None, max_length: int, observer: Observer
+    sources: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase | None,
+    max_length: int,
+    observer: Observer,
+    *,
+    reading: ReadOptions = AS_FOUND,
 ) -> Inspection:
     """Read files of any format and measure them, in tokens or (without a tokenizer) in characters.
 
     Raises:
         DataError: what is wrong with a file.
     """
-    counts = Counts()
-    kind = first_format(sources)
+    counts = Counts(reading=reading)
+    kind = first_format(sources, reading)
     conversations: list[Conversation] = []
     examples: list[Example] = []
     if kind == "text":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from functools import partial
 from itertools import takewhile
 from typing import Any
 
@@ -44,6 +45,7 @@ class TemplateFacts:
     """
 
     template: Any  # its source, or several by their names
+    writes: bool  # what is said; a template for images may expect parts where this program has a text
     takes_system: bool
     end_of_turn: int | None
     end_of_call: int | None
@@ -67,13 +69,13 @@ def _renderer(tokenizer: PreTrainedTokenizerBase) -> Callable[..., str]:
     """Renders messages, or pairs of role and content; "" where the template refuses them."""
 
     def render(*messages: Any, generation: bool = False, **more: Any) -> str:
-        said = [
+        said: list[Any] = [
             one if isinstance(one, Mapping) else dict(zip(("role", "content"), one, strict=True))
             for one in messages
         ]
         try:
-            return tokenizer.apply_chat_template(
-                said, tokenize=False, add_generation_prompt=generation, **more
+            return str(
+                tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=generation, **more)
             )
         except TEMPLATE_ERRORS:
             return ""
@@ -90,7 +92,7 @@ def _find_out(tokenizer: PreTrainedTokenizerBase) -> TemplateFacts:
         written = ControlTokens.of(tokenizer, special)
         controls = (written, ControlTokens.of(tokenizer, asked), written)
         end = tokenizer.eos_token_id
-        return TemplateFacts("", True, end, end, *controls, _NO_HEADER, NO_TOOLS, NO_REASONING)
+        return TemplateFacts("", True, True, end, end, *controls, _NO_HEADER, NO_TOOLS, NO_REASONING)
 
     render = _renderer(tokenizer)
     asked, answered = control_ids(added, special, render)
@@ -99,15 +101,20 @@ def _find_out(tokenizer: PreTrainedTokenizerBase) -> TemplateFacts:
     before, _, behind = render(("user", "a"), ("assistant", "Zq7")).rpartition("Zq7")
     ids = encode_piece(tokenizer, behind)
     end = next((one for one in ids if one in special), tokenizer.eos_token_id)
-    controls = (ControlTokens.of(tokenizer, some) for some in (special, asked, answered))
+    of = partial(ControlTokens.of, tokenizer)
+    controls = (of(special), of(asked), of(answered))
     question, prompt = render(("user", "a")), render(("user", "a"), generation=True)
     header = _header(tokenizer, question, prompt, before, special)
     spelt = sorted((added[one].content for one in special), key=len, reverse=True)
     tools = find_tools(render, before, behind, spelt)
-    end_of_call = tokenizer.convert_tokens_to_ids(tools.end) if tools.end else end
+    end_of_call = next((one for one in special if added[one].content == tools.end), end)
     source = template if isinstance(template, str) else "\n".join(map(str, template.values()))
     reasoning = find_reasoning(render, header.text, source, {token.content for token in added.values()})
-    return TemplateFacts(template, takes_system, end, end_of_call, *controls, header, tools, reasoning)
+    answered_text = render(("user", "Zq6"), ("assistant", "Zq7"))
+    writes = not answered_text or ("Zq6" in answered_text and "Zq7" in answered_text)
+    return TemplateFacts(
+        template, writes, takes_system, end, end_of_call, *controls, header, tools, reasoning
+    )
 
 
 _NO_HEADER = AnswerHeader("", False, None, ())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -141,25 +142,28 @@ def as_functions(tools: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 def with_ids(messages: Sequence[Message], *, short: bool) -> list[Message]:
     """Each call with an id, each result with that of its call and the name of its tool.
 
-    Where a result says no id, it answers the first call of its name that is still open, or else the first.
+    Where a result says no id, it answers the first call of its name that is still open, or else the first. An id that
+    is missing comes from what is called, so that it is the same whatever stands in front.
 
     Args:
         short: ids have nine letters and digits; others are replaced.
     """
     found: list[Message] = []
     pending: list[tuple[str | None, str, str]] = []  # the id in the data, the id here, the name
-    number = 0
     for message in messages:
         message = {**message}
         if message.get("tool_calls"):
-            calls = []
-            for call in message["tool_calls"]:
-                number += 1
+            calls: list[ToolCall] = []
+            for number, call in enumerate(message["tool_calls"]):
                 own = call.get("id")
                 usable = own is not None and (not short or re.fullmatch(r"[A-Za-z0-9]{9}", own))
-                given = own if own is not None and usable else f"call{number:05d}"
+                given = (
+                    own
+                    if own is not None and usable
+                    else _new_id(own or f"{number} {call['name']} {_json(call['arguments'])}")
+                )
                 pending.append((own, given, call["name"]))
-                calls.append({**call, "id": given})
+                calls.append({"name": call["name"], "arguments": call["arguments"], "id": given})
             message["tool_calls"] = calls
         elif message["role"] == "tool" and pending:
             own, name = message.get("tool_call_id"), message.get("name")
@@ -170,6 +174,10 @@ def with_ids(messages: Sequence[Message], *, short: bool) -> list[Message]:
             message["name"] = message.get("name") or answers[2]
         found.append(message)
     return found
+
+
+def _new_id(said: str) -> str:
+    return hashlib.sha256(said.encode("utf-8", "surrogatepass")).hexdigest()[:9]
 
 
 def native_turns(facts: ToolFacts, messages: Sequence[Message]) -> list[dict[str, Any]]:

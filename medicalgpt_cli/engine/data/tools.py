@@ -57,7 +57,7 @@ def decode_answer(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str
         special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
         known = tokenizer._medgpt_marks = (facts, special - kept)
     left = [token for token in ids if token not in known[1]]
-    return tokenizer.decode(left, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    return str(tokenizer.decode(left, skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
 
 def parse_answer(

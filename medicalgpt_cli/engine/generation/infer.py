@@ -12,7 +12,6 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from medicalgpt_cli.engine.data.counts import Counts
 from medicalgpt_cli.engine.data.rendering import check_thinking, encode_prompt, encode_raw
 from medicalgpt_cli.engine.data.template_facts import template_facts
 from medicalgpt_cli.engine.generation.answer_reader import EncodedPrompt
@@ -22,7 +21,7 @@ from medicalgpt_cli.engine.generation.endpoint import EndpointBackend, RemotePro
 from medicalgpt_cli.engine.generation.helpers import Helpers, even_batch_size, help_out
 from medicalgpt_cli.engine.generation.local import LocalBackend, load_to_answer
 from medicalgpt_cli.engine.generation.predictions import PredictionFile, StandardOutput
-from medicalgpt_cli.engine.generation.questions import Question, read_questions
+from medicalgpt_cli.engine.generation.questions import Question, counts_of_questions, read_questions
 from medicalgpt_cli.engine.generation.wire import call_to_wire, finish_reason, with_call_ids
 from medicalgpt_cli.engine.model.base_record import describe
 from medicalgpt_cli.engine.model.loading import load_tokenizer
@@ -46,7 +45,7 @@ def run_infer(settings: InferSettings, observer: Observer) -> dict[str, Any]:
         DataError, UsageError: the questions or settings are wrong, or the predictions file exists.
     """
     check_connection()
-    counts = Counts()
+    counts = counts_of_questions(settings)
     questions = read_questions(settings.data_file, counts)
     for line in [*counts.unused_lines(), *counts.notices]:
         observer.on_notice(line)

@@ -10,11 +10,22 @@ from pathlib import Path
 from typing import IO, Any
 
 from medicalgpt_cli.engine.data.counts import Counts
-from medicalgpt_cli.engine.data.formats import up_to_question
+from medicalgpt_cli.engine.data.encodings import stream_as_utf8
+from medicalgpt_cli.engine.data.formats import NO_RECORDS, up_to_question
 from medicalgpt_cli.engine.data.messages import Message
-from medicalgpt_cli.engine.data.readers import Row, must_be_a_file, parse_json, read_rows, text_lines
+from medicalgpt_cli.engine.data.readers import (
+    Row,
+    is_document,
+    must_be_a_file,
+    parse_json,
+    read_rows,
+    renamed,
+    text_lines,
+)
+from medicalgpt_cli.engine.data.reading import reading_options
 from medicalgpt_cli.engine.data.records import read_record
 from medicalgpt_cli.errors import DataError
+from medicalgpt_cli.settings.stages import InferSettings
 
 
 @dataclass(frozen=True)
@@ -37,7 +48,7 @@ def read_questions(source: str, counts: Counts | None = None) -> list[Question]:
     """
     counts = counts or Counts()
     found, seen = [], {}
-    for row in _rows(source):
+    for row in _rows(source, counts):
         counts.read += 1
         try:
             question = _question(row, len(found) + counts.wrong_total + 1, counts)
@@ -78,24 +89,57 @@ def _question(row: Row, number: int, counts: Counts) -> Question:
     return Question(record.id or str(number), shown, asked, row.at, record.tools)
 
 
-def _rows(source: str) -> Iterator[Row]:
+def counts_of_questions(settings: InferSettings) -> Counts:
+    """Empty counts for `read_questions`, with the reading options of a command."""
+    source = settings.data_file or "-"
+    named = (
+        [] if is_stream(source) or not Path(source).is_file() else [source]
+    )  # what is missing is said later
+    return Counts(reading=reading_options(settings, named))
+
+
+def is_stream(source: str) -> bool:
+    """Whether questions come as a stream, or from a file whose name has no ending to say what it is."""
+    return source == "-" or not Path(source).suffix
+
+
+def _rows(source: str, counts: Counts) -> Iterator[Row]:
     path = Path(source)
     if source == "-":
-        yield from _rows_of_stream(sys.stdin.buffer, "<stdin>")
+        yield from _rows_of_stream(sys.stdin.buffer, "<stdin>", counts)
     elif not path.exists() or path.is_dir():
         raise DataError(f"--data-file {source}: no such file", "check the path, or - for standard input")
-    elif path.suffix:
-        yield from read_rows(path)
-    else:  # no ending says what it is, as with a pipe of the shell: <(command)
+    elif is_document(path):
+        raise DataError(NO_RECORDS, "write the questions as text, one a line, or as a table", at=source)
+    elif not is_stream(source):
+        yield from read_rows(path, notices=counts.notices, reading=counts.reading)
+    else:  # as with a pipe of the shell: <(command)
         if not source.startswith(("/dev/fd/", "/proc/self/fd/", "/dev/stdin")):
             must_be_a_file(path)
         with path.open("rb") as file:
-            yield from _rows_of_stream(file, source)
+            yield from _rows_of_stream(file, source, counts)
 
 
-def _rows_of_stream(file: IO[bytes], name: str) -> Iterator[Row]:
+def _rows_of_stream(file: IO[bytes], name: str, counts: Counts) -> Iterator[Row]:
+    """The rows with the keys of `--columns`.
+
+    Raises:
+        DataError: a column stands in no row; of a stream that is known at its end only.
+    """
+    columns = counts.reading.columns
+    missing = {column for _, column in columns}
+    for row in _parsed_stream(file, name, counts):
+        if isinstance(row.value, dict):
+            missing -= row.value.keys()
+        yield renamed(row, columns) if columns else row
+    if missing:
+        raise DataError(f"--columns: no record has a {min(missing)}", "check its spelling", at=name)
+
+
+def _parsed_stream(file: IO[bytes], name: str, counts: Counts) -> Iterator[Row]:
     """An array of objects, JSON lines if the first line is an object, else a question a line."""
-    lines = ((number, text) for number, text in text_lines(file, name) if text.strip())
+    utf8 = stream_as_utf8(file, name, counts.reading, counts.notices)
+    lines = ((number, text) for number, text in text_lines(utf8, name) if text.strip())
     first = next(lines, None)
     if first is None:
         return

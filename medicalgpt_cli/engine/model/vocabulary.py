@@ -16,7 +16,9 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from medicalgpt_cli.engine.data.counts import Counts
 from medicalgpt_cli.engine.data.formats import iterate_texts
 from medicalgpt_cli.engine.data.messages import Document
+from medicalgpt_cli.engine.data.read_options import ReadOptions
 from medicalgpt_cli.engine.data.readers import check_text_unit, expand_sources
+from medicalgpt_cli.engine.data.reading import reading_options
 from medicalgpt_cli.engine.model.loading import DTYPES, load_base, load_tokenizer, read_tokenizer
 from medicalgpt_cli.engine.model.merging import check_output, task
 from medicalgpt_cli.engine.model.references import ModelReference, ResolvedModel, resolve_models
@@ -60,22 +62,28 @@ def extend(settings: VocabularySettings, observer: Observer) -> dict[str, Any]:
     output = Path(settings.output_dir or "")
     check_output(output, resolved)
     stored = _stored_dtype(settings, resolved)
-    expand_sources(settings.check_data)  # a missing file is said at once
-    check_text_unit([*settings.train_data, *settings.check_data], settings.text_unit)
+    sources = [*settings.train_data, *settings.check_data]
+    expand_sources(sources, with_documents=True)  # a missing file is said at once
+    check_text_unit(sources, settings.text_unit)
+    reading = reading_options(settings, sources)
     terms = read_terms(settings.terms)
     old = load_tokenizer(settings, resolved, observer, plain_template=False)
     _check_tokenizer(old)
 
-    corpus = _measured(settings, observer)
-    pieces, sentencepiece, left_out = _words(settings, corpus, old, observer)
+    corpus = _measured(settings, reading, observer)
+    pieces, sentencepiece, left_out = _words(settings, reading, corpus, old, observer)
     extension, new = _widened(old, pieces, settings.max_new, left_out)
     if not extension.pieces:
         raise DataError("no word of the corpus is worth a token", _why(left_out))
     with task(observer, "comparing"):
-        on_corpus = compare(_read(settings.train_data, settings, observer), old, new, extension.first_id)
+        on_corpus = compare(
+            _read(settings.train_data, settings, reading, observer), old, new, extension.first_id
+        )
         on_check = None
         if settings.check_data:
-            on_check = compare(_read(settings.check_data, settings, observer), old, new, extension.first_id)
+            on_check = compare(
+                _read(settings.check_data, settings, reading, observer), old, new, extension.first_id
+            )
 
     with staged(output) as folder:
         with task(observer, "loading weights"):
@@ -157,13 +165,17 @@ def _check_model(model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
 # -- corpus to tokens --------------------------------------------------------------------------------------
 
 
-def _read(sources: Sequence[str], settings: VocabularySettings, observer: Observer) -> Iterable[Document]:
-    return iterate_texts(sources, Counts(), observer, text_unit=settings.text_unit)
+def _read(
+    sources: Sequence[str], settings: VocabularySettings, reading: ReadOptions, observer: Observer
+) -> Iterable[Document]:
+    return iterate_texts(sources, Counts(reading=reading), observer, text_unit=settings.text_unit)
 
 
-def _measured(settings: VocabularySettings, observer: Observer) -> Corpus:
+def _measured(settings: VocabularySettings, reading: ReadOptions, observer: Observer) -> Corpus:
     counts = Counts()
-    corpus = measure(iterate_texts(settings.train_data, counts, observer, text_unit=settings.text_unit))
+    corpus = measure(
+        iterate_texts(settings.train_data, counts, observer, text_unit=settings.text_unit, reading=reading)
+    )
     for notice in counts.notices:
         observer.on_notice(notice)
     for reason, number in counts.skipped.items():
@@ -172,12 +184,16 @@ def _measured(settings: VocabularySettings, observer: Observer) -> Corpus:
 
 
 def _words(
-    settings: VocabularySettings, corpus: Corpus, old: PreTrainedTokenizerBase, observer: Observer
+    settings: VocabularySettings,
+    reading: ReadOptions,
+    corpus: Corpus,
+    old: PreTrainedTokenizerBase,
+    observer: Observer,
 ) -> tuple[list[Piece], dict[str, Any], Counter[str]]:
     """The words worth a token, what SentencePiece found, and what was left out."""
 
     def read() -> Iterable[Document]:
-        return _read(settings.train_data, settings, observer)
+        return _read(settings.train_data, settings, reading, observer)
 
     given = None
     if settings.sentencepiece_model:

@@ -34,6 +34,7 @@ from medicalgpt_cli.engine.data.packing import (
     quotas,
 )
 from medicalgpt_cli.engine.data.readers import check_text_unit
+from medicalgpt_cli.engine.data.reading import reading_options
 from medicalgpt_cli.engine.data.rendering import document_marks
 from medicalgpt_cli.engine.data.report import histogram, percentiles
 from medicalgpt_cli.engine.observer import Observer
@@ -65,7 +66,9 @@ def load_pretrain_data(
     sources += [parse_source(text, replay=True) for text in settings.replay_data]
     held_sources = [Source(name) for name in settings.eval_data]
     check_weights(sources)
-    check_text_unit([one.name for one in sources + held_sources], settings.text_unit)
+    names = [one.name for one in sources + held_sources]
+    check_text_unit(names, settings.text_unit)
+    reading = reading_options(settings, names)
     start, end, separate = document_marks(tokenizer)
     temporary = ExitStack()
     cache = cache_folder()
@@ -73,7 +76,7 @@ def load_pretrain_data(
         cache = Path(temporary.enter_context(tempfile.TemporaryDirectory()))
 
     def read(source: Source) -> Corpus:
-        return tokenise(source, tokenizer, settings.text_unit, cache, observer)
+        return tokenise(source, tokenizer, settings.text_unit, cache, observer, reading)
 
     corpora, held_corpora = [read(one) for one in sources], [read(one) for one in held_sources]
     chosen, skipped = _choose(settings, corpora, held_corpora)

@@ -23,6 +23,7 @@ from medicalgpt_cli.engine.data.preferences import (
     load_pairs,
     prompt_hash,
 )
+from medicalgpt_cli.engine.data.reading import reading_options
 from medicalgpt_cli.engine.data.rendering import encode_prompt
 from medicalgpt_cli.engine.data.report import histogram, percentiles
 from medicalgpt_cli.engine.data.splitting import split, without_held_out
@@ -82,7 +83,10 @@ def load_reward_data(
     Raises:
         DataError: a row is no pair, or nothing is left to train on.
     """
-    counts, held_counts = Counts(), Counts()
+    reading = reading_options(
+        settings, [*settings.train_data, *settings.eval_data, *settings.exclude_prompts]
+    )
+    counts, held_counts = Counts(reading=reading), Counts(reading=reading)
     options = {"margin_column": settings.margin_column}
     training = load_pairs(settings.train_data, counts, observer, max_samples=settings.max_samples, **options)
     if settings.eval_data:
@@ -93,7 +97,7 @@ def load_reward_data(
         held_counts.read, held_counts.formats = len(held), counts.formats
         counts.read -= len(held)
     if settings.exclude_prompts:
-        excluded = load_prompts(settings.exclude_prompts, Counts(), observer)
+        excluded = load_prompts(settings.exclude_prompts, Counts(reading=reading), observer)
         training = without_held_out(training, excluded, counts, "its prompt stands in --exclude-prompts")
     audits = {"training": audit(training), "held_out": audit(held)}
     kept = _rendered(training, tokenizer, settings, counts)

@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from medicalgpt_cli.engine.data.counts import Counts
 from medicalgpt_cli.engine.data.prompts import Prompt, load_rl_prompts
+from medicalgpt_cli.engine.data.reading import reading_options
 from medicalgpt_cli.engine.data.rendering import encode_prompt
 from medicalgpt_cli.engine.data.report import histogram, percentiles
 from medicalgpt_cli.engine.data.splitting import split, without_held_out
@@ -45,7 +46,8 @@ def load_rl_data(
     Raises:
         DataError: nothing is left to learn on. UsageError: a rule of options meets a question without them.
     """
-    counts, held_counts = Counts(), Counts()
+    reading = reading_options(settings, [*settings.train_data, *settings.eval_data])
+    counts, held_counts = Counts(reading=reading), Counts(reading=reading)
     training = load_rl_prompts(settings.train_data, counts, observer)
     if settings.eval_data:
         held = load_rl_prompts(settings.eval_data, held_counts, observer)

@@ -11,6 +11,7 @@ from medicalgpt_cli.engine.data.counts import Counts
 from medicalgpt_cli.engine.data.examples import Example, render_conversation
 from medicalgpt_cli.engine.data.formats import load_conversations
 from medicalgpt_cli.engine.data.messages import Conversation
+from medicalgpt_cli.engine.data.reading import reading_options
 from medicalgpt_cli.engine.data.report import describe, fingerprint
 from medicalgpt_cli.engine.data.splitting import prompt_key, split, without_held_out
 from medicalgpt_cli.engine.observer import Observer
@@ -34,7 +35,8 @@ def load_sft_data(settings: SftSettings, tokenizer: PreTrainedTokenizerBase, obs
     Raises:
         DataError: nothing is left to train on.
     """
-    counts, held_counts = Counts(), Counts()
+    reading = reading_options(settings, [*settings.train_data, *settings.eval_data])
+    counts, held_counts = Counts(reading=reading), Counts(reading=reading)
     training = load_conversations(settings.train_data, counts, observer, max_samples=settings.max_samples)
     if settings.eval_data:
         held = load_conversations(settings.eval_data, held_counts, observer)

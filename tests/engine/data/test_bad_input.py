@@ -126,6 +126,10 @@ def test_pretrain_case_as_far_as_reading(case):
         with pytest.raises(DataError) as problem:
             list(read_rows(path))
         check_message(problem.value, case["file"], case["line"])
+    elif case["expect"] == "accept_with_warning":
+        notices: list[str] = []
+        assert len(list(read_rows(path, notices=notices))) == case["good_records"]
+        assert case["file"] in notices[0] and "GB18030" in notices[0]
     elif case["file"] == "no_spaces.txt":
         (row,) = read_rows(path)
         assert len(row.value) == path.stat().st_size - 1

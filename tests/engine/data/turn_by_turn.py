@@ -12,9 +12,10 @@ from itertools import pairwise
 
 from transformers import PreTrainedTokenizerBase
 
+from medicalgpt_cli.engine.data.answer_targets import answer_turn as _turn
 from medicalgpt_cli.engine.data.answer_windows import NotLearnable
 from medicalgpt_cli.engine.data.counts import Counts
-from medicalgpt_cli.engine.data.examples import IGNORED, Example, _turn
+from medicalgpt_cli.engine.data.examples import IGNORED, Example
 from medicalgpt_cli.engine.data.messages import Conversation, Message
 from medicalgpt_cli.engine.data.rendering import encode_within, folds_system
 from medicalgpt_cli.errors import UsageError
