@@ -21,7 +21,9 @@ def run(settings: InspectDataSettings, observer: Observer) -> dict[str, Any]:
         observer.on_notice(
             "no model is named: lengths are in characters; --base-model NAME shows tokens and the loss mask"
         )
-    found = inspect(settings.files, tokenizer, settings.max_length, observer, reading=reading)
+    found = inspect(
+        settings.files, tokenizer, settings.max_length, observer, reading=reading, thinking=settings.thinking
+    )
     if not settings.json:
         from medicalgpt_cli.terminal.data_view import show_data
 

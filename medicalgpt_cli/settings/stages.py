@@ -27,6 +27,7 @@ from medicalgpt_cli.settings.groups import (
     RewardModelSettings,
     RunSettings,
     SpeedSettings,
+    ThinkingSettings,
 )
 
 
@@ -184,7 +185,7 @@ class VocabularySettings(OutputSettings, CorpusSettings, ReadingSettings, ModelS
 
 
 @dataclass(frozen=True, kw_only=True)
-class SftSettings(ExampleSettings, SpeedSettings, TrainSettings):
+class SftSettings(ExampleSettings, ThinkingSettings, SpeedSettings, TrainSettings):
     """Instruction tuning, single- and multi-turn."""
 
     panel: ClassVar[str] = "Instruction tuning"
@@ -222,7 +223,7 @@ class RewardSettings(ExampleSettings, SpeedSettings, TrainSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class RlSettings(RewardModelSettings, TrainSettings):
+class RlSettings(RewardModelSettings, ThinkingSettings, TrainSettings):
     """Reinforcement learning: PPO, RLOO or GRPO against a reward model, rules, or both."""
 
     panel: ClassVar[str] = "Reinforcement learning"
@@ -628,7 +629,7 @@ class ServeSettings(OutputSettings, EndpointSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class InspectDataSettings(OutputSettings, ReadingSettings, NamedModelSettings):
+class InspectDataSettings(OutputSettings, ReadingSettings, ThinkingSettings, NamedModelSettings):
     """Look at data files: format, counts, token lengths, loss mask."""
 
     panel: ClassVar[str] = "Data"
@@ -644,6 +645,10 @@ class InspectDataSettings(OutputSettings, ReadingSettings, NamedModelSettings):
         if self.template and not (self.base_model or self.lora_model or self.tokenizer_path):
             raise UsageError(
                 "--template goes with a tokenizer", "add --base-model NAME or --tokenizer-path DIR"
+            )
+        if self.thinking != "auto" and not (self.base_model or self.lora_model or self.tokenizer_path):
+            raise UsageError(
+                "--thinking goes with a tokenizer", "add --base-model NAME or --tokenizer-path DIR"
             )
 
 

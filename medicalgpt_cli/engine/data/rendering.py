@@ -232,7 +232,7 @@ def render_text(
             "the chat template leaves out what is said in plain text",
             "it may be made for images; another model or --template takes text",
         )
-    check_thinking(facts, thinking)
+    check_thinking(tokenizer, thinking)
     calls = [len(one.get("tool_calls", ())) for one in messages]
     if max(calls, default=0) > 1 and not facts.tools.several:
         raise TemplateRefuses(
@@ -279,12 +279,12 @@ class TemplateRefuses(UsageError):
         self.reason = reason
 
 
-def check_thinking(facts: TemplateFacts, thinking: Thinking) -> None:
+def check_thinking(tokenizer: PreTrainedTokenizerBase, thinking: Thinking) -> None:
     """
     Raises:
         UsageError: reasoning is to be turned on or off, and the template has no switch for it.
     """
-    if thinking != "auto" and facts.reasoning.switch is None:
+    if thinking != "auto" and template_facts(tokenizer).reasoning.switch is None:
         raise UsageError(
             f"--thinking {thinking}: the chat template has no switch for reasoning",
             "leave --thinking out: it asks for reasoning or not as it was made",

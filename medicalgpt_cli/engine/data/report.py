@@ -14,6 +14,7 @@ from medicalgpt_cli.engine.data.examples import IGNORED, Example, render_convers
 from medicalgpt_cli.engine.data.formats import first_format, load_conversations, load_prompts, load_texts
 from medicalgpt_cli.engine.data.messages import Conversation
 from medicalgpt_cli.engine.data.read_options import AS_FOUND, ReadOptions
+from medicalgpt_cli.engine.data.reasoning import Thinking
 from medicalgpt_cli.engine.data.rendering import encode_prompt, encode_raw
 from medicalgpt_cli.engine.observer import Observer
 
@@ -51,6 +52,7 @@ def inspect(
     observer: Observer,
     *,
     reading: ReadOptions = AS_FOUND,
+    thinking: Thinking = "auto",
 ) -> Inspection:
     """Read files of any format and measure them, in tokens or (without a tokenizer) in characters.
 
@@ -66,15 +68,17 @@ def inspect(
         lengths = [len(encode_raw(tokenizer, text) if tokenizer else text) for text in texts]
     elif kind in ("prompt", "mcq"):
         conversations = load_prompts(sources, counts, observer)
-        lengths = [_prompt_length(one, tokenizer) for one in conversations]
+        lengths = [_prompt_length(one, tokenizer, thinking) for one in conversations]
     else:
         conversations = load_conversations(sources, counts, observer)
         if tokenizer is None:
-            lengths = [_prompt_length(one, None) for one in conversations]
+            lengths = [_prompt_length(one, None, thinking) for one in conversations]
         else:
-            lengths = [length for c in conversations for length in uncut_lengths(tokenizer, c)]
+            lengths = [length for c in conversations for length in uncut_lengths(tokenizer, c, thinking)]
             examples = [
-                one for c in conversations for one in render_conversation(tokenizer, c, max_length, counts)
+                one
+                for c in conversations
+                for one in render_conversation(tokenizer, c, max_length, counts, thinking)
             ]
     if tokenizer is not None:
         report = describe(examples, counts, tokenizer, max_length)
@@ -91,10 +95,12 @@ def inspect(
     return Inspection(report, conversations, examples)
 
 
-def _prompt_length(conversation: Conversation, tokenizer: PreTrainedTokenizerBase | None) -> int:
+def _prompt_length(
+    conversation: Conversation, tokenizer: PreTrainedTokenizerBase | None, thinking: Thinking
+) -> int:
     if tokenizer is None:
         return sum(len(one["content"]) for one in conversation.messages)
-    return len(encode_prompt(tokenizer, conversation.messages))
+    return len(encode_prompt(tokenizer, conversation.messages, conversation.tools, thinking))
 
 
 def percentiles(lengths: Sequence[int]) -> dict[str, int]:

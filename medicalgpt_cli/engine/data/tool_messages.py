@@ -71,7 +71,8 @@ def find_tools(render: Callable[..., str], before: str, behind: str, special: Se
 def _turns(
     facts: ToolFacts, *calls: ToolCall, text: str = "", result: str | None = None
 ) -> list[dict[str, Any]]:
-    said: list[Message] = [{"role": "assistant", "content": text, "tool_calls": list(calls)}]
+    named: list[ToolCall] = [{**call, "id": f"call_Zq7x{number}"} for number, call in enumerate(calls)]
+    said: list[Message] = [{"role": "assistant", "content": text, "tool_calls": named}]
     if result is not None:
         said += [{"role": "tool", "content": result} for _ in calls]
     return native_turns(facts, with_ids(said, short=facts.short_ids))

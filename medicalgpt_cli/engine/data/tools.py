@@ -155,11 +155,10 @@ class AnswerStream:
                 undecided = True
                 continue
             self._state = state
-            self._trim = state == self._in_reasoning or self._header.ends_in_space
             return True
         if undecided:
             raise NeedMore
-        self._state, self._trim = self._in_content, False
+        self._state = self._in_content
         return True
 
     def _in_reasoning(self, found: list[Delta], final: bool) -> bool:
@@ -193,9 +192,10 @@ class AnswerStream:
         if self._reader is None:
             self._say("content", len(self._text), found)
             return False
-        if self._reader.form.bare:
-            return self._bare(self._reader, found, final)
-        if self._calls:
+        if self._reader.form.bare and not self._said and not self._calls:
+            if self._bare(self._reader, found, final):
+                return True
+        elif self._calls and not self._reader.form.bare:
             place = self._reader.after_between(self._text, 0, final)
             self._drop(place)
         firsts = self._reader.firsts
@@ -218,21 +218,18 @@ class AnswerStream:
         return True
 
     def _bare(self, reader: CallReader, found: list[Delta], final: bool) -> bool:
-        """Where no mark announces calls, an answer is calls from its beginning to its end, or none at all."""
-        if not self._said and not self._calls:
-            begin = after_space(self._text, 0)
-            if begin == len(self._text) and not final:
-                raise NeedMore
-            try:
-                calls, end = reader.read(self._text, begin, final)
-            except NotACall as problem:
-                self.malformed |= problem.looks
-            else:
-                self._give(calls, end, found)
-                return True
-        self._said = True
-        self._say("content", len(self._text), found)
-        return False
+        """Where no mark announces calls, an answer is calls from its beginning to its end, or text at first."""
+        begin = after_space(self._text, 0)
+        if begin == len(self._text) and not final:
+            raise NeedMore
+        try:
+            calls, end = reader.read(self._text, begin, final)
+        except NotACall as problem:
+            self.malformed |= problem.looks
+            self._said = True
+            return False
+        self._give(calls, end, found)
+        return True
 
     def _give(self, calls: Sequence[ToolCall], end: int, found: list[Delta]) -> None:
         self._drop(end)

@@ -97,7 +97,7 @@ def _encoded(
     limit = min(settings.max_prompt_length, context - settings.max_new_tokens)
     found = []
     for prompt in prompts:
-        ids = encode_prompt(tokenizer, prompt.messages)
+        ids = encode_prompt(tokenizer, prompt.messages, prompt.tools, settings.thinking)
         if len(ids) > settings.max_prompt_length:
             counts.add_skip("longer than --max-prompt-length", prompt.at)
         elif len(ids) > limit:

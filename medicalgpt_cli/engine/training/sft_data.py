@@ -53,7 +53,9 @@ def load_sft_data(settings: SftSettings, tokenizer: PreTrainedTokenizerBase, obs
         numbers: dict[str, int] = {}
         observer.on_task_start(task, len(conversations), "conversations")
         for number, conversation in enumerate(conversations, 1):
-            examples += render_conversation(tokenizer, conversation, settings.max_length, into)
+            examples += render_conversation(
+                tokenizer, conversation, settings.max_length, into, settings.thinking
+            )
             question = numbers.setdefault(prompt_key(conversation), len(numbers))
             questions += [question] * (len(examples) - len(questions))
             if number % 50 == 0 or number == len(conversations):
