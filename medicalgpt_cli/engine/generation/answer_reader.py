@@ -38,6 +38,17 @@ def content_of(deltas: Iterable[Delta]) -> str:
     return "".join(one.text for one in deltas if one.kind == "content")
 
 
+def joined(deltas: Iterable[Delta]) -> list[Delta]:
+    """The same with neighbours of one kind put together."""
+    found: list[Delta] = []
+    for delta in deltas:
+        if found and found[-1].kind == delta.kind != "tool_call":
+            found[-1] = Delta(delta.kind, found[-1].text + delta.text)
+        else:
+            found.append(delta)
+    return found
+
+
 class AnswerReader:
     """Reads one answer. What it has found only grows; a stop text ends the answer where it stands in its text.
 

@@ -13,7 +13,6 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from medicalgpt_cli.engine.data.rendering import check_thinking, encode_prompt, encode_raw
-from medicalgpt_cli.engine.data.template_facts import template_facts
 from medicalgpt_cli.engine.generation.answer_reader import EncodedPrompt
 from medicalgpt_cli.engine.generation.batching import batches_by_length
 from medicalgpt_cli.engine.generation.decoding import Answer
@@ -173,7 +172,7 @@ class LocalModel:
         plain = settings.with_prompt is True
         self.tokenizer = load_tokenizer(settings, self.resolved, observer, plain_template=plain)
         if uses_template(self.tokenizer, settings):
-            check_thinking(template_facts(self.tokenizer), settings.thinking)
+            check_thinking(self.tokenizer, settings.thinking)
 
     def prompt(self, question: Question) -> EncodedPrompt | Refused:
         """A question in the chat template, or the raw text with `--no-prompt`.
