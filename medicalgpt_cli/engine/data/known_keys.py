@@ -13,6 +13,7 @@ SPELLINGS: Mapping[str, tuple[str, ...]] = {
     # conversations
     "messages": ("messages",),
     "conversations": ("conversations", "conversation", "dialogue", "dialog", "对话"),
+    "dialogue": ("data",),  # a list of texts with their speakers (HuatuoGPT)
     "history": ("history", "历史", "历史对话"),
     "system": ("system", "system_prompt", "系统", "系统提示", "系统提示词"),
     # questions, in the order in which they are joined
@@ -41,8 +42,8 @@ SPELLINGS: Mapping[str, tuple[str, ...]] = {
         *("chain_of_thought", "思考", "思考过程", "推理", "推理过程"),
     ),
     # preferences
-    "chosen": ("chosen", "response_chosen", "better", "好的回答", "优选回答"),
-    "rejected": ("rejected", "response_rejected", "worse", "差的回答", "劣选回答"),
+    "chosen": ("chosen", "response_chosen", "chosen_messages", "better", "好的回答", "优选回答"),
+    "rejected": ("rejected", "response_rejected", "rejected_messages", "worse", "差的回答", "劣选回答"),
     "responses": ("responses", "completions", "outputs", "candidates"),
     "ranked": ("ranked", "ranked_responses", "ranking"),
     "scores": ("scores", "ratings", "rewards"),
@@ -91,7 +92,7 @@ NO_MEANING = frozenset(
 )
 _META = "meta"  # and what begins with it
 
-KEYS = frozenset({*(one for some in SPELLINGS.values() for one in some), "data", *NO_MEANING})
+KEYS = frozenset({*(one for some in SPELLINGS.values() for one in some), *NO_MEANING})
 
 _MEANINGS = {spelling: meaning for meaning, some in SPELLINGS.items() for spelling in some}
 

@@ -60,6 +60,9 @@ class Row:
         return f"{self.path}:{self.line}"
 
 
+_NO_DATA = ("dataset_info.json",)  # what a folder's data sets are, in LLaMA-Factory's words
+
+
 @dataclass(frozen=True)
 class HubDataset:
     """A data set of the Hugging Face hub, `owner/name` or `owner/name:split`."""
@@ -87,7 +90,8 @@ def expand_sources(
     ignored: list[str] = []
 
     def wanted(file: Path) -> bool:
-        return _kind(file) is not None and (with_documents or not is_document(file))
+        known = _kind(file) is not None and file.name not in _NO_DATA
+        return known and (with_documents or not is_document(file))
 
     for source in sources:
         path = Path(source)

@@ -78,7 +78,7 @@ def _kind(fields: Fields, value: Any) -> str:
         return "ranking"
     if "messages" in fields:
         return "messages"
-    if "conversations" in fields:
+    if "conversations" in fields or isinstance(fields.peek("dialogue"), list):
         return "sharegpt"
     if has_options(fields):
         return "mcq"
@@ -167,29 +167,42 @@ class _Reading:
 
     def _conversation(self, kind: str) -> list[Message]:
         if kind in ("messages", "sharegpt"):
-            messages = self._turns_of("messages" if kind == "messages" else "conversations")
+            messages = self._turns_of(self._turns_key())
             answer = self._answer() if messages and messages[-1]["role"] != "assistant" else None
             messages = [*self._history(), *messages, *([answer] if answer else [])]
         else:
-            answer = None if kind == "prompt" else self._answer()
-            messages = [*self._history(), _message("user", self._question()), *([answer] if answer else [])]
+            answers = [] if kind == "prompt" else self._answers()
+            messages = [*self._history(), *self._asked(), *answers]
         return self._with_system(messages)
+
+    def _asked(self) -> list[Message]:
+        """The turns that are to be answered: a question, or `prompt` as a list of messages (TRL)."""
+        if isinstance(self.fields.peek("prompt"), list):
+            return self._turns_of("prompt")
+        return [_message("user", self._question())]
+
+    def _answers(self) -> list[Message]:
+        """The answer; `completion` may be a list of messages (TRL), with calls of tools and their results."""
+        if isinstance(self.fields.peek("completion"), list):
+            return self._turns_of("completion")
+        answer = self._answer()
+        return [answer] if answer else []
 
     def _prompt(self) -> list[Message]:
         """What the answers of a comparison answer."""
-        kind = "messages" if "messages" in self.fields else "sharegpt"
         if "messages" in self.fields or "conversations" in self.fields:
             messages = [
                 *self._history(),
-                *self._turns_of("messages" if kind == "messages" else "conversations"),
+                *self._turns_of(self._turns_key()),
             ]
-        elif isinstance(self.fields.peek("prompt"), list):
-            messages = [*self._history(), *self._turns_of("prompt")]
         elif any(one in self.fields for one in QUESTIONS):
-            messages = [*self._history(), _message("user", self._question())]
+            messages = [*self._history(), *self._asked()]
         else:
             return []
         return self._with_system(messages)
+
+    def _turns_key(self) -> str:
+        return next(one for one in ("messages", "conversations", "dialogue") if one in self.fields)
 
     def _turns_of(self, meaning: str) -> list[Message]:
         turns = self.fields.listed(meaning)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection
 from typing import Any
 
@@ -32,6 +33,21 @@ _MEDIA_PARTS = {
 }
 
 
+_PAIRS = (("human", "assistant"), ("user", "assistant"), ("question", "answer"), ("input", "output"))
+# A turn that is a text with its speaker in front of it (HuatuoGPT's).
+_ASKS = ("问", "患者", "病人", "user", "human", "patient")
+_SPOKEN = re.compile(
+    r"\s*(问|患者|病人|答|医生|user|human|patient|assistant|doctor|gpt)\s*[:：](.*)", re.S | re.I
+)
+
+
+def _pair_of(turn: Any) -> tuple[str, str] | None:
+    """The keys of a turn that is a question with its answer."""
+    if not isinstance(turn, dict) or "role" in turn or "from" in turn:
+        return None
+    return next((pair for pair in _PAIRS if pair[0] in turn and pair[1] in turn), None)
+
+
 class NotUsable(Exception):
     """A record that is right and of no use here; the reason is counted."""
 
@@ -53,7 +69,26 @@ class Turns:
         self.read: list[tuple[Place, str, bool]] = []
         if not isinstance(turns, list | tuple):
             raise DataError(f"{name} is {kind_of(turns)}, not a list of turns", _SHAPE, at=at)
-        self.messages: list[Message] = [self._turn(turn, number) for number, turn in enumerate(turns, 1)]
+        self.messages: list[Message] = []
+        for number, turn in enumerate(turns, 1):
+            if pair := _pair_of(turn):
+                self._exchange(turn, pair, number)
+            elif isinstance(turn, str) and (spoken := _SPOKEN.match(turn)):
+                role: Role = "user" if spoken[1].casefold() in _ASKS else "assistant"
+                self.messages.append(
+                    {"role": role, "content": text_of(spoken[2].strip(), f"turn {number}", at)}
+                )
+            else:
+                self.messages.append(self._turn(turn, number))
+
+    def _exchange(self, turn: dict[str, Any], pair: tuple[str, str], number: int) -> None:
+        """A question and its answer in one object (Firefly's, XTuner's), perhaps with a system message."""
+        for role, key in (("system", "system"), ("user", pair[0]), ("assistant", pair[1])):
+            if turn.get(key) not in (None, "") or (key in pair and key in turn):
+                text = "" if turn[key] is None else text_of(turn[key], f"{key} of turn {number}", self.at)
+                inner = {"role": role, "content": text}
+                self.messages.append(self._turn(inner, number))
+        self.left += [("turn", str(key)) for key in turn if key not in (*pair, "system")]
 
     def _turn(self, turn: Any, number: int) -> Message:
         if not isinstance(turn, dict):

@@ -1,4 +1,4 @@
-"""Every text kind in every encoding that is recognised gives the same records; what fits none is refused by its line."""
+"""Every text kind in every encoding that is recognised gives the same records; what fits none is refused."""
 
 from __future__ import annotations
 
@@ -141,9 +141,8 @@ def test_bytes_that_are_no_text_are_no_gb18030(tmp_path):
     path = tmp_path / "a.txt"
     for seed in range(200):
         path.write_bytes(random.Random(seed).randbytes(seed + 8))
-        refused(path, 1) if b"\n" not in path.read_bytes() else pytest.raises(
-            DataError, list, read_rows(path)
-        )
+        with pytest.raises(DataError):
+            list(read_rows(path))
 
 
 def test_text_of_other_encodings_is_refused_and_read_where_it_is_named(tmp_path):
