@@ -160,6 +160,8 @@ async def _complete(job: _Job) -> Response:
         raise _no_such_model(job.answers)
     if job.body.stream_options is not None and not job.body.stream:
         raise Refused("stream_options goes with stream", "stream_options")
+    if job.body.offered and not job.answers.reader.reads_calls:
+        raise Refused("calls cannot be told from text in what this model's template has it write", "tools")
     sampling = sampling_of(job.body, job.answers.sampling)
     try:
         listening = await job.answers.ask(

@@ -206,7 +206,9 @@ def test_a_call_of_a_tool_that_was_not_offered_stays_text(tmp_path, server):
         for tools in ([], as_functions(OTHERS)):
             choice = post(one, tools=tools).json()["choices"][0]
             assert choice["finish_reason"] == "stop" and "tool_calls" not in choice["message"]
-            assert "<tool_call>" in choice["message"]["content"] and "扑热息痛" in choice["message"]["content"]
+            assert (
+                "<tool_call>" in choice["message"]["content"] and "扑热息痛" in choice["message"]["content"]
+            )
 
 
 def test_another_server_in_front_passes_both_on(server):

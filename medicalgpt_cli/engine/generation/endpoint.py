@@ -92,6 +92,8 @@ class EndpointBackend:
             backend.model = names[0]
         return backend
 
+    reads_calls = True  # the server does, or says that it does not
+
     def close(self) -> None:
         self._client.close()
 

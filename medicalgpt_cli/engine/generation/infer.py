@@ -6,6 +6,7 @@ import hashlib
 import json
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from medicalgpt_cli.engine.data.rendering import check_thinking, encode_prompt, encode_raw
+from medicalgpt_cli.engine.data.template_facts import template_facts
 from medicalgpt_cli.engine.generation.answer_reader import EncodedPrompt
 from medicalgpt_cli.engine.generation.batching import batches_by_length
 from medicalgpt_cli.engine.generation.decoding import Answer
@@ -46,10 +48,11 @@ def run_infer(settings: InferSettings, observer: Observer) -> dict[str, Any]:
     check_connection()
     counts = counts_of_questions(settings)
     questions = read_questions(settings.data_file, counts)
-    for line in [*counts.unused_lines(), *counts.notices]:
-        observer.on_notice(line)
     model = (_RemoteModel if settings.endpoint else LocalModel)(settings, observer)
     prompts = [model.prompt(question) for question in questions]
+    merged = [f"{number:,} of {counts.read:,} records: {reason}" for reason, number in counts.merged.items()]
+    for line in [*counts.unused_lines(), *merged, *counts.notices, *model.notes(questions)]:
+        observer.on_notice(line)
     output = _output(settings, questions, model.identity())
     resumed, began = len(output.rows), time.monotonic()
     try:
@@ -84,14 +87,16 @@ def _answer_all(
     observer: Observer,
 ) -> int:
     """Answer what is not in `output` yet, with the run's other processes; gives the number of tokens written."""
-    task, done, tokens, one_at_a_time = "answering", len(output.rows), 0, threading.RLock()
+    task, done, tokens, malformed = "answering", len(output.rows), 0, 0
+    one_at_a_time = threading.RLock()
     observer.on_task_start(task, len(questions), "questions")
     observer.on_task_advance(task, done)
 
     def keep(number: int, answer: Answer) -> None:
-        nonlocal done, tokens
+        nonlocal done, tokens, malformed
         with one_at_a_time:
             done, tokens = done + 1, tokens + answer.completion_tokens
+            malformed += answer.malformed
             output.add(number, prediction(questions[number], answer))
             observer.on_task_advance(task, done)
 
@@ -126,6 +131,10 @@ def _answer_all(
             helpers.finish()
     finally:
         observer.on_task_end(task)
+    if malformed:
+        observer.on_notice(
+            f"{malformed:,} answers hold what looks like a call of a tool and is none: it is text"
+        )
     return tokens
 
 
@@ -190,6 +199,25 @@ class LocalModel:
             return Refused(problem.message)
         return EncodedPrompt(ids, question.tools, thinking)
 
+    def notes(self, questions: Sequence[Question]) -> list[str]:
+        """What is to be known about tools in the questions and the template."""
+        if not uses_template(self.tokenizer, self.settings):
+            return []
+        facts = template_facts(self.tokenizer).tools
+        offered = sum(bool(one.tools) for one in questions)
+        called = sum(
+            any(message.get("tool_calls") for message in one.messages) and not one.tools for one in questions
+        )
+        plain = (0 if facts.lists else offered) + (0 if facts.way else called)
+        found = []
+        if plain:
+            found.append(
+                f"{plain:,} questions: tools written in a plain form, the template has no place for them"
+            )
+        if offered and facts.form is None:
+            found.append("calls of tools cannot be told from text in what this template has a model write")
+        return found
+
     def identity(self) -> dict[str, str]:
         models = [one for one in (self.resolved.base, self.resolved.adapter) if one is not None]
         return {
@@ -214,6 +242,9 @@ class _RemoteModel:
             return self.backend.raw_prompt(raw_text(question, self.settings))
         messages = with_system(question.messages, self.settings.system_prompt)
         return self.backend.prompt(messages, question.tools)
+
+    def notes(self, questions: Sequence[Question]) -> list[str]:
+        return []
 
     def identity(self) -> dict[str, str]:
         return {"the endpoint": self.backend.url, "the endpoint's model": self.backend.model}

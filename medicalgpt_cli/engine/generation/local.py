@@ -21,6 +21,7 @@ from medicalgpt_cli.engine.data.rendering import (
     fit_history,
     stop_token_ids,
 )
+from medicalgpt_cli.engine.data.template_facts import template_facts
 from medicalgpt_cli.engine.data.tools import Delta
 from medicalgpt_cli.engine.generation.answer_reader import EncodedPrompt, content_of
 from medicalgpt_cli.engine.generation.decoding import (
@@ -197,6 +198,11 @@ class LocalBackend:
         if ids is None:
             raise ValueError(f"the prompt has {self.context} tokens or more, the context {self.context}")
         return EncodedPrompt(ids, tuple(tools), thinking, raw=isinstance(asked, str))
+
+    @property
+    def reads_calls(self) -> bool:
+        """Whether calls of tools can be told from text in what the template has the model write."""
+        return template_facts(self.tokenizer).tools.form is not None
 
     def for_another_thread(self) -> LocalBackend:
         """The same with a tokenizer of its own: tokenizers are not made for two threads."""

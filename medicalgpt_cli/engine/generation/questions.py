@@ -24,14 +24,17 @@ from medicalgpt_cli.engine.data.readers import (
 )
 from medicalgpt_cli.engine.data.reading import reading_options
 from medicalgpt_cli.engine.data.records import read_record
+from medicalgpt_cli.engine.generation.wire import to_wire
 from medicalgpt_cli.errors import DataError
 from medicalgpt_cli.settings.stages import InferSettings
+
+ANSWER_NOT_SHOWN = "what stands behind the last question is not shown to the model"
 
 
 @dataclass(frozen=True)
 class Question:
     id: str
-    input: Any  # as the file has it: text, or a list of messages
+    input: Any  # text, or a list of messages in OpenAI's shape
     messages: tuple[Message, ...]
     at: str
     tools: tuple[dict[str, Any], ...] = ()
@@ -85,7 +88,9 @@ def _question(row: Row, number: int, counts: Counts) -> Question:
             "no question", 'expected "prompt", "question", "instruction" or "messages"', at=row.at
         )
     alone = len(asked) == 1
-    shown = asked[0]["content"] if alone else list(asked)
+    shown = asked[0]["content"] if alone else [to_wire(one) for one in asked]
+    if len(record.messages) > len(asked) or record.answers:
+        counts.add_merge(ANSWER_NOT_SHOWN, row.at)
     return Question(record.id or str(number), shown, asked, row.at, record.tools)
 
 
