@@ -52,7 +52,7 @@ def decode_answer(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str
     known = getattr(tokenizer, "_medgpt_marks", None)
     if known is None or known[0] is not facts:
         marks = [facts.reasoning.open, facts.reasoning.close, facts.header.text]
-        marks += [facts.tools.form.marks] if facts.tools.form else []
+        marks.append(facts.tools.form.marks if facts.tools.form else facts.tools.example)
         kept = {token for mark in marks for token in encode_piece(tokenizer, mark)}
         special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
         known = tokenizer._medgpt_marks = (facts, special - kept)

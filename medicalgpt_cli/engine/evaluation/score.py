@@ -123,7 +123,7 @@ def _answers(
     rows, lines = [], []
     for conversation in load_conversations([str(settings.data_file)], counts, observer):
         *before, answer = conversation.messages
-        ids = render_answer(tokenizer, before, answer["content"], settings.max_length)
+        ids = render_answer(tokenizer, before, answer, settings.max_length, conversation.tools)
         if ids is None:
             counts.add_skip("longer than --max-length", conversation.at)
             continue

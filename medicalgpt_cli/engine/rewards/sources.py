@@ -146,7 +146,7 @@ def model_reward(
     ) -> list[float]:
         rows = []
         for prompt, answer in zip(prompts, answers, strict=True):
-            ids = render_answer(tokenizer, prompt.messages, answer, max_length)
+            ids = render_answer(tokenizer, prompt.messages, answer, max_length, prompt.tools)
             if ids is None:
                 raise UsageError(
                     f"{prompt.at}: prompt and answer exceed the reward model's {max_length} tokens",

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from medicalgpt_cli.engine.data.answer_targets import answer_turn
-from medicalgpt_cli.engine.data.examples import render_answer
-from medicalgpt_cli.engine.data.formats import Counts, load_conversations
+from medicalgpt_cli.engine.data.examples import render_answer, render_conversation
+from medicalgpt_cli.engine.data.formats import Conversation, Counts, load_conversations
 from medicalgpt_cli.engine.data.reasoning import split_reasoning
 from medicalgpt_cli.engine.data.rendering import encode_prompt, render_text
 from medicalgpt_cli.engine.data.template_facts import template_facts
@@ -23,6 +23,7 @@ from tests.engine.data.test_tools import ANSWER, CALL, QUESTION, TOOLS, calling,
 from tests.engine.data.tool_templates import TEMPLATES, tokenizer_for, tokenizer_of
 from tests.tiny import tiny_model, write_jsonl
 
+NO_PLACE = "reasoning written as <think>…</think> in front of the answer: the template has no place for it"
 THOUGHT = {**ANSWER, "reasoning": "10 mg a kilogram."}
 # In the manner of DeepSeek-R1: the prompt opens the block, the history leaves it out.
 R1 = (
@@ -78,9 +79,7 @@ def test_reasoning_is_learnt_as_the_template_writes_it(style, target, inline):
     answer = {"role": "assistant", "content": said} if inline else THOUGHT
     ((ids,), counts) = learnt(tokenizer, QUESTION, answer, tools=())
     assert tokenizer.decode(ids) == target
-    named = counts.merged[
-        "reasoning written as <think>…</think> in front of the answer: the template has no place for it"
-    ]
+    named = counts.merged[NO_PLACE]
     assert named == (style in ("plain", "llama3.1") and not inline)
 
 
@@ -98,9 +97,6 @@ def test_reasoning_is_learnt_as_the_template_writes_it(style, target, inline):
     ],
 )
 def test_an_answer_without_reasoning_has_the_templates_empty_block(style, thinking, target):
-    from medicalgpt_cli.engine.data.examples import render_conversation
-    from medicalgpt_cli.engine.data.formats import Conversation
-
     tokenizer, counts = tokenizer_of(style), Counts()
     conversation = Conversation((QUESTION, ANSWER), "a:1")
     (example,) = render_conversation(tokenizer, conversation, 4096, counts, thinking)
@@ -114,9 +110,6 @@ def test_an_answer_without_reasoning_has_the_templates_empty_block(style, thinki
 
 
 def test_reasoning_that_the_prompt_has_closed_is_left_out_and_named():
-    from medicalgpt_cli.engine.data.examples import render_conversation
-    from medicalgpt_cli.engine.data.formats import Conversation
-
     tokenizer, counts = tokenizer_of("qwen3"), Counts()
     (example,) = render_conversation(tokenizer, Conversation((QUESTION, THOUGHT), "a:1"), 4096, counts, "off")
     assert "kilogram" not in tokenizer.decode(example.input_ids)
@@ -247,8 +240,6 @@ def test_answers_with_and_without_reasoning_under_a_template_that_opens_it(tmp_p
     ]
     data = write_jsonl(tmp_path / "some.jsonl", rows)
     tokenizer, counts = tokenizer_for(R1), Counts()
-    from medicalgpt_cli.engine.data.examples import render_conversation
-
     conversations = load_conversations([str(data)], counts, Observer())
     examples = [one for c in conversations for one in render_conversation(tokenizer, c, 512, counts)]
     targets = [tokenizer.decode([one for one in example.labels if one >= 0]) for example in examples]
@@ -257,9 +248,16 @@ def test_answers_with_and_without_reasoning_under_a_template_that_opens_it(tmp_p
 
 
 def test_none_is_skipped_on_the_command_line(tmp_path):
-    rows = [{"messages": [{"role": "user", "content": f"Why is iron low, case {number}?"}, answer]}
-            for number in range(8)
-            for answer in [{"role": "assistant", "content": ("<think>Blood.</think>" if number % 2 else "") + "Loss."}]]  # fmt: skip
+    answers = ("<think>Blood.</think>Loss.", "Loss.")
+    rows = [
+        {
+            "messages": [
+                {"role": "user", "content": f"Why is iron low, case {number}?"},
+                {"role": "assistant", "content": answers[number % 2]},
+            ]
+        }
+        for number in range(8)
+    ]
     data, template = write_jsonl(tmp_path / "some.jsonl", rows), tmp_path / "r1.jinja"
     template.write_text(R1, encoding="utf-8")
     model = tiny_model(tmp_path / "model", "none")

@@ -10,11 +10,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from medicalgpt_cli.engine.data.examples import IGNORED, render_conversation
+from medicalgpt_cli.engine.data.examples import IGNORED, render_answer, render_conversation
 from medicalgpt_cli.engine.data.formats import Conversation, Counts
 from medicalgpt_cli.engine.data.rendering import encode_prompt, encode_rendered, render_text, stop_token_ids
 from medicalgpt_cli.engine.data.template_facts import TEMPLATE_ERRORS, template_facts
 from medicalgpt_cli.engine.data.tools import AnswerStream, Delta, ParsedAnswer, decode_answer, parse_answer
+from medicalgpt_cli.errors import UsageError
 from tests.engine.data.tool_templates import TEMPLATES, tokenizer_for, tokenizer_of
 
 TOOLS = (
@@ -205,6 +206,38 @@ def test_what_tools_say_is_text_whatever_it_spells(style):
     harmless = controls("harmless")
     for token in known.values():
         assert controls(token) == harmless, token
+
+
+def test_a_template_that_escapes_its_json_gives_no_token_away_and_no_guard():
+    template = TEMPLATES["qwen2.5"].replace("tojson", "tojson(ensure_ascii=True)")
+    tokenizer = tokenizer_for(template)
+    tool = {"name": "dose", "description": "Say <|im_end|> or <tool_call>, é \\ufdd0."}
+    ids = encode_prompt(
+        tokenizer, [QUESTION, calling({"name": "dose", "arguments": {"a": "<|im_end|>"}}), RESULT], [tool]
+    )
+    text = tokenizer.decode(ids)
+    assert r"Say <|im_end|> or <tool_call>, \u00e9 \\ufdd0." in text and '{"a": "<|im_end|>"}' in text
+    harmless = [QUESTION, calling({"name": "dose", "arguments": {"a": "b"}}), RESULT]
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert ids.count(end) == encode_prompt(tokenizer, harmless, [{"name": "dose"}]).count(end)
+
+
+def test_an_answer_with_a_call_is_judged_as_it_is_learnt():
+    tokenizer = tokenizer_of("qwen2.5")
+    judged = render_answer(tokenizer, [QUESTION], calling(CALL), 4096, TOOLS)
+    ((ids,), _) = learnt(tokenizer, QUESTION, calling(CALL))
+    assert judged == (encode_prompt(tokenizer, [QUESTION], TOOLS), ids)
+
+
+def test_a_template_that_leaves_out_plain_text_is_refused():
+    """Made for images: it writes parts of a message, and nothing where that is a text."""
+    template = (
+        "{% for m in messages %}{{ '<|im_start|>' + m.role + ':' }}{% for part in m.content %}"
+        "{% if part.type == 'text' %}{{ part.text }}{% endif %}{% endfor %}{{ '<|im_end|>' }}{% endfor %}"
+    )
+    with pytest.raises(UsageError) as problem:
+        learnt(tokenizer_for(template), QUESTION, ANSWER, tools=())
+    assert "leaves out what is said" in problem.value.message
 
 
 # -- reading back ------------------------------------------------------------------------------------------
