@@ -224,5 +224,9 @@ class Conversation:
         self.reset()
         if messages[0]["role"] == "system":
             self.system = messages.pop(0)["content"] or self.system
+        notes = [*counts.unused_lines(), *counts.merged, *counts.notices]
+        if messages and messages[-1]["role"] == "user":
+            self.asked = messages.pop()["content"]
+            notes.append("its last question has no answer yet: /retry asks it")
         self.turns, self.tools = messages, record.tools
-        return [*counts.unused_lines(), *counts.notices]
+        return notes

@@ -27,7 +27,7 @@ from transformers import (
 )
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from medicalgpt_cli.engine.data.messages import ToolCall
+from medicalgpt_cli.engine.data.messages import Message, ToolCall
 from medicalgpt_cli.engine.generation.answer_reader import AnswerReader, EncodedPrompt, is_in_template
 from medicalgpt_cli.engine.model.longrope import switches
 from medicalgpt_cli.engine.observer import Observer
@@ -56,6 +56,16 @@ class Answer:
     reasoning: str | None = None
     tool_calls: tuple[ToolCall, ...] = ()
     malformed: bool = False  # something in the text looks like a call of a tool and is none
+
+    @property
+    def message(self) -> Message:
+        """The assistant's turn."""
+        found: Message = {"role": "assistant", "content": self.text}
+        if self.reasoning:
+            found["reasoning"] = self.reasoning
+        if self.tool_calls:
+            found["tool_calls"] = list(self.tool_calls)
+        return found
 
 
 class Sampler:

@@ -1,4 +1,4 @@
-"""Messages, tools and calls in OpenAI's shape: what goes over a wire, and into files of conversations."""
+"""Messages, tools and calls in OpenAI's shape, for the wire and for files of conversations, and as text for people."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from medicalgpt_cli.engine.data.calls import plain_call
 from medicalgpt_cli.engine.data.messages import Message, ToolCall
+from medicalgpt_cli.engine.data.reasoning import written_inline
 from medicalgpt_cli.engine.data.tool_messages import with_ids
 
 
@@ -77,3 +79,11 @@ def call_from_wire(value: Any) -> ToolCall | None:
     if isinstance(value.get("id"), str):
         call["id"] = value["id"]
     return call
+
+
+def as_text(message: Message, *, reasoning: bool = True) -> str:
+    """All that an assistant's turn says as one text, for people and rules: thoughts, answer, a line for each call."""
+    lines = [message["content"]] if message["content"] or not message.get("tool_calls") else []
+    text = "\n".join([*lines, *map(plain_call, message.get("tool_calls", ()))])
+    thoughts = message.get("reasoning") if reasoning else None
+    return written_inline(thoughts, text) if thoughts else text
