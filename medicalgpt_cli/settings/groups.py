@@ -224,13 +224,17 @@ class DataSettings(ReadingSettings):
     panel: ClassVar[str] = "Data"
 
     train_data: tuple[str, ...] = opt(
-        (), "A file, folder or hub data set to learn from; can be repeated.", metavar="PATH"
+        (),
+        "A file, folder or hub data set to learn from; can be repeated. FILE:0.7 gives it the weight 0.7.",
+        metavar="PATH",
     )
     eval_data: tuple[str, ...] = opt((), "Held-out data to measure on; can be repeated.", metavar="PATH")
     eval_fraction: float = opt(
         0.05, "Share of the training data held out where no --eval-data is given.", min=0, max=0.5
     )
-    max_samples: int | None = opt(None, "Use at most this many training records (the first ones).", min=1)
+    max_samples: int | None = opt(
+        None, "Use at most this many training records: the first of each file, shared over the files.", min=1
+    )
 
     def check(self) -> None:
         super().check()

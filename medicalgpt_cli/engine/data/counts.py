@@ -64,7 +64,7 @@ class Counts:
 
     def add_format(self, path: str, kind: str) -> None:
         known = self.formats.setdefault(path, kind)
-        if kind not in known.split(" + "):
+        if kind not in known.split(" + ") and not known.startswith(f"{kind}, "):  # "text, a document a line"
             self.formats[path] = f"{known} + {kind}"
 
     def add_keys(

@@ -6,7 +6,8 @@ mended. A record from which there is nothing to learn is skipped, counted and sh
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TypeVar
 
@@ -30,17 +31,24 @@ def read_all(
     make: Callable[[Row], Iterable[_Made]],
     *,
     most: int | None = None,
+    shares: Mapping[str, int] | None = None,
 ) -> Iterator[_Made]:
     """What `make` gives for each row. Rows that are wrong are kept until all are read, so that all can be named.
 
     Args:
         most: no more rows are read once so many things were made.
+        shares: how many things are made of each file, by the name of its rows; the rest of it is not read.
 
     Raises:
         DataError: rows were wrong.
     """
     made = 0
-    for row in rows_of(sources, counts, observer):
+    made_of: Counter[str] = Counter()
+
+    def has_enough(path: str) -> bool:
+        return shares is not None and made_of[path] >= shares.get(path, 0)
+
+    for row in rows_of(sources, counts, observer, has_enough=has_enough):
         if most is not None and made >= most:
             break
         counts.read += 1
@@ -51,24 +59,41 @@ def read_all(
             continue
         if not counts.wrong:
             made += len(found)
+            made_of[row.path] += len(found)
             yield from found
     counts.finish()
 
 
-def load_conversations(
-    sources: Sequence[str], counts: Counts, observer: Observer, *, max_samples: int | None = None
-) -> list[Conversation]:
+def iterate_conversations(
+    sources: Sequence[str],
+    counts: Counts,
+    observer: Observer,
+    *,
+    most: int | None = None,
+    shares: Mapping[str, int] | None = None,
+) -> Iterator[Conversation]:
     """Conversations with at least one answer, of all sources in order; what is left out is counted.
 
     Raises:
-        DataError: a row contradicts its format, or nothing is left.
+        DataError: a row contradicts its format.
     """
 
     def make(row: Row) -> list[Conversation]:
         record = read_record(row, counts)
         return [] if record is None else to_conversations(record, row, counts)
 
-    found = list(read_all(sources, counts, observer, make, most=max_samples))
+    return read_all(sources, counts, observer, make, most=most, shares=shares)
+
+
+def load_conversations(
+    sources: Sequence[str], counts: Counts, observer: Observer, *, max_samples: int | None = None
+) -> list[Conversation]:
+    """All conversations of `iterate_conversations` at once.
+
+    Raises:
+        DataError: a row contradicts its format, or nothing is left.
+    """
+    found = list(iterate_conversations(sources, counts, observer, most=max_samples))
     if not found:
         raise DataError(f"{', '.join(sources)}: no conversation to learn from", why_nothing(counts))
     _warn_about_duplicates(found, counts)
@@ -278,11 +303,13 @@ def rows_of(
     observer: Observer,
     *,
     text_unit: str = "line",
+    has_enough: Callable[[str], bool] = lambda path: False,
     with_documents: bool = False,
 ) -> Iterator[Row]:
     """The rows of all sources in order.
 
     Args:
+        has_enough: whether no more rows of a file are wanted, by the name of its rows.
         with_documents: whether documents (`.docx`, …) are read; where not, those of a folder are left out and counted.
 
     Raises:
@@ -307,6 +334,8 @@ def rows_of(
             unit = "line"
         rows = read_rows(file, text_unit=unit, notices=counts.notices, reading=counts.reading)
         for number, row in enumerate(rows, 1):
+            if has_enough(row.path):
+                break
             if number % 1000 == 0:
                 observer.on_task_advance(task, number)
             yield row

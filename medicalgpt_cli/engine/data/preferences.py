@@ -6,7 +6,7 @@ import hashlib
 import itertools
 import math
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ from medicalgpt_cli.engine.data.fields import Fields
 from medicalgpt_cli.engine.data.formats import join_same_role, read_all, why_nothing
 from medicalgpt_cli.engine.data.messages import Message
 from medicalgpt_cli.engine.data.naming import keys_found
+from medicalgpt_cli.engine.data.read_options import ReadOptions
 from medicalgpt_cli.engine.data.readers import Row
 from medicalgpt_cli.engine.data.records import read_record
 from medicalgpt_cli.engine.observer import Observer
@@ -40,21 +41,35 @@ def load_pairs(
     observer: Observer,
     *,
     margin_column: str | None = None,
-    max_samples: int | None = None,
+    shares: Mapping[str, int] | None = None,
 ) -> list[Pair]:
     """Preference pairs of all sources in order; a pair from which nothing can be learnt is counted.
+
+    Args:
+        shares: how many are taken of each file (`read_all`).
 
     Raises:
         DataError: a row is no preference pair, or nothing is left.
     """
 
-    def make(row: Row) -> list[Pair]:
-        return _pairs_of(row, counts, margin_column)
-
-    found = list(read_all(sources, counts, observer, make, most=max_samples))
+    found = list(_pairs(sources, counts, observer, margin_column, shares=shares))
     if not found:
         raise DataError(f"{', '.join(sources)}: no pair to learn from", why_nothing(counts))
     return found
+
+
+def usable_pairs(name: str, most: int, reading: ReadOptions, margin_column: str | None) -> int:
+    """How many pairs a file has, counted up to a number."""
+    return sum(1 for _ in _pairs([name], Counts(reading=reading), Observer(), margin_column, most=most))
+
+
+def _pairs(
+    sources: Sequence[str], counts: Counts, observer: Observer, margin_column: str | None, **limits: Any
+) -> Iterator[Pair]:
+    def make(row: Row) -> list[Pair]:
+        return _pairs_of(row, counts, margin_column)
+
+    return read_all(sources, counts, observer, make, **limits)
 
 
 def _pairs_of(row: Row, counts: Counts, margin_column: str | None) -> list[Pair]:

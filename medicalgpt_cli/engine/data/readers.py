@@ -185,7 +185,7 @@ def renamed(row: Row, columns: Sequence[tuple[str, str]]) -> Row:
     for old, key in new.items():
         if key in row.value and key not in new:
             raise DataError(
-                f"--columns {key}={old}: the record has a {key} of its own",
+                f"--columns {key}={old}: the record has a key {key} of its own",
                 f"rename it in the file, or give it another meaning, too: --columns KEY={key}",
                 at=row.at,
             )

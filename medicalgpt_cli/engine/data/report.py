@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,17 +22,56 @@ def describe(
     examples: Sequence[Example], counts: Counts, tokenizer: PreTrainedTokenizerBase, max_length: int
 ) -> dict[str, Any]:
     """Counts by reason, formats, and lengths in tokens with their percentiles and a histogram."""
-    lengths = sorted(len(example.input_ids) for example in examples)
+    lengths = [len(example.input_ids) for example in examples]
     targets = sum(label != IGNORED for example in examples for label in example.labels[1:])
+    return {**counts.as_dict(), **figures(lengths, targets, max_length)}
+
+
+def figures(lengths: Iterable[int], targets: int, max_length: int) -> dict[str, Any]:
+    """What the lengths of examples say."""
+    ordered = sorted(lengths)
     return {
-        **counts.as_dict(),
-        "examples": len(examples),
-        "tokens": sum(lengths),
+        "examples": len(ordered),
+        "tokens": sum(ordered),
         "target_tokens": targets,
         "max_length": max_length,
-        "lengths": percentiles(lengths),
-        "histogram": histogram(lengths),
+        "lengths": percentiles(ordered),
+        "histogram": histogram(ordered),
     }
+
+
+_ADDED = ("skipped", "merged", "truncated")  # counts by reason
+_PLACES = 5  # that are kept of each reason
+
+
+def merged_counts(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The counts of several sources (`Counts.as_dict`) as one."""
+    found: dict[str, Any] = {
+        "read": 0,
+        "used": 0,
+        "tokens_cut": 0,
+        "formats": {},
+        "notices": [],
+        "places": {},
+    }
+    found |= {name: {} for name in _ADDED}
+    unused: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for part in parts:
+        for name in ("read", "used", "tokens_cut"):
+            found[name] += part.get(name, 0)
+        for name in _ADDED:
+            for reason, number in part.get(name, {}).items():
+                found[name][reason] = found[name].get(reason, 0) + number
+        found["formats"] |= part["formats"]
+        found["notices"] += part["notices"]
+        for reason, places in part["places"].items():
+            found["places"][reason] = [*found["places"].get(reason, []), *places][:_PLACES]
+        for one in part.get("unused", []):
+            key = (one["key"], one["where"], one["meaning"], one["accepted"])
+            before = unused.get(key, {"records": 0})["records"]
+            unused[key] = {**one, "records": before + one["records"]}
+    found["unused"] = sorted(unused.values(), key=lambda one: (-one["records"], one["where"], one["key"]))
+    return found
 
 
 @dataclass(frozen=True)
@@ -126,11 +164,3 @@ def histogram(lengths: Sequence[int], bins: int = 12) -> list[dict[str, int]]:
     while bars and bars[-1]["count"] == 0:
         bars.pop()
     return bars
-
-
-def fingerprint(examples: Sequence[Example]) -> str:
-    """SHA-256 over token ids and labels in order: the same data, rendered the same way."""
-    digest = hashlib.sha256()
-    for example in examples:
-        digest.update(repr((example.input_ids, example.labels)).encode())
-    return digest.hexdigest()

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Protocol, TypeVar
+
+import numpy as np
 
 from medicalgpt_cli.engine.data.counts import Counts
 from medicalgpt_cli.engine.data.messages import Message
@@ -37,24 +39,70 @@ def prompt_key(conversation: _HasMessages) -> str:
     return "\x1f".join(opening)
 
 
-class Together:
-    """What belongs on one side of a split, directly or over others: a disjoint-set forest."""
+def question_hash(conversation: _HasMessages) -> int:
+    """64 bits that stand for a question; a table of them does not tell what was asked."""
+    return _hash(prompt_key(conversation))
 
-    def __init__(self) -> None:
-        self._parent: dict[Hashable, Hashable] = {}
 
-    def join(self, one: Hashable, other: Hashable) -> None:
-        first, second = self.root(one), self.root(other)
-        if first != second:
-            self._parent[max(first, second, key=str)] = min(first, second, key=str)
+def group_hash(conversation: _HasMessages) -> int:
+    """64 bits that stand for what a conversation belongs to (`--group`); 0 where that is not said."""
+    return 0 if conversation.group is None else _hash(f"\x1e{conversation.group}") or 1
 
-    def root(self, one: Hashable) -> Hashable:
-        """The name of the set that `one` is in; the same whatever the order in which things were joined."""
-        self._parent.setdefault(one, one)
-        while self._parent[one] != one:
-            self._parent[one] = self._parent[self._parent[one]]
-            one = self._parent[one]
-        return one
+
+def _hash(text: str) -> int:
+    digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    return int.from_bytes(digest, "little")
+
+
+def roots_of(
+    questions: np.ndarray, groups: np.ndarray | None = None, alike: Iterable[tuple[int, int]] = ()
+) -> np.ndarray:
+    """One hash for all that belongs together, directly or over others: (conversations,).
+
+    It is the lowest hash of the questions that belong together, whatever the order of the conversations.
+
+    Args:
+        questions, groups: hashes, (conversations,); a group of 0 is none.
+        alike: pairs of positions that belong together.
+    """
+    pairs = np.array([*alike], dtype=np.int64).reshape(-1, 2)
+    links = [np.unique(questions, return_inverse=True)[1]]
+    if groups is not None and groups.any():
+        names = np.unique(groups, return_inverse=True)[1]
+        alone = groups == 0
+        names[alone] = names.max() + 1 + np.arange(int(alone.sum()))
+        links.append(names)
+    roots, before = questions.copy(), None
+    while before is None or not np.array_equal(before, roots):
+        before = roots.copy()
+        for names in links:
+            lowest = np.full(int(names.max(initial=-1)) + 1, np.iinfo(np.uint64).max, dtype=np.uint64)
+            np.minimum.at(lowest, names, roots)
+            roots = lowest[names]
+        for first, second in (pairs.T, pairs.T[::-1]):
+            np.minimum.at(roots, first, roots[second])
+    return roots
+
+
+def held_out(hashes: np.ndarray, fraction: float, seed: int) -> np.ndarray:
+    """Which of some texts or questions are held out: (texts,) of bool.
+
+    Equal ones stay on one side. The choice depends on them and the seed only, not on their order.
+    A fraction above 0 holds out at least one of two or more.
+    """
+    distinct = np.unique(hashes)
+    count = min(max(round(len(distinct) * fraction), 1), len(distinct) - 1) if fraction > 0 else 0
+    chosen = distinct[np.argsort(mixed(distinct, seed), kind="stable")[: max(count, 0)]]
+    return np.isin(hashes, chosen)
+
+
+def mixed(hashes: np.ndarray, seed: int) -> np.ndarray:
+    """Another order of the hashes for each seed (the finaliser of SplitMix64, Steele and others 2014)."""
+    with np.errstate(over="ignore"):
+        found = hashes + np.uint64((0x9E3779B97F4A7C15 * (seed + 1)) % 2**64)
+        found = (found ^ (found >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        found = (found ^ (found >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return found ^ (found >> np.uint64(31))
 
 
 def split(
@@ -64,37 +112,18 @@ def split(
     *,
     alike: Iterable[tuple[int, int]] = (),
 ) -> tuple[list[_Asked], list[_Asked]]:
-    """Hold out a share of the distinct questions: (training, held out).
+    """Hold out a share of the distinct questions (`held_out`): (training, held out).
 
-    Conversations with the same question, of the same group, or alike stay on one side. The choice depends on the
-    questions and the seed only, not on the order of the file. A fraction above 0 holds out at least one question of
-    two or more.
+    Conversations with the same question, of the same group, or alike stay on one side.
 
     Args:
         alike: pairs of positions in `conversations` that belong together, such as near duplicates.
     """
-    together = Together()
-    keys = [("question", prompt_key(one)) for one in conversations]
-    for key, one in zip(keys, conversations, strict=True):
-        together.root(key)
-        if one.group is not None:
-            together.join(key, ("group", one.group))
-    for first, second in alike:
-        together.join(keys[first], keys[second])
-    roots = [together.root(key) for key in keys]
-    distinct = set(roots)
-    count = min(max(round(len(distinct) * fraction), 1), len(distinct) - 1) if fraction > 0 else 0
-
-    def rank(root: Hashable) -> str:
-        kind, key = root
-        name = key if kind == "question" else f"\x1e{key}"
-        return hashlib.sha256(f"{seed}\x1f{name}".encode("utf-8", "surrogatepass")).hexdigest()
-
-    chosen = set(sorted(distinct, key=rank)[:count])
-    sides: tuple[list[_Asked], list[_Asked]] = ([], [])
-    for one, root in zip(conversations, roots, strict=True):
-        sides[root in chosen].append(one)
-    return sides
+    questions = np.array([question_hash(one) for one in conversations], dtype=np.uint64)
+    groups = np.array([group_hash(one) for one in conversations], dtype=np.uint64)
+    out = held_out(roots_of(questions, groups, alike), fraction, seed).tolist()
+    training = [one for one, is_out in zip(conversations, out, strict=True) if not is_out]
+    return training, [one for one, is_out in zip(conversations, out, strict=True) if is_out]
 
 
 def without_held_out(

@@ -21,7 +21,7 @@ from medicalgpt_cli.engine.data.known_keys import KEYS
 from medicalgpt_cli.engine.data.lines import raw_lines
 from medicalgpt_cli.engine.data.read_options import AS_FOUND, ReadOptions
 from medicalgpt_cli.engine.run import bounded
-from medicalgpt_cli.errors import DataError, UnsafeRefused
+from medicalgpt_cli.errors import DataError, MedgptError, UnsafeRefused
 from medicalgpt_cli.settings.fields import did_you_mean
 
 _NAMES = {",": "commas", "\t": "tabs", ";": "semicolons", "|": "vertical bars"}
@@ -38,13 +38,16 @@ def records_of(records: Iterable[Record], path: Path, notices: list[str] | None)
         DataError: two columns have one name, a column with values has none, or a row has another number of cells.
     """
     names: list[str] = []
-    empty = 0
+    empty = repeated = 0
     for line, cells in records:
         if not any(cell.strip() for cell in cells):
             empty += len(cells) > 0 and bool(names)  # a blank line is no row
             continue
         if not names:
             names = _header(cells, f"{path}:{line}")
+            continue
+        if len(names) > 1 and _trimmed(cells) == names:  # tables that were joined
+            repeated += 1
             continue
         if len(cells) != len(names):
             raise DataError(
@@ -60,13 +63,14 @@ def records_of(records: Iterable[Record], path: Path, notices: list[str] | None)
                 at=f"{path}:{line}",
             )
         yield line, {name: cell for name, cell in zip(names, cells, strict=True) if name}
-    if empty and notices is not None:
-        notices.append(f"{path}: {empty:,} empty rows are left out")
+    for number, word in ((empty, "are empty"), (repeated, "repeat the header")):
+        if number and notices is not None:
+            notices.append(f"{path}: {number:,} rows {word} and are left out")
 
 
 def _header(cells: Sequence[str], at: str) -> list[str]:
     """The columns' names without white space around them, full-width too; "" for a column without one."""
-    names = [cell.strip().strip(_INVISIBLE).strip() for cell in cells]
+    names = _trimmed(cells)
     for place, name in enumerate(names):
         before = names.index(name)
         if name and before < place:
@@ -75,6 +79,10 @@ def _header(cells: Sequence[str], at: str) -> list[str]:
                 f"{both}, {name}" if name in KEYS else both, "rename one of them, or remove it", at=at
             )
     return names
+
+
+def _trimmed(cells: Sequence[str]) -> list[str]:
+    return [cell.strip().strip(_INVISIBLE).strip() for cell in cells]
 
 
 # -- delimited text ----------------------------------------------------------------------------------------
@@ -272,6 +280,11 @@ class _Workbook(contextlib.AbstractContextManager["_Workbook"]):
             )
         elif len(sheets) > 1:
             notices.append(f"{self.path}: sheet {read} of {len(sheets)} is read, the others are empty")
+        if self.about["unknown_merges"]:
+            notices.append(
+                f"{self.path}: cells are merged, and each counts where it begins only; saved as .xlsx they would "
+                "count in each row"
+            )
         if self.about["filled"]:
             notices.append(
                 f"{self.path}: {self.about['filled']:,} cells that are merged over rows count in each row"
@@ -300,6 +313,11 @@ class _Workbook(contextlib.AbstractContextManager["_Workbook"]):
                 f"a row of more than {limits.LONGEST_RECORD // 2**20} MiB", "cut it into several",
                 at=str(self.path),
             )  # fmt: skip
+        if code == 1:
+            raise MedgptError(
+                f"{self.path}: the program that reads it failed",
+                "save the sheet as .csv; and please report it",
+            )
         raise UnsafeRefused(
             f"{self.path}: it takes more than {bounded.why_ended(code, memory=self.memory)} to unpack",
             "save the sheet as .csv",

@@ -172,10 +172,8 @@ def _read(
 
 
 def _measured(settings: VocabularySettings, reading: ReadOptions, observer: Observer) -> Corpus:
-    counts = Counts()
-    corpus = measure(
-        iterate_texts(settings.train_data, counts, observer, text_unit=settings.text_unit, reading=reading)
-    )
+    counts = Counts(reading=reading)
+    corpus = measure(iterate_texts(settings.train_data, counts, observer, text_unit=settings.text_unit))
     for notice in counts.notices:
         observer.on_notice(notice)
     for reason, number in counts.skipped.items():

@@ -6,11 +6,12 @@ from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils.data import Dataset, Sampler
 
 from medicalgpt_cli.engine.data.examples import Example
-from medicalgpt_cli.engine.data.packing import Block
+from medicalgpt_cli.engine.data.packing import Block, MixingSampler
 
 IGNORED = -100  # the label of a position without a loss
 
@@ -20,7 +21,6 @@ class ExampleDataset(Dataset):
 
     def __init__(self, examples: Sequence[Example]):
         self.examples = examples
-        self.lengths = [len(example.input_ids) for example in examples]
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -38,19 +38,36 @@ class EpochSampler(Sampler[int]):
 
     WINDOW = 64
 
-    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int, by_length: bool):
+    def __init__(
+        self,
+        lengths: Sequence[int] | np.ndarray,
+        batch_size: int,
+        seed: int,
+        by_length: bool,
+        draw: MixingSampler | None = None,
+    ):
+        """
+        Args:
+            draw: what an epoch takes of each source, in which order; without it, all examples once.
+        """
         self.lengths, self.batch_size, self.seed, self.by_length = lengths, batch_size, seed, by_length
+        self.draw = draw
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
+        if self.draw is not None:
+            self.draw.set_epoch(epoch)
 
     def __len__(self) -> int:
-        return len(self.lengths)
+        return len(self.lengths) if self.draw is None else len(self.draw)
 
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
-        order = torch.randperm(len(self.lengths), generator=generator).tolist()
+        if self.draw is None:
+            order = torch.randperm(len(self.lengths), generator=generator).tolist()
+        else:
+            order = list(self.draw)
         if not self.by_length:
             return iter(order)
         whole = len(order) - len(order) % self.batch_size  # the short batch stays last

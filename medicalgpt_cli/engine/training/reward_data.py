@@ -16,12 +16,15 @@ from transformers import PreTrainedTokenizerBase
 from medicalgpt_cli.engine.data.counts import Counts
 from medicalgpt_cli.engine.data.examples import render_answer
 from medicalgpt_cli.engine.data.formats import load_prompts
+from medicalgpt_cli.engine.data.mixing import check_weights, parse_source, shares_of
+from medicalgpt_cli.engine.data.packing import Mix, mixed_items
 from medicalgpt_cli.engine.data.preferences import (
     Pair,
     audit,
     audit_notices,
     load_pairs,
     prompt_hash,
+    usable_pairs,
 )
 from medicalgpt_cli.engine.data.reading import reading_options
 from medicalgpt_cli.engine.data.rendering import encode_prompt
@@ -73,6 +76,7 @@ class RewardData:
     prompts: list[str]  # hashes of the prompts that are trained on
     report: dict[str, Any]
     fingerprints: dict[str, str]
+    mix: Mix  # what an epoch takes of each source
 
 
 def load_reward_data(
@@ -82,13 +86,17 @@ def load_reward_data(
 
     Raises:
         DataError: a row is no pair, or nothing is left to train on.
+        UsageError: some sources have a weight and others none.
     """
-    reading = reading_options(
-        settings, [*settings.train_data, *settings.eval_data, *settings.exclude_prompts]
-    )
+    sources = [parse_source(text) for text in settings.train_data]
+    check_weights(sources)
+    names = [one.name for one in sources]
+    reading = reading_options(settings, [*names, *settings.eval_data, *settings.exclude_prompts])
     counts, held_counts = Counts(reading=reading), Counts(reading=reading)
     options = {"margin_column": settings.margin_column}
-    training = load_pairs(settings.train_data, counts, observer, max_samples=settings.max_samples, **options)
+    usable = partial(usable_pairs, reading=reading, margin_column=settings.margin_column)
+    shares = shares_of(settings.max_samples, sources, usable, counts.notices)
+    training = load_pairs(names, counts, observer, shares=shares, **options)
     if settings.eval_data:
         held = load_pairs(settings.eval_data, held_counts, observer, **options)
         training = without_held_out(training, held, counts)
@@ -108,6 +116,9 @@ def load_reward_data(
     if held:
         held_counts.notices += audit_notices(audits["held_out"])
     trained = {pair.at for pair, _ in kept}
+    mix = mixed_items(
+        sources, [one for _, one in kept], [len(one.chosen) + len(one.rejected) for _, one in kept], "pairs"
+    )
     return RewardData(
         [one for _, one in kept],
         [one for _, one in kept_held],
@@ -115,8 +126,10 @@ def load_reward_data(
         {
             "training": _describe(kept, counts, settings) | {"audit": audits["training"]},
             "held_out": _describe(kept_held, held_counts, settings) | {"audit": audits["held_out"]},
+            "sources": mix.told,
         },
         {"training": _fingerprint(kept), "held_out": _fingerprint(kept_held)},
+        mix,
     )
 
 

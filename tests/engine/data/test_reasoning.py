@@ -10,8 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from medicalgpt_cli.engine.data.answer_targets import answer_turn
+from medicalgpt_cli.engine.data.counts import Counts
 from medicalgpt_cli.engine.data.examples import render_answer, render_conversation
-from medicalgpt_cli.engine.data.formats import Conversation, Counts, load_conversations
+from medicalgpt_cli.engine.data.formats import load_conversations
+from medicalgpt_cli.engine.data.messages import Conversation
 from medicalgpt_cli.engine.data.reasoning import split_reasoning
 from medicalgpt_cli.engine.data.rendering import encode_prompt, render_text
 from medicalgpt_cli.engine.data.template_facts import template_facts

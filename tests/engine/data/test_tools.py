@@ -10,8 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from medicalgpt_cli.engine.data.counts import Counts
 from medicalgpt_cli.engine.data.examples import IGNORED, render_answer, render_conversation
-from medicalgpt_cli.engine.data.formats import Conversation, Counts
+from medicalgpt_cli.engine.data.messages import Conversation
 from medicalgpt_cli.engine.data.rendering import encode_prompt, encode_rendered, render_text, stop_token_ids
 from medicalgpt_cli.engine.data.template_facts import TEMPLATE_ERRORS, template_facts
 from medicalgpt_cli.engine.data.tools import AnswerStream, Delta, ParsedAnswer, decode_answer, parse_answer
