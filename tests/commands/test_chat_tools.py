@@ -24,6 +24,7 @@ from tests.tiny import text, tiny_model
 def place(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("chat_tools")
     talker(folder / "model", "qwen3")
+    tiny_model(folder / "tiny")
     return folder
 
 
@@ -72,7 +73,6 @@ def test_a_conversation_with_tools_is_taken_up_and_its_call_answered(place: Path
 def test_thinking_is_turned_off_or_refused(place: Path):
     done = chat(place, PLAIN[0]["content"] + "\n", "--thinking", "off")
     assert done.stdout == PLAIN[1]["content"] + "\n" and "thought" not in done.stderr
-    tiny_model(place / "tiny")
     done = medgpt("chat", "--base-model", "tiny", "--thinking", "off", "--use-cpu", cwd=place, input="Why?\n")
     assert done.returncode == 2 and "the chat template has no switch for reasoning" in done.stderr
 

@@ -22,6 +22,7 @@ ARGUMENTS = CALL["tool_calls"][0]["arguments"]
 def place(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("infer_tools")
     talker(folder / "model", "qwen3")
+    tiny_model(folder / "tiny")
     return folder
 
 
@@ -97,7 +98,6 @@ def test_thinking_is_turned_off_or_refused(place: Path):
     done, [row] = infer(place, [{"prompt": PLAIN[0]["content"]}], "--thinking", "off")
     assert done.returncode == 0, done.stderr
     assert row["output"] == PLAIN[1]["content"] and "reasoning_content" not in row
-    tiny_model(place / "tiny")
     for model, more, words in (
         ("tiny", (), "--thinking on: the chat template has no switch"),
         ("model", ("--no-prompt",), "--thinking goes with the chat template"),
@@ -110,18 +110,29 @@ def test_what_of_the_file_is_not_used_is_said(place: Path):
     rows = [
         {"question": "Why is iron low?", "answer": "Loss of blood.", "department": "blood", "id": "1"},
         {"question": "Why is iron high?", "answer": "Many reasons.", "department": "blood", "id": "2"},
-        {**ASKED, "messages": [QUESTION, {"role": "assistant", "content": "One."}], "label": True},
+        {
+            **ASKED,
+            "messages": [QUESTION, {"role": "assistant", "content": "One.", "weight": 0}],
+            "label": True,
+        },
+        {"questions": ["Why?", "Why so?"], "answers": ["One."]},
     ]
     done, found = infer(place, rows, "--max-new-tokens", 2)
-    assert done.returncode == 0 and len(found) == 3, done.stderr
+    assert done.returncode == 0 and len(found) == 4, done.stderr
     assert "department is not used in 2 records" in done.stderr
-    assert "3 of 3 records: what stands behind the last question is not shown to the model" in done.stderr
+    for words in (
+        "4 of 4 records: what stands behind the last question is not shown to the model",
+        "1 of 4 records: other phrasings of the question are not asked",
+        "1 of 4 records: whether its answer is marked as good or bad means nothing here",
+        "1 of 4 records: weights of answers mean nothing here",
+    ):
+        assert words in done.stderr
 
 
 def test_tools_of_a_template_without_them_are_written_in_a_plain_form_which_is_said(place: Path):
     done, _ = infer(place, [ASKED, {"prompt": "Why?"}], "--max-new-tokens", 2, model="tiny")
     assert done.returncode == 0, done.stderr
-    assert "1 questions: tools written in a plain form" in done.stderr
+    assert "1 of 2 questions: tools written in a plain form" in done.stderr
     done, _ = infer(place, [ASKED], "--no-prompt")
     assert done.returncode == 2 and "a question with tools cannot be continued as raw text" in done.stderr
 

@@ -6,6 +6,7 @@ import hashlib
 import json
 import threading
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from medicalgpt_cli.engine.data.answer_targets import tool_notes
 from medicalgpt_cli.engine.data.rendering import check_thinking, encode_prompt, encode_raw
 from medicalgpt_cli.engine.data.template_facts import template_facts
 from medicalgpt_cli.engine.generation.answer_reader import EncodedPrompt
@@ -203,18 +205,11 @@ class LocalModel:
         """What is to be known about tools in the questions and the template."""
         if not uses_template(self.tokenizer, self.settings):
             return []
-        facts = template_facts(self.tokenizer).tools
-        offered = sum(bool(one.tools) for one in questions)
-        called = sum(
-            any(message.get("tool_calls") for message in one.messages) and not one.tools for one in questions
+        notes = Counter(
+            note for one in questions for note in tool_notes(self.tokenizer, one.messages, one.tools)
         )
-        plain = (0 if facts.lists else offered) + (0 if facts.way else called)
-        found = []
-        if plain:
-            found.append(
-                f"{plain:,} questions: tools written in a plain form, the template has no place for them"
-            )
-        if offered and facts.form is None:
+        found = [f"{number:,} of {len(questions):,} questions: {note}" for note, number in notes.items()]
+        if any(one.tools for one in questions) and template_facts(self.tokenizer).tools.form is None:
             found.append("calls of tools cannot be told from text in what this template has a model write")
         return found
 
