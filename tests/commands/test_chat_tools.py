@@ -112,3 +112,15 @@ def test_what_is_no_conversation_is_not_taken_up(conversation, tmp_path: Path):
     (tmp_path / "late.json").write_text(json.dumps({"messages": turns}))
     conversation.load(tmp_path / "late.json")
     assert [one["role"] for one in conversation.messages] == ["user", "assistant", "system"]
+
+
+def test_a_mark_in_an_answer_is_no_reasoning_when_it_is_taken_up(conversation, tmp_path: Path):
+    """A saved conversation is read as what was said, whatever the model wrote."""
+    conversation.reset()
+    said = [*PLAIN, QUESTION, {"role": "assistant", "content": "Hm? </think> Yes."}]
+    said += [THOUGHT[0], {**THOUGHT[1], "content": "<think>a</think> b"}]
+    conversation.turns = list(said)
+    conversation.save(tmp_path / "kept.json")
+    conversation.reset()
+    conversation.load(tmp_path / "kept.json")
+    assert conversation.turns == said
