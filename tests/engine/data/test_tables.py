@@ -369,7 +369,10 @@ def test_a_name_with_commas_and_spaces():
 
 
 def test_signs_of_a_chinese_keyboard():
-    assert parse_columns(["question＝患者问题，answer=医生回答"]) == (("question", "患者问题"), ("answer", "医生回答"))
+    assert parse_columns(["question＝患者问题，answer=医生回答"]) == (
+        ("question", "患者问题"),
+        ("answer", "医生回答"),
+    )
 
 
 def asked(path, **options):
