@@ -1,4 +1,4 @@
-"""The reading options of a command, checked against its files before anything is read for use."""
+"""How a command reads its files: its options, checked against them before anything is read for use."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import re
 from collections.abc import Sequence
 from typing import Protocol
 
+from medicalgpt_cli.engine.data.counts import Counts
 from medicalgpt_cli.engine.data.encodings import check_encoding
 from medicalgpt_cli.engine.data.known_keys import SPELLINGS, meaning_of
 from medicalgpt_cli.engine.data.naming import key_name
@@ -27,6 +28,22 @@ class _Asked(Protocol):
     encoding: str | None
     sheet: str | None
     columns: tuple[str, ...]
+    strict: bool
+    ignore: tuple[str, ...]
+
+
+def counts_for(asked: _Asked, sources: Sequence[str]) -> Counts:
+    """Empty counts with the rules of a command: how its files are read, and what may stay unused.
+
+    Raises:
+        UsageError, DataError: as `reading_options` does.
+    """
+    return Counts(
+        strict=asked.strict,
+        ignore=frozenset(asked.ignore),
+        group=getattr(asked, "group", None),
+        reading=reading_options(asked, sources),
+    )
 
 
 def reading_options(asked: _Asked, sources: Sequence[str]) -> ReadOptions:
