@@ -17,7 +17,7 @@ from typing import IO, Any
 from medicalgpt_cli.engine.data import limits, workbook_child
 from medicalgpt_cli.engine.data.containers import must_be_a_file
 from medicalgpt_cli.engine.data.encodings import open_utf8
-from medicalgpt_cli.engine.data.known_keys import KEYS
+from medicalgpt_cli.engine.data.known_keys import is_known
 from medicalgpt_cli.engine.data.lines import raw_lines
 from medicalgpt_cli.engine.data.read_options import AS_FOUND, ReadOptions
 from medicalgpt_cli.engine.run import bounded
@@ -71,12 +71,15 @@ def records_of(records: Iterable[Record], path: Path, notices: list[str] | None)
 def _header(cells: Sequence[str], at: str) -> list[str]:
     """The columns' names without white space around them, full-width too; "" for a column without one."""
     names = _trimmed(cells)
-    for place, name in enumerate(names):
-        before = names.index(name)
+    if len(names) > limits.MOST_COLUMNS:
+        raise DataError(f"more than {limits.MOST_COLUMNS:,} columns", "is it a table?", at=at)
+    first: dict[str, int] = {}
+    for place, name in enumerate(names, 1):
+        before = first.setdefault(name, place)
         if name and before < place:
-            both = f"columns {before + 1} and {place + 1} have the same name"
+            both = f"columns {before} and {place} have the same name"
             raise DataError(
-                f"{both}, {name}" if name in KEYS else both, "rename one of them, or remove it", at=at
+                f"{both}, {name}" if is_known(name) else both, "rename one of them, or remove it", at=at
             )
     return names
 
@@ -224,11 +227,13 @@ class _Workbook(contextlib.AbstractContextManager["_Workbook"]):
         self.child = bounded.start(
             Path(workbook_child.__file__), [str(path), *([sheet] if sheet else [])], memory=self.memory
         )
+        assert self.child.stdout is not None
+        self.lines: IO[bytes] = self.child.stdout
         self.about: dict[str, Any] = {}
 
     def __enter__(self) -> _Workbook:
         try:
-            line = self.child.stdout.readline()
+            line = self.lines.readline()
             if not line:
                 self._refuse(self.child.wait())
             self.about = json.loads(line)
@@ -246,7 +251,7 @@ class _Workbook(contextlib.AbstractContextManager["_Workbook"]):
     def rows(self) -> Iterator[Record]:
         wide = {row for first, last in self.about["wide"] for row in range(first, last + 1)}
         size = 0
-        for line in self.child.stdout:
+        for line in self.lines:
             size += len(line)
             if size > max(limits.CHILD_UNPACKED, limits.CHILD_RATIO * self.packed):
                 raise UnsafeRefused(

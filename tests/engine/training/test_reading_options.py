@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from medicalgpt_cli.engine.data.counts import Counts
-from medicalgpt_cli.engine.data.reading import reading_options
-from medicalgpt_cli.engine.data.report import inspect
+from medicalgpt_cli.engine.data.inspection import inspect
+from medicalgpt_cli.engine.data.reading import counts_for
 from medicalgpt_cli.engine.generation.questions import counts_of_questions, read_questions
 from medicalgpt_cli.engine.observer import Observer
 from medicalgpt_cli.engine.run import manifest
@@ -109,7 +109,7 @@ def test_reward_rl_and_pretrain(tokenizer, tmp_path):
 def test_data_and_infer(tmp_path):
     path = str(workbook(tmp_path))
     settings = stages.InspectDataSettings(files=(path,), sheet="second", columns=COLUMNS)
-    found = inspect(settings.files, None, 1024, Observer(), reading=reading_options(settings, settings.files))
+    found = inspect(settings.files, counts_for(settings, settings.files), None, 1024, Observer())
     assert found.report["used"] == 12 and "sheet 2 of 2" in found.report["notices"][0]
     asked = stages.InferSettings(data_file=path, predictions_file="-", sheet="second", columns=COLUMNS)
     assert len(read_questions(path, counts_of_questions(asked))) == 12
@@ -117,11 +117,20 @@ def test_data_and_infer(tmp_path):
 
 
 def test_a_resumed_run_reads_as_before(tmp_path):
-    began = stages.SftSettings(train_data=("a.xlsx",), sheet="second", columns=COLUMNS, encoding="gbk")
+    began = stages.SftSettings(
+        train_data=("a.xlsx",), sheet="second", columns=COLUMNS, encoding="gbk", ignore=("bed",), group="ward"
+    )
     recorded = {"settings": manifest.with_origins(began)}
     same = manifest.resumed_settings(recorded, stages.SftSettings(resume=tmp_path))
     assert (same.sheet, same.columns, same.encoding) == ("second", COLUMNS, "gbk")
-    for name, value in (("sheet", "first"), ("columns", COLUMNS[:1]), ("encoding", "big5")):
+    for name, value in (
+        ("sheet", "first"),
+        ("columns", COLUMNS[:1]),
+        ("encoding", "big5"),
+        ("ignore", ("ward",)),
+        ("group", "bed"),
+        ("strict", True),
+    ):
         given = stages.SftSettings(resume=tmp_path, **{name: value}, origins={name: "flag"})
         with pytest.raises(UsageError, match=f"--{name}"):
             manifest.resumed_settings(recorded, given)
