@@ -377,10 +377,15 @@ def _texts(message: dict[str, Any]) -> list[Delta]:
     text = message.get("content") if "content" in message else message.get("text")
     found: list[Delta] = []
     if isinstance(reasoning, str) and reasoning:
-        found.append(Delta("reasoning", reasoning))
+        found.append(Delta("reasoning", _whole_characters(reasoning)))
     if isinstance(text, str) and text:
-        found.append(Delta("content", text))
+        found.append(Delta("content", _whole_characters(text)))
     return found
+
+
+def _whole_characters(text: str) -> str:
+    """JSON can spell half a character, which no file and no client takes."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def _add_calls(calls: dict[int, dict[str, Any]], pieces: Any) -> None:
@@ -404,7 +409,7 @@ def _call_deltas(calls: Sequence[Any]) -> list[Delta]:
     for value in calls:
         call = call_from_wire(value)
         if call is None:
-            found.append(Delta("content", json.dumps(value, ensure_ascii=False)))
+            found.append(Delta("content", _whole_characters(json.dumps(value, ensure_ascii=False))))
         else:
             found.append(Delta("tool_call", call=call))
     return found

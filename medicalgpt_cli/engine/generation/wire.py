@@ -8,9 +8,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from medicalgpt_cli.engine.data.calls import plain_call
+from medicalgpt_cli.engine.data.fields import object_of, text_of
 from medicalgpt_cli.engine.data.messages import Message, ToolCall
+from medicalgpt_cli.engine.data.readers import parse_json
 from medicalgpt_cli.engine.data.reasoning import written_inline
 from medicalgpt_cli.engine.data.tool_messages import with_ids
+from medicalgpt_cli.errors import DataError
 
 
 def to_wire(message: Message) -> dict[str, Any]:
@@ -63,20 +66,21 @@ def finish_reason(reason: str, calls: Sequence[ToolCall]) -> str:
 
 
 def call_from_wire(value: Any) -> ToolCall | None:
-    """A call of a server's answer; None where it has no name, or no object of arguments."""
+    """A call of a server's answer; None where it has no name, or no object of arguments that can be written again."""
     function = value.get("function") if isinstance(value, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not function["name"]:
         return None
     arguments = function.get("arguments")
-    if isinstance(arguments, str):
-        try:
-            arguments = json.loads(arguments) if arguments.strip() else {}
-        except (ValueError, RecursionError):
+    try:
+        if isinstance(arguments, str):
+            arguments = parse_json(arguments) if arguments.strip() else {}
+        if not isinstance(arguments, dict | None):
             return None
-    if not isinstance(arguments, dict | None):
+        name = text_of(function["name"], "name", "")
+        call: ToolCall = {"name": name, "arguments": object_of(arguments or {}, "arguments", "")}
+    except DataError:
         return None
-    call: ToolCall = {"name": function["name"], "arguments": arguments or {}}
-    if isinstance(value.get("id"), str):
+    if isinstance(value.get("id"), str) and value["id"].isprintable():
         call["id"] = value["id"]
     return call
 

@@ -29,7 +29,7 @@ STREAM = [
     delta(role="assistant", content=""),
     delta(reasoning="Look "),
     delta(reasoning="it up."),
-    delta(content="I look."),
+    delta(content="I look\ud800."),
     piece(0, id="c1", type="function", function={"name": "dose", "arguments": ""}),
     piece(0, function={"arguments": '{"kg"'}),
     piece(1, id="c2", type="function", function={"name": "dose", "arguments": "{}"}),
@@ -40,7 +40,8 @@ STREAM = [
 ]
 WHOLE = {
     "content": "I look.", "reasoning_content": "Look it up.",
-    "tool_calls": [{"id": "c1", "type": "function", "function": DOSE}, {"type": "function", "function": {"name": 5}}],
+    "tool_calls": [{"id": "c1", "type": "function", "function": DOSE}, {"type": "function", "function": {"name": 5}},
+        {"type": "function", "function": {"name": "dose", "arguments": '{"a": "\\ud800"}'}}],
 }  # fmt: skip
 
 
@@ -81,7 +82,7 @@ def test_a_stream_is_put_together_and_nothing_of_it_is_lost(backend):
         {"name": "dose", "arguments": {}, "id": "c2"},
     )
     assert backend.last.reasoning == "Look it up." and backend.last.tool_calls == calls
-    assert content_of(deltas) == backend.last.text == "I look." + broken  # a call that is none is text
+    assert content_of(deltas) == backend.last.text == "I look\ufffd." + broken  # a call that is none is text
     assert (backend.last.prompt_tokens, backend.last.completion_tokens) == (7, 9)
 
 
@@ -93,6 +94,7 @@ def test_a_whole_reply_and_what_is_sent(backend):
     assert answer.reasoning == "Look it up."
     assert answer.tool_calls == ({"name": "dose", "arguments": {"kg": 40}, "id": "c1"},)
     assert answer.text.startswith("I look.{") and '"name": 5' in answer.text
+    assert answer.text.count('"function"') == 4 and answer.text.encode()
     sent = BODIES[-1]
     assert sent["chat_template_kwargs"] == {"enable_thinking": False, "thinking": False}
     assert sent["tools"] == [{"type": "function", "function": TOOLS[0]}]
