@@ -6,6 +6,7 @@ mended. A record from which there is nothing to learn is skipped, counted and sh
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -386,7 +387,7 @@ def _rows_of_file(file: Path | HubDataset, counts: Counts, text_unit: str) -> It
 
 
 def _warn_about_duplicates(found: Sequence[Conversation], counts: Counts) -> None:
-    distinct = len({tuple((one["role"], one["content"]) for one in c.messages) for c in found})
+    distinct = len({json.dumps(c.messages, sort_keys=True) for c in found})
     if distinct < len(found):
         counts.notices.append(f"{len(found) - distinct} of {len(found)} conversations repeat another one")
 

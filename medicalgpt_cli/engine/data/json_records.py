@@ -143,7 +143,9 @@ def _object_records(path: Path, reading: ReadOptions) -> Iterator[tuple[int, Any
     try:
         value = parse_json(text)
     except DataError as problem:
-        raise DataError(problem.message, problem.hint, at=f"{path}:{problem.line or 1}") from None
+        raise DataError(
+            problem.message, problem.hint, at=f"{path}:{getattr(problem, 'line', None) or 1}"
+        ) from None
     inner = value.get("data") if isinstance(value, dict) else None
     yield from enumerate(inner if isinstance(inner, list) else [value], 1)
 
@@ -197,8 +199,9 @@ class _Constant(Exception):
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):
-        keys, seen = [key for key, _ in pairs], set()
-        place = next(place for place, key in enumerate(keys) if key in seen or seen.add(key))
+        keys = [key for key, _ in pairs]
+        first = {key: place for place, key in reversed(list(enumerate(keys)))}
+        place = next(place for place, key in enumerate(keys) if first[key] < place)
         name = f"the key {keys[place]}" if keys[place] in KEYS else f"key {place + 1} of an object"
         raise _DuplicateKey(f"{name} stood there before")
     return found

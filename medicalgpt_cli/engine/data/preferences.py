@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from medicalgpt_cli.engine.data.calls import plain_call
 from medicalgpt_cli.engine.data.counts import Counts
 from medicalgpt_cli.engine.data.fields import Fields
 from medicalgpt_cli.engine.data.formats import join_same_role, read_all, why_nothing
@@ -183,5 +184,9 @@ def audit_notices(found: dict[str, Any]) -> list[str]:
 
 def prompt_hash(messages: Sequence[Message]) -> str:
     """A name for a prompt that does not tell what it says; equal for prompts that differ in spacing only."""
-    said = [[one["role"], " ".join(one["content"].split())] for one in messages if one["role"] != "system"]
+    said = [
+        [one["role"], " ".join(one["content"].split()), *map(plain_call, one.get("tool_calls", ()))]
+        for one in messages
+        if one["role"] != "system"
+    ]
     return hashlib.sha256(repr(said).encode("utf-8", "surrogatepass")).hexdigest()[:24]

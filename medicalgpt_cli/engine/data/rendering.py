@@ -283,13 +283,17 @@ class TemplateRefuses(UsageError):
         self.reason = reason
 
 
+class NoSwitch(UsageError):
+    """The chat template does not turn reasoning on or off."""
+
+
 def check_thinking(tokenizer: PreTrainedTokenizerBase, thinking: Thinking) -> None:
     """
     Raises:
-        UsageError: reasoning is to be turned on or off, and the template has no switch for it.
+        NoSwitch: reasoning is to be turned on or off, and the template cannot do that.
     """
     if thinking != "auto" and template_facts(tokenizer).reasoning.switch is None:
-        raise UsageError(
+        raise NoSwitch(
             f"--thinking {thinking}: the chat template has no switch for reasoning",
             "leave --thinking out: it asks for reasoning or not as it was made",
         )

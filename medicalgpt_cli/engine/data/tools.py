@@ -111,6 +111,11 @@ class AnswerStream:
         self._trim = True  # whether white space in front of what comes is dropped
         self.malformed = False
 
+    @property
+    def space(self) -> str:
+        """White space of the answer that is held back: it is said if text follows, or nothing at all."""
+        return self._space if self._state == self._in_content else ""
+
     def feed(self, piece: str) -> list[Delta]:
         """What is certain after one more piece."""
         self._text += piece

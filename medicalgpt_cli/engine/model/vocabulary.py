@@ -18,7 +18,13 @@ from medicalgpt_cli.engine.data.formats import iterate_texts
 from medicalgpt_cli.engine.data.messages import Document
 from medicalgpt_cli.engine.data.readers import check_text_unit, expand_sources
 from medicalgpt_cli.engine.data.reading import counts_for
-from medicalgpt_cli.engine.model.loading import DTYPES, load_base, load_tokenizer, read_tokenizer
+from medicalgpt_cli.engine.model.loading import (
+    DTYPES,
+    load_base,
+    load_tokenizer,
+    must_be_loadable_alone,
+    read_tokenizer,
+)
 from medicalgpt_cli.engine.model.merging import check_output, task
 from medicalgpt_cli.engine.model.references import ModelReference, ResolvedModel, resolve_models
 from medicalgpt_cli.engine.model.tokenizer import fingerprint, save_tokenizer
@@ -87,6 +93,7 @@ def extend(settings: VocabularySettings, observer: Observer) -> dict[str, Any]:
     with staged(output) as folder:
         with task(observer, "loading weights"):
             model = load_base(resolved.base, stored, torch.device("cpu"))
+        must_be_loadable_alone(model, resolved.base.name)
         _check_model(model, old)
         base_rows = model.get_input_embeddings().weight.shape[0]
         rows = rows_needed(extension.first_id, len(extension.ids), base_rows, settings.pad_to_multiple)

@@ -13,6 +13,7 @@ import torch
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
+from medicalgpt_cli.engine.data.answer_targets import tool_notes
 from medicalgpt_cli.engine.data.counts import Counts
 from medicalgpt_cli.engine.data.examples import render_answer
 from medicalgpt_cli.engine.data.formats import load_prompts
@@ -152,7 +153,7 @@ def render_pair(
     """
 
     def render(answer: str, budget: int) -> tuple[list[int], list[int]] | None:
-        return render_answer(tokenizer, pair.messages, answer, budget)
+        return render_answer(tokenizer, pair.messages, answer, budget, pair.tools)
 
     try:
         chosen, rejected = render(pair.chosen, max_length), render(pair.rejected, max_length)
@@ -174,9 +175,11 @@ def render_pair(
         counts.add_skip("both answers are the same behind the chat template", pair.at)
         return None
     if sum(one["role"] == "user" for one in pair.messages) > 1:  # else there is nothing to drop
-        lost = len(encode_prompt(tokenizer, pair.messages)) - len(chosen[0])
+        lost = len(encode_prompt(tokenizer, pair.messages, pair.tools)) - len(chosen[0])
         if lost:
             counts.add_truncation("oldest exchanges dropped to fit --max-length", pair.at, lost)
+    for note in tool_notes(tokenizer, pair.messages, pair.tools):
+        counts.add_merge(note, pair.at)
     longer = None if len(pair.chosen) == len(pair.rejected) else len(pair.chosen) > len(pair.rejected)
     return RenderedPair(
         chosen[0] + chosen[1],

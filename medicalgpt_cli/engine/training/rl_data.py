@@ -10,6 +10,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from medicalgpt_cli.engine.data.answer_targets import tool_notes
 from medicalgpt_cli.engine.data.counts import Counts
 from medicalgpt_cli.engine.data.mixing import Source, check_weights, parse_source, rows_name, shares_of
 from medicalgpt_cli.engine.data.packing import Mix, mixed_items
@@ -129,6 +130,8 @@ def _encoded(
         elif len(ids) > limit:
             counts.add_skip(f"no room for --max-new-tokens in the context of {context:,}", prompt.at)
         else:
+            for note in tool_notes(tokenizer, prompt.messages, prompt.tools):
+                counts.add_merge(note, prompt.at)
             found.append(Asked(prompt, ids))
     return found
 

@@ -141,6 +141,12 @@ def test_two_columns_of_one_name_and_one_without(tmp_path):
     refused(path, ":3:", "column 2 holds a value here and has no name")
 
 
+def test_a_header_of_a_million_columns(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text(",".join(f"c{number}" for number in range(1_000_000)) + "\n")
+    refused(path, ":1:", "more than 16,384 columns")
+
+
 def test_line_ends_of_every_kind(tmp_path):
     path = tmp_path / "a.csv"
     for end in ("\n", "\r\n", "\r"):
@@ -347,6 +353,7 @@ def test_names_that_are_swapped_and_names_that_collide(tmp_path):
         ("question=a,answer=a", "a is named twice"),
         ("question=question", "it changes nothing"),
         ("zorblatt=x", "for example question, answer"),
+        ("category=x", "category is no key that records are read by"),
     ],
 )
 def test_columns_that_make_no_sense(text, words):
@@ -358,6 +365,13 @@ def test_columns_that_make_no_sense(text, words):
 def test_a_name_with_commas_and_spaces():
     assert parse_columns(["question=Name, as given (a=b), answer = x y", "system=s"]) == (
         *(("question", "Name, as given (a=b)"), ("answer", "x y"), ("system", "s")),
+    )
+
+
+def test_signs_of_a_chinese_keyboard():
+    assert parse_columns(["question＝患者问题，answer=医生回答"]) == (
+        ("question", "患者问题"),
+        ("answer", "医生回答"),
     )
 
 

@@ -10,9 +10,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from medicalgpt_cli.engine.data import answer_windows
 from medicalgpt_cli.engine.data.counts import Counts
 from medicalgpt_cli.engine.data.examples import IGNORED, render_answer, render_conversation
 from medicalgpt_cli.engine.data.messages import Conversation
+from medicalgpt_cli.engine.data.preferences import prompt_hash
 from medicalgpt_cli.engine.data.rendering import encode_prompt, encode_rendered, render_text, stop_token_ids
 from medicalgpt_cli.engine.data.template_facts import TEMPLATE_ERRORS, template_facts
 from medicalgpt_cli.engine.data.tools import AnswerStream, Delta, ParsedAnswer, decode_answer, parse_answer
@@ -221,6 +223,45 @@ def test_a_template_that_escapes_its_json_gives_no_token_away_and_no_guard():
     harmless = [QUESTION, calling({"name": "dose", "arguments": {"a": "b"}}), RESULT]
     end = tokenizer.convert_tokens_to_ids("<|im_end|>")
     assert ids.count(end) == encode_prompt(tokenizer, harmless, [{"name": "dose"}]).count(end)
+
+
+@pytest.mark.parametrize("style", ALL)
+def test_each_target_stands_behind_what_inference_renders(style):
+    tokenizer = tokenizer_of(style)
+    messages = [QUESTION, calling(CALL), RESULT, ANSWER, QUESTION, ANSWER]
+    counts = Counts()
+    examples = render_conversation(tokenizer, Conversation(tuple(messages), "a:1", tools=TOOLS), 4096, counts)
+    begins = []
+    for example in examples:
+        edges = zip([IGNORED, *example.labels], example.labels, strict=False)
+        places = [at for at, (one, other) in enumerate(edges) if one == IGNORED != other]
+        begins += [example.input_ids[:at] for at in places]
+    setting = "off" if template_facts(tokenizer).reasoning.switch else "auto"
+    asked = [messages[:at] for at, one in enumerate(messages) if one["role"] == "assistant"]
+    assert begins == [encode_prompt(tokenizer, one, TOOLS, setting) for one in asked]
+
+
+@pytest.mark.parametrize("style", ALL)
+def test_a_long_conversation_with_tools_is_what_it_is_turn_by_turn(style, monkeypatch):
+    tokenizer = tokenizer_of(style)
+    messages = []
+    for number in range(14):
+        call = {"name": "dose", "arguments": {"kg": number}}
+        thought = {"reasoning": f"Case {number}."} if number % 3 else {}
+        messages += [QUESTION, calling(call), RESULT, {**ANSWER, **thought}]
+    windows = learnt(tokenizer, *messages)
+    monkeypatch.setattr(answer_windows, "_FEW", 1000)
+    whole = learnt(tokenizer, *messages)
+    assert windows[0] == whole[0] and windows[1].merged == whole[1].merged and len(whole[0]) >= 20
+
+
+def test_prompts_that_differ_in_a_call_are_two():
+    one, other = (
+        [QUESTION, calling({"name": "dose", "arguments": {"kg": kg}}), RESULT, QUESTION] for kg in (4, 5)
+    )
+    assert prompt_hash(one) != prompt_hash(other) and prompt_hash(one) == prompt_hash(
+        [dict(turn) for turn in one]
+    )
 
 
 def test_an_answer_with_a_call_is_judged_as_it_is_learnt():
