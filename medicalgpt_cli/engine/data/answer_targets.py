@@ -9,6 +9,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from medicalgpt_cli.engine.data.answer_windows import NotLearnable, Turn
+from medicalgpt_cli.engine.data.calls import NAME
 from medicalgpt_cli.engine.data.control_tokens import defuse, encode_rendered
 from medicalgpt_cli.engine.data.messages import Message
 from medicalgpt_cli.engine.data.reasoning import Thinking, split_reasoning
@@ -80,6 +81,12 @@ def tool_notes(
         "tools written in a plain form: the template has no place for them": (
             (facts.way is None and (bool(calls) or any(one["role"] == "tool" for one in messages)))
             or (bool(tools) and not facts.lists)
+        ),
+        "calls of tools that cannot be read back: the form in which the template has them is unknown": (
+            bool(calls) and facts.form is None
+        ),
+        "calls of tools that cannot be read back: a name is more than letters, digits and . : / _ -": any(
+            not NAME.fullmatch(call["name"]) for one in calls for call in one["tool_calls"]
         ),
         "text in front of a tool call left out: the template has no place for it": (
             not facts.beside and any(one["content"].strip() for one in calls)

@@ -19,7 +19,9 @@ from medicalgpt_cli.engine.data.rendering import encode_prompt, render_text
 from medicalgpt_cli.engine.data.template_facts import template_facts
 from medicalgpt_cli.engine.data.tools import ParsedAnswer, decode_answer, parse_answer
 from medicalgpt_cli.engine.observer import Observer
+from medicalgpt_cli.engine.training.rl_data import load_rl_data
 from medicalgpt_cli.errors import UsageError
+from medicalgpt_cli.settings.stages import RlSettings
 from tests.cli import medgpt
 from tests.engine.data.test_tools import ANSWER, CALL, QUESTION, TOOLS, calling, learnt, plain, streamed
 from tests.engine.data.tool_templates import TEMPLATES, tokenizer_for, tokenizer_of
@@ -247,6 +249,30 @@ def test_answers_with_and_without_reasoning_under_a_template_that_opens_it(tmp_p
     targets = [tokenizer.decode([one for one in example.labels if one >= 0]) for example in examples]
     reasoned = "Loss.\n</think>\n\nBy loss.</s>"
     assert targets == [reasoned, reasoned, "\n</think>\n\nToo little.</s>"] and not counts.skipped
+
+
+@pytest.mark.parametrize("thinking", ["auto", "on", "off"])
+def test_a_policy_is_asked_under_the_setting_that_is_given(tmp_path, thinking):
+    rows = [{"prompt": f"Dose for {number} kg?", "tools": [dict(TOOLS[0])]} for number in range(4)]
+    data = write_jsonl(tmp_path / "prompts.jsonl", rows)
+    asked = RlSettings(
+        train_data=(str(data),),
+        reward_rule=("length",),
+        algorithm="grpo",
+        eval_fraction=0.0,
+        thinking=thinking,
+    )
+    tokenizer = tokenizer_of("qwen3")
+    found = load_rl_data(asked, tokenizer, frozenset(), 2048, Observer())
+    for one in found.training:
+        assert one.ids == encode_prompt(tokenizer, one.prompt.messages, one.prompt.tools, thinking)
+        assert "The dose for a weight." in tokenizer.decode(one.ids)
+
+
+def test_the_setting_needs_a_tokenizer_to_look_at_data(tmp_path):
+    data = write_jsonl(tmp_path / "a.jsonl", [{"messages": [QUESTION, ANSWER]}])
+    refused = medgpt("data", data, "--thinking", "off")
+    assert refused.returncode == 2 and "--thinking goes with a tokenizer" in refused.stderr
 
 
 def test_none_is_skipped_on_the_command_line(tmp_path):
