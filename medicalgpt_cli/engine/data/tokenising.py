@@ -213,6 +213,7 @@ def _begin(rendering: Rendering, parent: int) -> None:
     global _here
     _here = rendering
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
     def watch() -> None:
