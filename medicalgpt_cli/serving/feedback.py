@@ -39,9 +39,11 @@ class FeedbackFile:
 
     def prefer(self, messages: Sequence[Message], chosen: str, rejected: str) -> bool:
         """Write a pair; False where there is nothing to learn from it."""
+        from medicalgpt_cli.engine.generation.wire import conversation_to_wire
+
         if not chosen.strip() or not rejected.strip() or chosen.strip() == rejected.strip():
             return False
-        pair = {"messages": list(messages), "chosen": chosen, "rejected": rejected}
+        pair = {"messages": conversation_to_wire(messages), "chosen": chosen, "rejected": rejected}
         line = json.dumps(pair, ensure_ascii=False) + "\n"
         with self._lock:
             descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)

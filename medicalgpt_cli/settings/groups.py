@@ -217,6 +217,24 @@ class ReadingSettings(Settings):
         "Encoding of all text, JSON and .csv files; UTF-8, GB18030 or UTF-16 as found where not given.",
         metavar="NAME",
     )
+    strict: bool = opt(False, "Refuse data with a key that nothing is made of.")
+    ignore: tuple[str, ...] = opt(
+        (), "A key that is not needed, and is left out whatever it holds; can be repeated.", metavar="KEY"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class GroupSettings(Settings):
+    """Which records belong together."""
+
+    panel: ClassVar[str] = "Data"
+
+    group: str | None = opt(
+        None,
+        "The key whose value says which records belong together (a patient, a document): "
+        "all of a group stand on one side of a split.",
+        metavar="KEY",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -385,7 +403,20 @@ class RunSettings(MemorySettings, OutputSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SamplingSettings(Settings):
+class ThinkingSettings(Settings):
+    """Whether a model that can reason in front of its answer is asked to."""
+
+    panel: ClassVar[str] = "Answers"
+
+    thinking: str = opt(
+        "auto",
+        "Reasoning in front of an answer, where the chat template has a switch; auto is its default.",
+        choices=("auto", "on", "off"),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingSettings(ThinkingSettings):
     panel: ClassVar[str] = "Answers"
 
     max_new_tokens: int = opt(512, "Longest answer in tokens.", min=1)

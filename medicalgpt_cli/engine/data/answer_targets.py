@@ -53,16 +53,9 @@ class AnswerRenderer:
         """What happens to reasoning and tools of a conversation beside being written where the template has them."""
         facts = template_facts(self.tokenizer)
         answers = [one for one in messages if one["role"] == "assistant"]
-        calls = [one for one in answers if one.get("tool_calls")]
         settings = {self._setting(one) for one in answers if not reasoning_of(one)}
         reasoning = [one for one in answers if reasoning_of(one)]
         said = {
-            "tools written in a plain form: the template has no place for them": (
-                (bool(calls) and facts.tools.way is None) or (bool(self.tools) and not facts.tools.lists)
-            ),
-            "text in front of a tool call left out: the template has no place for it": (
-                not facts.tools.beside and any(one["content"].strip() for one in calls)
-            ),
             "reasoning written as <think>…</think> in front of the answer: the template has no place for it": (
                 facts.reasoning.way is None and any(one.get("reasoning") for one in answers)
             ),
@@ -73,7 +66,26 @@ class AnswerRenderer:
                 self.thinking == "auto" and "off" in settings and "auto" not in facts.reasoning.closed
             ),
         }
-        return [note for note, holds in said.items() if holds]
+        others = [note for note, holds in said.items() if holds]
+        return [*tool_notes(self.tokenizer, messages, self.tools), *others]
+
+
+def tool_notes(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]]
+) -> list[str]:
+    """What happens to tools and calls of a conversation beside being written where the template has them."""
+    facts = template_facts(tokenizer).tools
+    calls = [one for one in messages if one.get("tool_calls")]
+    said = {
+        "tools written in a plain form: the template has no place for them": (
+            (facts.way is None and (bool(calls) or any(one["role"] == "tool" for one in messages)))
+            or (bool(tools) and not facts.lists)
+        ),
+        "text in front of a tool call left out: the template has no place for it": (
+            not facts.beside and any(one["content"].strip() for one in calls)
+        ),
+    }
+    return [note for note, holds in said.items() if holds]
 
 
 def reasoning_of(answer: Message) -> str | None:

@@ -90,8 +90,10 @@ class CallReader:
 
     @property
     def firsts(self) -> tuple[str, ...]:
-        """The marks with one of which calls begin; none where the format is bare."""
-        return tuple(one.split()[0] for one in (self.form.begin, self.form.open) if one.strip())
+        """The marks with one of which calls begin; where the format is bare, those behind some text."""
+        form = self.form
+        marks = (form.between,) if form.bare else (form.begin, form.open)
+        return tuple(one.split()[0] for one in marks if one.strip())
 
     def read(self, text: str, at: int, final: bool) -> tuple[list[ToolCall], int]:
         """The calls at a place of a text, one or several, and where what follows them begins.
@@ -100,7 +102,7 @@ class CallReader:
             NotACall: there is none. NeedMore: that is not certain yet, which a `final` text never raises.
         """
         if self.form.bare:
-            return self._read_all(text, at, final)
+            return self._read_all(text, _maybe(text, at, self.form.between, final), final)
         calls, at = self._read_one(text, _maybe(text, at, self.form.begin, final), final)
         return calls, _maybe(text, at, self.form.end, final)
 

@@ -30,7 +30,6 @@ from medicalgpt_cli.engine.data.formats import iterate_texts
 from medicalgpt_cli.engine.data.language import language_of
 from medicalgpt_cli.engine.data.messages import Document
 from medicalgpt_cli.engine.data.mixing import Source
-from medicalgpt_cli.engine.data.read_options import AS_FOUND, ReadOptions
 from medicalgpt_cli.engine.data.readers import HubDataset, expand_sources
 from medicalgpt_cli.engine.data.rendering import document_marks, encode_texts
 from medicalgpt_cli.engine.data.splitting import held_out, mixed
@@ -81,18 +80,22 @@ def tokenise(
     text_unit: str,
     cache: Path,
     observer: Observer,
-    reading: ReadOptions = AS_FOUND,
+    rules: Counts | None = None,
 ) -> Corpus:
     """Open the corpus of a source, tokenising it if the cache does not have it yet.
+
+    Args:
+        rules: counts with the rules by which the source is read.
 
     Raises:
         DataError: a file is missing or broken, or holds no text.
     """
+    rules = rules or Counts()
     files, _ = expand_sources([source.name], with_documents=True)
     tokens = cache / "tokens"
     private_folder(tokens)
     try:
-        folder = tokens / _key(files, tokenizer, text_unit, reading)
+        folder = tokens / _key(files, tokenizer, text_unit, rules)
     except OSError as problem:
         raise DataError(
             f"{problem.strerror or type(problem).__name__}", "check the path", at=str(problem.filename)
@@ -107,7 +110,7 @@ def tokenise(
             remove_tree(folder)
         if not folder.is_dir():
             with staged(folder, PRIVATE) as new:
-                _write(new, source, tokenizer, text_unit, observer, folder.name, reading)
+                _write(new, source, tokenizer, text_unit, observer, folder.name, rules)
         return Corpus(folder, source)
 
 
@@ -123,13 +126,14 @@ def _key(
     files: Sequence[Path | HubDataset],
     tokenizer: PreTrainedTokenizerBase,
     text_unit: str,
-    reading: ReadOptions,
+    rules: Counts,
 ) -> str:
     content = [
         [str(file), sha256_file(file)] if isinstance(file, Path) else [file.name, file.split]
         for file in files
     ]
-    how = [reading.encoding, reading.sheet, reading.columns]
+    reading = rules.reading
+    how = [reading.encoding, reading.sheet, reading.columns, rules.strict, sorted(rules.ignore)]
     parts = [FORMAT, fingerprint(tokenizer), document_marks(tokenizer), text_unit, how, content]
     return hashlib.sha256(json.dumps(parts).encode("utf-8", "surrogateescape")).hexdigest()[:32]
 
@@ -141,9 +145,9 @@ def _write(
     text_unit: str,
     observer: Observer,
     key: str,
-    reading: ReadOptions,
+    rules: Counts,
 ) -> None:
-    counts, languages, seen = Counts(reading=reading), Counter(), hashlib.sha256()
+    counts, languages, seen = rules.fresh(), Counter(), hashlib.sha256()
     start, _, separate = document_marks(tokenizer)
     end = [document_marks(tokenizer)[1]] if separate else []
     dtype = np.dtype("<u2" if len(tokenizer) <= 2**16 else "<u4")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from medicalgpt_cli.engine.data.known_keys import MEDIA, fold, has_no_meaning, is_known, meaning_of
 from medicalgpt_cli.engine.data.naming import SHARE, looks_like_a_name
@@ -26,6 +26,7 @@ class Counts:
     ignore: frozenset[str] = frozenset()  # keys that a person has said are not needed
     group: str | None = None  # the key that says which records belong together
     reading: ReadOptions = AS_FOUND
+    keep_going: bool = False  # wrong records and broken lines are kept in `wrong`, and end nothing
 
     read: int = 0
     skipped: Counter[str] = field(default_factory=Counter)
@@ -43,10 +44,14 @@ class Counts:
     _read: Counter[tuple[Place, str, bool]] = field(default_factory=Counter)
     _records: Counter[str] = field(default_factory=Counter)  # by file, of those that were read for their keys
 
+    def fresh(self) -> Counts:
+        """Empty counts with the same rules, for other files."""
+        return Counts(self.strict, self.ignore, self.group, self.reading, self.keep_going)
+
     @property
     def used(self) -> int:
-        """Rows that are not skipped."""
-        return self.read - sum(self.skipped.values())
+        """Rows that are neither skipped nor wrong."""
+        return self.read - sum(self.skipped.values()) - self.wrong_total
 
     def add_skip(self, reason: str, at: str) -> None:
         """A row (or a conversation that was used until now) is left out."""
@@ -64,7 +69,7 @@ class Counts:
 
     def add_format(self, path: str, kind: str) -> None:
         known = self.formats.setdefault(path, kind)
-        if kind not in known.split(" + "):
+        if kind not in known.split(" + ") and not known.startswith(f"{kind}, "):  # "text, a document a line"
             self.formats[path] = f"{known} + {kind}"
 
     def add_keys(
@@ -83,17 +88,37 @@ class Counts:
         if len(self.wrong) < _LISTED:
             self.wrong.append(problem)
 
+    def add_wrong_line(self, problem: MedgptError) -> None:
+        """A line that could not be read as a record."""
+        self.read += 1
+        self.add_wrong(problem)
+
     def finish(self) -> None:
         """To be called when all is read.
 
         Raises:
-            DataError: records were wrong, or (where that is asked for) keys were not used.
+            DataError: as `check`, which is left to the caller where wrong records end nothing.
+        """
+        self._look_for_named_keys()
+        if not self.keep_going:
+            self.check()
+
+    def check(self) -> None:
+        """
+        Raises:
+            DataError: records were wrong, no record has the key of --group, or (where that is asked for) keys
+                were not used.
         """
         if self.wrong:
             first = self.wrong[0]
             more = f" (and {self.wrong_total - 1:,} more)" if self.wrong_total > 1 else ""
             hint = f"{first.hint}; `medgpt data` lists them" if more else first.hint
             raise DataError(f"{first.message}{more}", hint)
+        if self.group is not None and self._records and not self._in_a_group():
+            raise DataError(
+                f"--group {self.group}: no record has this key, or a value for it",
+                "`medgpt data FILE` shows the keys of a file",
+            )
         left = [one for one in self.unused() if not one["accepted"]]
         if self.strict and left:
             shown = ", ".join(f"{one['key']} ({one['records']:,} records)" for one in left[:8])
@@ -103,6 +128,28 @@ class Counts:
                 "--ignore KEY accepts one that is not needed, --columns gives one a meaning",
             )
 
+    def _in_a_group(self) -> int:
+        """How many records have a value for the key of `--group`."""
+        key = fold(self.group or "")
+        return sum(
+            number
+            for (place, one, is_empty), number in self._read.items()
+            if place == "record" and not is_empty and fold(one) == key
+        )
+
+    def _look_for_named_keys(self) -> None:
+        """Notes about the keys of `--ignore` and `--group` that records do not have."""
+        if not self._records:
+            return
+        seen = {fold(key) for keys in self._unused.values() for _, key in keys}
+        notes = [
+            f"--ignore {key}: no record has this key" for key in sorted(self.ignore) if fold(key) not in seen
+        ]
+        alone = sum(self._records.values()) - self._in_a_group() if self.group is not None else 0
+        if alone:
+            notes.append(f"--group {self.group}: {alone:,} records have no value for it, and stand alone")
+        self.notices += [note for note in notes if note not in self.notices]
+
     def keys(self) -> list[dict[str, Any]]:
         """Each key that was read: where it stands, in how many records, and in how many its value is empty."""
         found: dict[tuple[Place, str], list[int]] = {}
@@ -110,10 +157,12 @@ class Counts:
             name = key if is_known(key) or looks_like_a_name(key) else "other keys"
             entry = found.setdefault((place, name), [0, 0])
             entry[is_empty] += number
-        return [
+        order = {place: number for number, place in enumerate(get_args(Place))}
+        rows = [
             {"key": key, "where": place, "records": filled, "empty": empty}
             for (place, key), (filled, empty) in found.items()
         ]
+        return sorted(rows, key=lambda one: (order[one["where"]], -one["records"], one["key"]))
 
     def unused(self) -> list[dict[str, Any]]:
         """Each key that nothing was made of: its name where it may be named, where it stands, in how many records."""
@@ -175,6 +224,7 @@ _WOULD_MEAN = {
     "context": "a text below the question, and this kind of record has its turns in a list",
     "explanation": "what explains an answer, and there is none",
     "name": "a speaker's name, which chat templates do not know",
+    "group": "which records belong together; --group group keeps them on one side of a split",
     "scores": "scores of several answers",
     "ranks": "ranks of several answers",
 }

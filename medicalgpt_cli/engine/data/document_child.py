@@ -6,14 +6,17 @@ and reads no file but the document and the libraries' own: an audit hook ends it
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import mimetypes
 import os
 import re
 import sys
 import sysconfig
 import zipfile
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any, BinaryIO
+from xml.parsers import expat
 
 NO_DOCUMENT = 65
 LONG = 66
@@ -22,13 +25,12 @@ OTHER_ENCODING = 68
 NESTED = 69
 REACHES_OUT = 70
 _LONGEST = 64 * 1024 * 1024  # bytes of text
-_UNPACKED, _RATIO = (
-    1 << 30,
-    200,
-)  # bytes that an Office file may unpack to, and beyond that for each of its own
-_OFFICE = (
-    b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1"  # of an Office file that is locked, or older than the ending says
-)
+# An Office file may unpack to so many bytes, and beyond that to so many for each of its own.
+_UNPACKED, _RATIO = 1 << 30, 200
+_DEEPEST = 256  # elements within each other
+# How an Office file begins that is locked, or older than its ending says.
+_OFFICE = b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1"
+_LIBRARIES = ("markitdown", "mammoth", "pptx", "lxml", "bs4", "markdownify", "pdfplumber", "pdfminer", "PIL")
 _CID = re.compile(r"\(cid:\d+\)")  # a letter whose font does not say which it is
 _PICTURE = re.compile(r"!\[([^\]\n]*)\]\([^)\n]*\)")
 _SLIDE = re.compile(r"<!-- Slide number: \d+ -->\n?")
@@ -36,9 +38,12 @@ _SLIDE = re.compile(r"<!-- Slide number: \d+ -->\n?")
 
 def stay_inside(document: Path) -> None:
     """From here on, nothing but the document and the installed libraries is opened."""
-    libraries = {sysconfig.get_path(one) for one in ("stdlib", "platstdlib", "purelib", "platlib")}
-    inside = tuple(os.path.realpath(one) + os.sep for one in [*libraries, *sys.path] if one)
-    own = os.path.realpath(document)
+    mimetypes.init()  # which reads the system's list once, where there is one
+    folders = {sysconfig.get_path(one) for one in ("stdlib", "platstdlib")}
+    found = [importlib.util.find_spec(name) for name in _LIBRARIES]
+    folders |= {str(Path(one.origin).parent.parent) for one in found if one is not None and one.origin}
+    inside = tuple(os.path.realpath(one) + os.sep for one in folders)
+    own, status = os.path.realpath(document), os.path.realpath("/proc/self/status")
 
     def watch(event: str, arguments: tuple[Any, ...]) -> None:
         if event.startswith(("socket.", "subprocess.", "os.system", "os.exec", "os.posix_spawn", "urllib.")):
@@ -46,7 +51,7 @@ def stay_inside(document: Path) -> None:
         if event == "open" and isinstance(arguments[0], str | bytes):
             path = os.path.realpath(os.fsdecode(arguments[0]))
             writes = isinstance(arguments[1], str) and set(arguments[1]) & set("wax+")
-            if writes or not (path == own or path.startswith(inside)):
+            if writes or not (path in (own, status) or path.startswith(inside)):
                 os._exit(REACHES_OUT)
 
     sys.addaudithook(watch)
@@ -81,6 +86,7 @@ def _html(raw: bytes, encoding: str) -> str:
 
 
 def _check_zip(file: BinaryIO, size: int) -> None:
+    """Refuse what the libraries would mend or follow: XML that is cut short, has entities or is a tower of elements."""
     if file.read(8).startswith(_OFFICE):
         sys.exit(LOCKED)
     file.seek(0)
@@ -89,7 +95,33 @@ def _check_zip(file: BinaryIO, size: int) -> None:
             sys.exit(LOCKED)
         if sum(one.file_size for one in archive.infolist()) > max(_UNPACKED, _RATIO * size):
             raise MemoryError
+        for one in archive.namelist():
+            if one.endswith((".xml", ".rels")):
+                with archive.open(one) as part:
+                    _check_xml(part)
     file.seek(0)
+
+
+def _check_xml(part: IO[bytes]) -> None:
+    depth = 0
+
+    def start(*_: object) -> None:
+        nonlocal depth
+        depth += 1
+        if depth > _DEEPEST:
+            sys.exit(NESTED)
+
+    def end(*_: object) -> None:
+        nonlocal depth
+        depth -= 1
+
+    def doctype(*_: object) -> None:
+        sys.exit(NO_DOCUMENT)
+
+    parser = expat.ParserCreate()
+    parser.StartElementHandler, parser.EndElementHandler = start, end
+    parser.StartDoctypeDeclHandler = doctype  # Office files have none: it could only declare entities
+    parser.ParseFile(part)
 
 
 def _office(file: BinaryIO, kind: str) -> str:
@@ -101,7 +133,17 @@ def _office(file: BinaryIO, kind: str) -> str:
     return converter.convert(file, StreamInfo(extension=kind), strict=True).markdown
 
 
+def _check_pdf(path: Path) -> None:
+    """Refuse a file without its beginning or its end: the library would give the pages that it finds."""
+    with path.open("rb") as file:
+        head = file.read(1024)
+        file.seek(max(0, path.stat().st_size - 4096))
+        if b"%PDF-" not in head or b"%%EOF" not in file.read():
+            sys.exit(NO_DOCUMENT)
+
+
 def _pdf(path: Path) -> dict[str, Any]:
+    _check_pdf(path)
     import pdfplumber
     from pdfminer.pdfdocument import PDFPasswordIncorrect
     from pdfplumber.utils.exceptions import PdfminerException
@@ -125,17 +167,32 @@ def _pdf(path: Path) -> dict[str, Any]:
         if any(isinstance(one, PDFPasswordIncorrect) for one in problem.args):
             sys.exit(LOCKED)
         raise
+    if not texts and not empty:
+        sys.exit(NO_DOCUMENT)
     return {"text": "\n".join(texts), "pages": len(texts) + len(empty), "empty": empty}
+
+
+def _memory_is_full() -> bool:
+    """Whether the memory was nearly used up: libraries in C say in other words that they got none."""
+    try:
+        import resource
+
+        peak = re.search(r"VmPeak:\s+(\d+) kB", Path("/proc/self/status").read_text())
+        return peak is not None and int(peak[1]) * 1024 > 0.9 * resource.getrlimit(resource.RLIMIT_AS)[0] > 0
+    except (ImportError, OSError):
+        return False
 
 
 def main(path: Path, encoding: str) -> None:
     try:
         found = convert(path, encoding)
-    except MemoryError:
+    except (MemoryError, ImportError, NameError):  # no fault of the document
         raise
     except RecursionError:
         sys.exit(NESTED)
     except Exception:  # a library says in its own way that a document is broken; never what stands in it
+        if _memory_is_full():
+            raise MemoryError from None
         sys.exit(NO_DOCUMENT)
     if len(found["text"].encode("utf-8", "replace")) > _LONGEST:
         sys.exit(LONG)

@@ -17,7 +17,7 @@ from medicalgpt_cli.engine.data.containers import must_be_a_file
 from medicalgpt_cli.engine.data.encodings import encoding_of
 from medicalgpt_cli.engine.data.read_options import AS_FOUND, ReadOptions
 from medicalgpt_cli.engine.run import bounded
-from medicalgpt_cli.errors import DataError, EnvironmentFailure, UnsafeRefused
+from medicalgpt_cli.errors import DataError, EnvironmentFailure, MedgptError, UnsafeRefused
 
 SUFFIXES = (".docx", ".pptx", ".pdf", ".html", ".htm")
 _NEEDED = {".docx": ("markitdown", "mammoth"), ".pptx": ("markitdown", "pptx"), ".pdf": ("pdfplumber",)}
@@ -74,6 +74,10 @@ def _converted(path: Path, encoding: str) -> dict[str, Any]:
     if code in _PROBLEMS:
         message, hint = _PROBLEMS[code]
         raise DataError(message, hint, at=str(path))
+    if code == 1:
+        raise MedgptError(
+            f"{path}: the program that reads it failed", "save its text as .txt; and please report it"
+        )
     if code:
         bound = bounded.why_ended(code, memory=memory, seconds=seconds)
         raise UnsafeRefused(f"{path}: it takes more than {bound} to read", _SMALLER)

@@ -30,6 +30,7 @@ _ASCII = 1 << 24  # bytes from the front of a file in which a character beyond A
 _SAMPLE = 1 << 18  # bytes behind the first such character that are looked at
 _OF_A_STREAM = 1 << 22  # bytes of a stream, which cannot be read twice
 _EVERYDAY = 0.9  # share of a text's characters that speak for the encoding it is read in
+_MANY, _BEHIND_HANGUL = 24, 0.15  # characters that tell Chinese from Korean, and the share of them
 _BLANKS = "\t\n\v\f\r"
 
 
@@ -163,7 +164,19 @@ def _reads_well(raw: bytes, encoding: str) -> bool:
         return False
     foreign = [char for char in text if char > "\x7f"]
     known = sum(_in_gb2312(char) or (encoding != "gb18030" and "\xa0" <= char < "\u0530") for char in foreign)
-    return known >= _EVERYDAY * len(foreign)
+    return known >= _EVERYDAY * len(foreign) and not (encoding == "gb18030" and _is_of_a_neighbour(foreign))
+
+
+def _is_of_a_neighbour(characters: list[str]) -> bool:
+    """Whether it is Korean (EUC-KR) or Japanese (EUC-JP), whose bytes are all characters of GB 2312, too.
+
+    GB 2312 has its everyday characters in the order of their pronunciation, from the lead byte 0xB0 to 0xD7, and a
+    Chinese text has more than a third of its own behind 0xC8, where Hangul ends. It has no kana.
+    """
+    if sum("\u3041" <= char <= "\u30ff" for char in characters) > len(characters) // 10:
+        return True
+    leads = [char.encode("gb18030")[0] for char in characters if "\u4e00" <= char <= "\u9fff"]
+    return len(leads) >= _MANY and sum(lead > 0xC8 for lead in leads) < _BEHIND_HANGUL * len(leads)
 
 
 def _in_gb2312(char: str) -> bool:

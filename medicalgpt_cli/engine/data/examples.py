@@ -6,8 +6,9 @@ Each answer is learnt behind exactly the tokens that inference renders in front 
 from __future__ import annotations
 
 import bisect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -23,7 +24,6 @@ from medicalgpt_cli.engine.data.counts import Counts
 from medicalgpt_cli.engine.data.messages import Conversation, Message
 from medicalgpt_cli.engine.data.reasoning import Thinking
 from medicalgpt_cli.engine.data.rendering import TemplateRefuses, check_thinking, fit_history, folds_system
-from medicalgpt_cli.engine.data.template_facts import template_facts
 from medicalgpt_cli.errors import UsageError
 
 IGNORED = -100
@@ -61,7 +61,7 @@ def render_conversation(
     Raises:
         UsageError: there is no chat template, or it has no switch for `thinking`.
     """
-    check_thinking(template_facts(tokenizer), thinking)
+    check_thinking(tokenizer, thinking)
     try:
         renderer = AnswerRenderer(tokenizer, conversation.tools, thinking)
         found = _examples(renderer, conversation, max_length, counts)
@@ -213,21 +213,30 @@ def _fit_last(
 
 
 def render_answer(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], answer: str, max_length: int
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Message],
+    answer: str | Message,
+    max_length: int,
+    tools: Sequence[Mapping[str, Any]] = (),
 ) -> tuple[list[int], list[int]] | None:
     """Token ids of a prompt and of an answer to it, with the token that ends the answer.
 
     The oldest exchanges give way where both do not fit; the answer is never cut, because what is judged is
-    the whole of it. None where it does not fit behind its question alone.
+    the whole of it. None where it does not fit behind its question alone. Answers that are compared stand behind one
+    prompt, that of the template's default, whether they have reasoning or not.
+
+    Args:
+        answer: a text, or an assistant's message with its reasoning and calls. tools: that could be called.
 
     Raises:
         UsageError: the template refuses the conversation.
     """
+    said: Message = {"role": "assistant", "content": answer} if isinstance(answer, str) else answer
     try:
-        turn = answer_turn(tokenizer, [*messages, {"role": "assistant", "content": answer}])
+        turn = answer_turn(tokenizer, [*messages, said], tools)
         if len(turn.prompt) + len(turn.target) > max_length:
-            kept, _ = fit_history(tokenizer, messages, max_length - len(turn.target))
-            turn = answer_turn(tokenizer, [*kept, {"role": "assistant", "content": answer}])
+            kept, _ = fit_history(tokenizer, messages, max_length - len(turn.target), tools)
+            turn = answer_turn(tokenizer, [*kept, said], tools)
     except NotLearnable as problem:
         raise UsageError(str(problem), "another --template may suit these answers") from None
     if len(turn.prompt) + len(turn.target) > max_length:

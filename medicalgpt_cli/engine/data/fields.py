@@ -107,7 +107,7 @@ class Fields:
     @property
     def read(self) -> list[tuple[Place, str, bool]]:
         """The keys that were used, with the place where they stand and whether their value was empty."""
-        return [(self.place, key, self._value[key] in _EMPTY) for key in self._value if key in self._used]
+        return [(self.place, key, self._value[key] in EMPTY) for key in self._value if key in self._used]
 
     # -- values of a kind --------------------------------------------------------------------------------------
 
@@ -167,7 +167,7 @@ class Fields:
         return float(value)
 
 
-_EMPTY: tuple[Any, ...] = (None, "", [], {})
+EMPTY: tuple[Any, ...] = (None, "", [], {})
 _TRUTH = {
     "true": True,
     "false": False,

@@ -6,16 +6,26 @@ mended. A record from which there is nothing to learn is skipped, counted and sh
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import TypeVar
 
 from medicalgpt_cli.engine.data.counts import Counts
 from medicalgpt_cli.engine.data.messages import Conversation, Document, Message
 from medicalgpt_cli.engine.data.naming import keys_found
 from medicalgpt_cli.engine.data.read_options import AS_FOUND, ReadOptions
-from medicalgpt_cli.engine.data.readers import Row, expand_sources, is_document, is_text, read_rows, unit_of
+from medicalgpt_cli.engine.data.readers import (
+    HubDataset,
+    Row,
+    expand_sources,
+    is_document,
+    is_text,
+    read_rows,
+    unit_of,
+)
 from medicalgpt_cli.engine.data.records import EXPECTED, Record, kind_of_record, read_record
 from medicalgpt_cli.engine.observer import Observer
 from medicalgpt_cli.errors import DataError
@@ -31,12 +41,15 @@ def read_all(
     make: Callable[[Row], Iterable[_Made]],
     *,
     most: int | None = None,
+    text_unit: str = "line",
+    with_documents: bool = False,
     shares: Mapping[str, int] | None = None,
 ) -> Iterator[_Made]:
     """What `make` gives for each row. Rows that are wrong are kept until all are read, so that all can be named.
 
     Args:
         most: no more rows are read once so many things were made.
+        text_unit, with_documents: as for `rows_of`.
         shares: how many things are made of each file, by the name of its rows; the rest of it is not read.
 
     Raises:
@@ -48,7 +61,8 @@ def read_all(
     def has_enough(path: str) -> bool:
         return shares is not None and made_of[path] >= shares.get(path, 0)
 
-    for row in rows_of(sources, counts, observer, has_enough=has_enough):
+    how = {"text_unit": text_unit, "with_documents": with_documents, "has_enough": has_enough}
+    for row in rows_of(sources, counts, observer, **how):
         if most is not None and made >= most:
             break
         counts.read += 1
@@ -57,7 +71,7 @@ def read_all(
         except DataError as problem:
             counts.add_wrong(problem)
             continue
-        if not counts.wrong:
+        if counts.keep_going or not counts.wrong:
             made += len(found)
             made_of[row.path] += len(found)
             yield from found
@@ -109,19 +123,26 @@ def load_prompts(sources: Sequence[str], counts: Counts, observer: Observer) -> 
 
     def make(row: Row) -> list[Conversation]:
         record = read_record(row, counts)
-        if record is None:
-            return []
-        _refuse_text(record)
-        messages = up_to_question(record)
-        if not messages:
-            counts.add_skip("no question", record.at)
-            return []
-        return [_conversation(record, messages)]
+        return [] if record is None else to_prompts(record, counts)
 
     found = list(read_all(sources, counts, observer, make))
     if not found:
         raise DataError(f"{', '.join(sources)}: no prompt", why_nothing(counts))
     return found
+
+
+def to_prompts(record: Record, counts: Counts) -> list[Conversation]:
+    """A record up to its last user turn; none where it asks nothing.
+
+    Raises:
+        DataError: it is plain text.
+    """
+    _refuse_text(record)
+    messages = up_to_question(record)
+    if not messages:
+        counts.add_skip("no question", record.at)
+        return []
+    return [_conversation(record, messages)]
 
 
 def up_to_question(record: Record) -> tuple[Message, ...]:
@@ -151,13 +172,7 @@ def iterate_texts(
     for row in rows_of(sources, counts, observer, text_unit=text_unit, with_documents=True):
         counts.read += 1
         try:
-            kind = kind_of_record(row.value, row.at)
-            if kind != "text":
-                raise DataError(
-                    f"this is {_article(kind)} record, and plain text is expected",
-                    '{"text": …}, or a .txt file; `medgpt sft` learns from conversations',
-                    at=row.at,
-                )
+            must_be_text(kind_of_record(row.value, row.at), row.at)
             record = read_record(row, counts)
         except DataError as problem:
             counts.add_wrong(problem)
@@ -172,6 +187,19 @@ def iterate_texts(
     counts.finish()
     if not any_found:
         raise DataError(f"{', '.join(sources)}: no text", why_nothing(counts))
+
+
+def must_be_text(kind: str, at: str) -> None:
+    """
+    Raises:
+        DataError: a record is of another kind than text.
+    """
+    if kind != "text":
+        raise DataError(
+            f"this is {_article(kind)} record, and plain text is expected",
+            '{"text": …}, or a .txt file; `medgpt sft` learns from conversations',
+            at=at,
+        )
 
 
 def load_texts(sources: Sequence[str], counts: Counts, observer: Observer) -> list[str]:
@@ -327,27 +355,38 @@ def rows_of(
         task = f"reading {getattr(file, 'name', file)}"
         observer.on_task_start(task, None, "rows")
         number = 0
-        if is_text(file):
-            unit = unit_of(file, counts.reading) if text_unit == "auto" else text_unit
-            counts.formats[str(file)] = f"text, a document a {unit}"
-        else:
-            unit = "line"
-        rows = read_rows(file, text_unit=unit, notices=counts.notices, reading=counts.reading)
-        for number, row in enumerate(rows, 1):
-            if has_enough(row.path):
-                break
-            if number % 1000 == 0:
-                observer.on_task_advance(task, number)
-            yield row
+        try:
+            for number, row in enumerate(_rows_of_file(file, counts, text_unit), 1):
+                if has_enough(row.path):
+                    break
+                if number % 1000 == 0:
+                    observer.on_task_advance(task, number)
+                yield row
+        except DataError as problem:
+            if not counts.keep_going:
+                raise
+            counts.add_wrong_line(problem)
+            if number:
+                counts.notices.append(f"{file}: what stands behind row {number:,} cannot be read")
         observer.on_task_end(task)
-        if number == 0:
-            raise DataError(
-                f"{getattr(file, 'name', file)}: the file holds no record", "is it the right file?"
-            )
+
+
+def _rows_of_file(file: Path | HubDataset, counts: Counts, text_unit: str) -> Iterator[Row]:
+    unit = "line"
+    if is_text(file):
+        unit = unit_of(file, counts.reading) if text_unit == "auto" else text_unit
+        counts.formats[str(file)] = f"text, a document a {unit}"
+    wrong = counts.add_wrong_line if counts.keep_going else None
+    any_found, before = False, counts.wrong_total
+    for row in read_rows(file, text_unit=unit, notices=counts.notices, reading=counts.reading, wrong=wrong):
+        any_found = True
+        yield row
+    if not any_found and counts.wrong_total == before:
+        raise DataError(f"{getattr(file, 'name', file)}: the file holds no record", "is it the right file?")
 
 
 def _warn_about_duplicates(found: Sequence[Conversation], counts: Counts) -> None:
-    distinct = len({tuple((one["role"], one["content"]) for one in c.messages) for c in found})
+    distinct = len({json.dumps(c.messages, sort_keys=True) for c in found})
     if distinct < len(found):
         counts.notices.append(f"{len(found) - distinct} of {len(found)} conversations repeat another one")
 

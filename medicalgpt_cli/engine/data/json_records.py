@@ -11,25 +11,30 @@ from typing import IO, Any
 from medicalgpt_cli.engine.data import limits
 from medicalgpt_cli.engine.data.encodings import open_utf8
 from medicalgpt_cli.engine.data.known_keys import KEYS
-from medicalgpt_cli.engine.data.lines import lines_of, whole_text
+from medicalgpt_cli.engine.data.lines import Wrong, lines_of, whole_text
 from medicalgpt_cli.engine.data.read_options import AS_FOUND, ReadOptions
 from medicalgpt_cli.errors import DataError
 
 
 def json_records(
-    path: Path, whole_file: bool, reading: ReadOptions = AS_FOUND, notices: list[str] | None = None
+    path: Path,
+    whole_file: bool,
+    reading: ReadOptions = AS_FOUND,
+    notices: list[str] | None = None,
+    wrong: Wrong | None = None,
 ) -> Iterator[tuple[int, Any]]:
     """(line, or number in an array; value) of JSON lines, or of one array or object over the whole file.
 
     Args:
         whole_file: whether one object may run over several lines, as in a `.json` file.
+        wrong: takes a line that is no JSON; where it is not given, such a line ends the reading.
     """
     with open_utf8(path, reading, notices) as file:
         first = file.read(4096).lstrip(codecs.BOM_UTF8 + b" \t\r\n")[:1]
     if first == b"[":
         yield from _array_records(path, reading)
         return
-    for line, text in lines_of(path, reading):
+    for line, text in lines_of(path, reading, wrong=wrong):
         if not text.strip():
             continue
         try:
@@ -38,7 +43,11 @@ def json_records(
             if whole_file and line == 1:  # an object that runs over several lines
                 yield from _object_records(path, reading)
                 return
-            raise DataError(problem.message, problem.hint, at=f"{path}:{line}") from None
+            error = DataError(problem.message, problem.hint, at=f"{path}:{line}")
+            if wrong is None:
+                raise error from None
+            wrong(error)
+            continue
         if isinstance(value, list) and whole_file:
             value = value[0] if len(value) == 1 else value
         yield line, value
@@ -134,7 +143,9 @@ def _object_records(path: Path, reading: ReadOptions) -> Iterator[tuple[int, Any
     try:
         value = parse_json(text)
     except DataError as problem:
-        raise DataError(problem.message, problem.hint, at=f"{path}:{problem.line or 1}") from None
+        raise DataError(
+            problem.message, problem.hint, at=f"{path}:{getattr(problem, 'line', None) or 1}"
+        ) from None
     inner = value.get("data") if isinstance(value, dict) else None
     yield from enumerate(inner if isinstance(inner, list) else [value], 1)
 
@@ -188,8 +199,9 @@ class _Constant(Exception):
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):
-        keys, seen = [key for key, _ in pairs], set()
-        place = next(place for place, key in enumerate(keys) if key in seen or seen.add(key))
+        keys = [key for key, _ in pairs]
+        first = {key: place for place, key in reversed(list(enumerate(keys)))}
+        place = next(place for place, key in enumerate(keys) if first[key] < place)
         name = f"the key {keys[place]}" if keys[place] in KEYS else f"key {place + 1} of an object"
         raise _DuplicateKey(f"{name} stood there before")
     return found

@@ -76,6 +76,7 @@ SPELLINGS: Mapping[str, tuple[str, ...]] = {
     "audios": ("audios", "audio"),
     "videos": ("videos", "video"),
     "id": ("id",),
+    "group": ("group",),
 }
 MEDIA = ("images", "audios", "videos")
 

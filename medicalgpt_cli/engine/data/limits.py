@@ -11,6 +11,7 @@ LONGEST_RECORD = (
 )  # bytes of one record: a line, a table's row, a document between blank lines
 LARGEST_WHOLE = 1 << 30  # bytes of a file that is read as a whole: one object, or one document
 MOST_PARTS = 2_000_000  # lists and objects in one record
+MOST_COLUMNS = 16_384  # of a table, as many as a sheet of Excel has
 
 # A packed file may unpack to so many bytes, and beyond that to so many for each of its own.
 UNPACKED, UNPACKED_RATIO = 256 * 1024 * 1024, 200

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import codecs
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO
 
@@ -11,6 +11,8 @@ from medicalgpt_cli.engine.data import limits
 from medicalgpt_cli.engine.data.encodings import open_utf8
 from medicalgpt_cli.engine.data.read_options import AS_FOUND, ReadOptions
 from medicalgpt_cli.errors import DataError
+
+Wrong = Callable[[DataError], None]  # takes what is wrong with a line, so that reading goes on behind it
 
 _MAGIC = {
     b"\x1f\x8b": "gzip",
@@ -23,24 +25,30 @@ _MAGIC = {
 
 
 def lines_of(
-    path: Path, reading: ReadOptions = AS_FOUND, notices: list[str] | None = None
+    path: Path,
+    reading: ReadOptions = AS_FOUND,
+    notices: list[str] | None = None,
+    wrong: Wrong | None = None,
 ) -> Iterator[tuple[int, str]]:
     """(number, text) of each line of a file; errors as `open_utf8` and `text_lines` have them."""
     with open_utf8(path, reading, notices) as file:
-        yield from text_lines(file, str(path))
+        yield from text_lines(file, str(path), wrong)
 
 
-def text_lines(file: IO[bytes], name: str) -> Iterator[tuple[int, str]]:
+def text_lines(file: IO[bytes], name: str, wrong: Wrong | None = None) -> Iterator[tuple[int, str]]:
     """(number, text) of each line, strictly UTF-8. Only a line feed ends a line, U+2028 does not.
+
+    Args:
+        wrong: takes a line that is no text; where it is not given, such a line ends the reading.
 
     Raises:
         DataError: what stands there is no text; `name` stands in front of the line's number.
     """
-    for number, text in raw_lines(file, name):
+    for number, text in raw_lines(file, name, wrong):
         yield number, text.rstrip("\r\n")
 
 
-def raw_lines(file: IO[bytes], name: str) -> Iterator[tuple[int, str]]:
+def raw_lines(file: IO[bytes], name: str, wrong: Wrong | None = None) -> Iterator[tuple[int, str]]:
     """As `text_lines`, each with its end of line."""
     for number, raw in enumerate(iter(lambda: file.readline(limits.LONGEST_RECORD + 1), b""), 1):
         at = f"{name}:{number}"
@@ -52,18 +60,29 @@ def raw_lines(file: IO[bytes], name: str) -> Iterator[tuple[int, str]]:
             refuse_other_kinds(name, raw)
         if raw.startswith(codecs.BOM_UTF8):
             raw = raw[3:]  # also where two files were joined
-        if b"\x00" in raw:
-            many = raw.count(b"\x00") > len(raw) // 4
-            hint = "is it UTF-16? --encoding utf-16-le or utf-16-be reads it" if many else "a torn write?"
-            raise DataError("NUL bytes in the text", hint, at=at)
         try:
-            yield number, raw.decode("utf-8")
-        except UnicodeDecodeError as problem:
-            raise DataError(
-                f"not UTF-8 (byte {problem.start + 1} of the line){_other_encoding(raw)}",
-                "--encoding NAME reads a file that is all of another encoding",
-                at=at,
-            ) from None
+            text = _decoded(raw, at)
+        except DataError as problem:
+            if wrong is None:
+                raise
+            wrong(problem)
+            continue
+        yield number, text
+
+
+def _decoded(raw: bytes, at: str) -> str:
+    if b"\x00" in raw:
+        many = raw.count(b"\x00") > len(raw) // 4
+        hint = "is it UTF-16? --encoding utf-16-le or utf-16-be reads it" if many else "a torn write?"
+        raise DataError("NUL bytes in the text", hint, at=at)
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError as problem:
+        raise DataError(
+            f"not UTF-8 (byte {problem.start + 1} of the line){_other_encoding(raw)}",
+            "--encoding NAME reads a file that is all of another encoding",
+            at=at,
+        ) from None
 
 
 def refuse_other_kinds(source: str, head: bytes) -> None:

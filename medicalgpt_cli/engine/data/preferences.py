@@ -10,14 +10,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from medicalgpt_cli.engine.data.calls import plain_call
 from medicalgpt_cli.engine.data.counts import Counts
 from medicalgpt_cli.engine.data.fields import Fields
 from medicalgpt_cli.engine.data.formats import join_same_role, read_all, why_nothing
 from medicalgpt_cli.engine.data.messages import Message
 from medicalgpt_cli.engine.data.naming import keys_found
-from medicalgpt_cli.engine.data.read_options import ReadOptions
 from medicalgpt_cli.engine.data.readers import Row
-from medicalgpt_cli.engine.data.records import read_record
+from medicalgpt_cli.engine.data.records import Record, read_record
 from medicalgpt_cli.engine.observer import Observer
 from medicalgpt_cli.errors import DataError
 
@@ -58,25 +58,28 @@ def load_pairs(
     return found
 
 
-def usable_pairs(name: str, most: int, reading: ReadOptions, margin_column: str | None) -> int:
-    """How many pairs a file has, counted up to a number."""
-    return sum(1 for _ in _pairs([name], Counts(reading=reading), Observer(), margin_column, most=most))
+def usable_pairs(name: str, most: int, rules: Counts, margin_column: str | None) -> int:
+    """How many pairs a file has, counted up to a number. `rules`: counts with the rules by which it is read."""
+    return sum(1 for _ in _pairs([name], rules.fresh(), Observer(), margin_column, most=most))
 
 
 def _pairs(
     sources: Sequence[str], counts: Counts, observer: Observer, margin_column: str | None, **limits: Any
 ) -> Iterator[Pair]:
     def make(row: Row) -> list[Pair]:
-        return _pairs_of(row, counts, margin_column)
+        record = read_record(row, counts, used=(margin_column,) if margin_column else ())
+        return [] if record is None else to_pairs(record, row, counts, margin_column)
 
     return read_all(sources, counts, observer, make, **limits)
 
 
-def _pairs_of(row: Row, counts: Counts, margin_column: str | None) -> list[Pair]:
-    """The pairs of a row: one, or of a ranking one for each two answers of different rank."""
-    record, at = read_record(row, counts, used=(margin_column,) if margin_column else ()), row.at
-    if record is None:
-        return []
+def to_pairs(record: Record, row: Row, counts: Counts, margin_column: str | None = None) -> list[Pair]:
+    """The pairs of a record: one, or of a ranking one for each two answers of different rank.
+
+    Raises:
+        DataError: it has no answers to compare, or no margin where one is asked for.
+    """
+    at = row.at
     if not record.answers:
         value = row.value if isinstance(row.value, dict) else {}
         without = "chosen" in Fields(value, at)
@@ -98,7 +101,7 @@ def _pairs_of(row: Row, counts: Counts, margin_column: str | None) -> list[Pair]
     if not any(one["role"] == "user" and one["content"].strip() for one in messages):
         counts.add_skip("no question", at)
         return []
-    margin = _margin(row.value, margin_column, at)
+    margin = margin_of(row, margin_column)
     ranked = [*zip(record.answers, record.ranks, strict=True)]
     pairs = [
         Pair(tuple(messages), better, worse, margin, at, row.path, record.id, record.tools, record.group)
@@ -112,10 +115,15 @@ def _pairs_of(row: Row, counts: Counts, margin_column: str | None) -> list[Pair]
     return pairs
 
 
-def _margin(value: dict[str, Any], column: str | None, at: str) -> float | None:
+def margin_of(row: Row, column: str | None) -> float | None:
+    """How much better the chosen answer of a row is, as its `column` says; None where no column is named.
+
+    Raises:
+        DataError: it is no number of at least 0.
+    """
     if column is None:
         return None
-    margin = value.get(column)
+    margin, at = row.value.get(column) if isinstance(row.value, dict) else None, row.at
     if isinstance(margin, str):  # of a table
         try:
             margin = float(margin)
@@ -176,5 +184,9 @@ def audit_notices(found: dict[str, Any]) -> list[str]:
 
 def prompt_hash(messages: Sequence[Message]) -> str:
     """A name for a prompt that does not tell what it says; equal for prompts that differ in spacing only."""
-    said = [[one["role"], " ".join(one["content"].split())] for one in messages if one["role"] != "system"]
+    said = [
+        [one["role"], " ".join(one["content"].split()), *map(plain_call, one.get("tool_calls", ()))]
+        for one in messages
+        if one["role"] != "system"
+    ]
     return hashlib.sha256(repr(said).encode("utf-8", "surrogatepass")).hexdigest()[:24]

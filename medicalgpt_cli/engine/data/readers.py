@@ -16,7 +16,7 @@ from medicalgpt_cli.engine.data import documents
 from medicalgpt_cli.engine.data.containers import COMPRESSIONS, must_be_a_file
 from medicalgpt_cli.engine.data.folders import FolderFiles
 from medicalgpt_cli.engine.data.json_records import json_records, parse_json
-from medicalgpt_cli.engine.data.lines import documents_of_text, text_lines, unit_of
+from medicalgpt_cli.engine.data.lines import Wrong, documents_of_text, text_lines, unit_of
 from medicalgpt_cli.engine.data.parquet_records import parquet_records
 from medicalgpt_cli.engine.data.read_options import AS_FOUND, ReadOptions
 from medicalgpt_cli.engine.data.tables import delimited_records, workbook_records
@@ -123,21 +123,30 @@ def read_rows(
     text_unit: str = "line",
     notices: list[str] | None = None,
     reading: ReadOptions = AS_FOUND,
+    wrong: Wrong | None = None,
 ) -> Iterator[Row]:
     """The rows of one file, read as a stream, with the keys that `--columns` gives them.
 
     Args:
         text_unit: what a document of a text file is: "line", "block" (between blank lines) or "file".
         notices: takes a line for each thing worth knowing (an encoding other than UTF-8, a workbook's sheet).
+        wrong: takes a broken line of a JSON file or a row that --columns cannot rename, so that the rest is read, too.
 
     Raises:
         DataError: what is wrong, with the file and line.
     """
     name = str(source) if isinstance(source, Path) else source.name
     _READ_AS[name] = reading
-    for line, value in _records(source, text_unit, notices, reading):
+    for line, value in _records(source, text_unit, notices, reading, wrong):
         row = Row(name, line, value)
-        yield renamed(row, reading.columns) if reading.columns else row
+        try:
+            renewed = renamed(row, reading.columns) if reading.columns else row
+        except DataError as problem:
+            if wrong is None:
+                raise
+            wrong(problem)
+            continue
+        yield renewed
 
 
 def read_again(path: Path) -> Iterator[Row]:
@@ -154,7 +163,11 @@ _READ_AS: dict[str, ReadOptions] = {}
 
 
 def _records(
-    source: Path | HubDataset, text_unit: str, notices: list[str] | None, reading: ReadOptions
+    source: Path | HubDataset,
+    text_unit: str,
+    notices: list[str] | None,
+    reading: ReadOptions,
+    wrong: Wrong | None,
 ) -> Iterator[tuple[int, Any]]:
     if isinstance(source, HubDataset):
         return _hub_records(source)
@@ -170,7 +183,7 @@ def _records(
     if kind in documents.SUFFIXES:
         return iter([(1, documents.document_text(source, reading, notices))])
     _check_kind(source, known=False)
-    return json_records(source, kind == ".json", reading, notices)
+    return json_records(source, kind == ".json", reading, notices, wrong)
 
 
 def renamed(row: Row, columns: Sequence[tuple[str, str]]) -> Row:
@@ -185,7 +198,7 @@ def renamed(row: Row, columns: Sequence[tuple[str, str]]) -> Row:
     for old, key in new.items():
         if key in row.value and key not in new:
             raise DataError(
-                f"--columns {key}={old}: the record has a {key} of its own",
+                f"--columns {key}={old}: the record has a key {key} of its own",
                 f"rename it in the file, or give it another meaning, too: --columns KEY={key}",
                 at=row.at,
             )
@@ -293,4 +306,4 @@ def _nearest(path: Path) -> str:
         return f"did you mean {near}?"
     folder = path.parent if path.parent.is_dir() else None
     near = did_you_mean(path.name, [file.name for file in folder.iterdir()]) if folder else None
-    return f"did you mean {folder / near}?" if near else "check the path"
+    return f"did you mean {folder / near}?" if folder and near else "check the path"

@@ -1,4 +1,4 @@
-"""The reading options of a command, checked against its files before anything is read for use."""
+"""How a command reads its files: its options, checked against them before anything is read for use."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ import re
 from collections.abc import Sequence
 from typing import Protocol
 
+from medicalgpt_cli.engine.data.counts import Counts
 from medicalgpt_cli.engine.data.encodings import check_encoding
-from medicalgpt_cli.engine.data.known_keys import KEYS
+from medicalgpt_cli.engine.data.known_keys import SPELLINGS, meaning_of
 from medicalgpt_cli.engine.data.naming import key_name
 from medicalgpt_cli.engine.data.read_options import AS_FOUND, ReadOptions
 from medicalgpt_cli.engine.data.readers import (
@@ -27,6 +28,22 @@ class _Asked(Protocol):
     encoding: str | None
     sheet: str | None
     columns: tuple[str, ...]
+    strict: bool
+    ignore: tuple[str, ...]
+
+
+def counts_for(asked: _Asked, sources: Sequence[str]) -> Counts:
+    """Empty counts with the rules of a command: how its files are read, and what may stay unused.
+
+    Raises:
+        UsageError, DataError: as `reading_options` does.
+    """
+    return Counts(
+        strict=asked.strict,
+        ignore=frozenset(asked.ignore),
+        group=getattr(asked, "group", None),
+        reading=reading_options(asked, sources),
+    )
 
 
 def reading_options(asked: _Asked, sources: Sequence[str]) -> ReadOptions:
@@ -62,22 +79,24 @@ def reading_options(asked: _Asked, sources: Sequence[str]) -> ReadOptions:
 
 
 def parse_columns(texts: Sequence[str]) -> tuple[tuple[str, str], ...]:
-    """`question=患者问题,answer=医生回答` as (key, column) pairs. A column's name may have commas.
+    """`question=患者问题,answer=医生回答` as (key, column) pairs. Full-width signs do, too.
+
+    A column's name may have commas.
 
     Raises:
         UsageError: no such pair, an unknown key, or a key or column that is named twice.
     """
     found: list[tuple[str, str]] = []
     for text in texts:
-        for part in re.split(r",(?=\s*\w+\s*=)", text):
-            key, equals, column = (one.strip() for one in part.partition("="))
+        for part in re.split(r"[,，](?=\s*\w+\s*[=＝])", text):
+            key, equals, column = (one.strip() for one in part.replace("＝", "=", 1).partition("="))
             if not (key and equals and column):
                 raise UsageError(
                     f"--columns {part}: no key=column", "for example question=患者问题,answer=医生回答"
                 )
-            if key not in KEYS:
-                near = did_you_mean(key, KEYS)
-                swapped = column in KEYS
+            if meaning_of(key) is None:
+                near = did_you_mean(key, (one for some in SPELLINGS.values() for one in some))
+                swapped = meaning_of(column) is not None
                 raise UsageError(
                     f"--columns {part}: {key} is no key that records are read by",
                     f"did you mean {near}?" if near

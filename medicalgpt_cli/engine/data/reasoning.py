@@ -7,9 +7,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-Thinking = Literal[
-    "auto", "on", "off"
-]  # whether a template asks for reasoning; auto is the template's default
+Thinking = str  # "on" or "off": whether a template asks for reasoning; "auto" is its default
 
 OPEN, CLOSE = "<think>", "</think>"
 _SWITCHES = ("enable_thinking", "thinking")  # variables by which templates turn reasoning on and off

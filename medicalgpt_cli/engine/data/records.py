@@ -12,7 +12,7 @@ from typing import Any
 
 from medicalgpt_cli.engine.data.counts import Counts, Place
 from medicalgpt_cli.engine.data.exams import has_options, read_exam
-from medicalgpt_cli.engine.data.fields import Fields, kind_of, text_of
+from medicalgpt_cli.engine.data.fields import EMPTY, Fields, kind_of, text_of
 from medicalgpt_cli.engine.data.known_keys import MEDIA, SPELLINGS
 from medicalgpt_cli.engine.data.messages import Message, Role
 from medicalgpt_cli.engine.data.naming import key_name, keys_found
@@ -217,7 +217,7 @@ class _Reading:
     def _history(self) -> list[Message]:
         """Earlier turns: pairs of a question and an answer, or turns with roles."""
         history = self.fields.listed("history")
-        if history in (None, "", []):
+        if history in EMPTY:
             return []
         name, shape = self.fields.name("history"), "[[question, answer], …]"
         if not isinstance(history, list):

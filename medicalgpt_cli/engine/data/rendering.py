@@ -6,6 +6,7 @@ see when the model is used.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from medicalgpt_cli.engine.data.answer_windows import first_that_fits
 from medicalgpt_cli.engine.data.control_tokens import (
     GUARD,
+    OWN,
     ControlTokens,
     defuse,
     encode_rendered,
@@ -38,6 +40,8 @@ from medicalgpt_cli.engine.model.template_check import check_rendered
 from medicalgpt_cli.engine.model.tokenizer import start_tokens
 from medicalgpt_cli.errors import UsageError
 
+# A guard that a template has written as JSON does, and not the character that a text itself held.
+_ESCAPED_GUARD = re.compile(rf"(?<!\\)((?:\\\\)*)\\u{ord(GUARD):04x}(?!\\u{ord(OWN):04x})")
 _PIECE = 16_384  # characters that are tokenised at once where only the number of tokens matters
 _LIKELY = 8  # characters a token that a text may have and still be likely to fit
 _SEAM = 32  # tokens that a cut through a text can add, and more
@@ -232,7 +236,7 @@ def render_text(
             "the chat template leaves out what is said in plain text",
             "it may be made for images; another model or --template takes text",
         )
-    check_thinking(facts, thinking)
+    check_thinking(tokenizer, thinking)
     calls = [len(one.get("tool_calls", ())) for one in messages]
     if max(calls, default=0) > 1 and not facts.tools.several:
         raise TemplateRefuses(
@@ -268,7 +272,7 @@ def render_text(
             "the chat template refuses this order of roles",
         ) from None
     check_rendered(text, sum(map(_size, (turns, offered))))
-    return text
+    return _ESCAPED_GUARD.sub(rf"\1{GUARD}", text) if facts.tools.escapes else text
 
 
 class TemplateRefuses(UsageError):
@@ -279,13 +283,17 @@ class TemplateRefuses(UsageError):
         self.reason = reason
 
 
-def check_thinking(facts: TemplateFacts, thinking: Thinking) -> None:
+class NoSwitch(UsageError):
+    """The chat template does not turn reasoning on or off."""
+
+
+def check_thinking(tokenizer: PreTrainedTokenizerBase, thinking: Thinking) -> None:
     """
     Raises:
-        UsageError: reasoning is to be turned on or off, and the template has no switch for it.
+        NoSwitch: reasoning is to be turned on or off, and the template cannot do that.
     """
-    if thinking != "auto" and facts.reasoning.switch is None:
-        raise UsageError(
+    if thinking != "auto" and template_facts(tokenizer).reasoning.switch is None:
+        raise NoSwitch(
             f"--thinking {thinking}: the chat template has no switch for reasoning",
             "leave --thinking out: it asks for reasoning or not as it was made",
         )

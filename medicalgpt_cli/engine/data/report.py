@@ -3,18 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from medicalgpt_cli.engine.data.counts import Counts
-from medicalgpt_cli.engine.data.examples import IGNORED, Example, render_conversation, uncut_lengths
-from medicalgpt_cli.engine.data.formats import first_format, load_conversations, load_prompts, load_texts
-from medicalgpt_cli.engine.data.messages import Conversation
-from medicalgpt_cli.engine.data.read_options import AS_FOUND, ReadOptions
-from medicalgpt_cli.engine.data.rendering import encode_prompt, encode_raw
-from medicalgpt_cli.engine.observer import Observer
+from medicalgpt_cli.engine.data.examples import IGNORED, Example
 
 
 def describe(
@@ -71,68 +65,6 @@ def merged_counts(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             unused[key] = {**one, "records": before + one["records"]}
     found["unused"] = sorted(unused.values(), key=lambda one: (-one["records"], one["where"], one["key"]))
     return found
-
-
-@dataclass(frozen=True)
-class Inspection:
-    """What `medgpt data` shows. Lengths are uncut; what --max-length would cut is in the counts."""
-
-    report: dict[str, Any]
-    conversations: list[Conversation]  # none for plain text
-    examples: list[Example]  # none without a tokenizer, and where there is no answer to learn
-
-
-def inspect(
-    sources: Sequence[str],
-    tokenizer: PreTrainedTokenizerBase | None,
-    max_length: int,
-    observer: Observer,
-    *,
-    reading: ReadOptions = AS_FOUND,
-) -> Inspection:
-    """Read files of any format and measure them, in tokens or (without a tokenizer) in characters.
-
-    Raises:
-        DataError: what is wrong with a file.
-    """
-    counts = Counts(reading=reading)
-    kind = first_format(sources, reading)
-    conversations: list[Conversation] = []
-    examples: list[Example] = []
-    if kind == "text":
-        texts = load_texts(sources, counts, observer)
-        lengths = [len(encode_raw(tokenizer, text) if tokenizer else text) for text in texts]
-    elif kind in ("prompt", "mcq"):
-        conversations = load_prompts(sources, counts, observer)
-        lengths = [_prompt_length(one, tokenizer) for one in conversations]
-    else:
-        conversations = load_conversations(sources, counts, observer)
-        if tokenizer is None:
-            lengths = [_prompt_length(one, None) for one in conversations]
-        else:
-            lengths = [length for c in conversations for length in uncut_lengths(tokenizer, c)]
-            examples = [
-                one for c in conversations for one in render_conversation(tokenizer, c, max_length, counts)
-            ]
-    if tokenizer is not None:
-        report = describe(examples, counts, tokenizer, max_length)
-    else:
-        report = {**counts.as_dict(), "max_length": None}
-    lengths.sort()
-    report |= {
-        "unit": "tokens" if tokenizer else "characters",
-        "total_length": sum(lengths),
-        "lengths": percentiles(lengths),
-        "histogram": histogram(lengths),
-        "longer": sum(length > max_length for length in lengths) if tokenizer else None,
-    }
-    return Inspection(report, conversations, examples)
-
-
-def _prompt_length(conversation: Conversation, tokenizer: PreTrainedTokenizerBase | None) -> int:
-    if tokenizer is None:
-        return sum(len(one["content"]) for one in conversation.messages)
-    return len(encode_prompt(tokenizer, conversation.messages))
 
 
 def percentiles(lengths: Sequence[int]) -> dict[str, int]:

@@ -9,7 +9,9 @@ from typing import Protocol, TypeVar
 import numpy as np
 
 from medicalgpt_cli.engine.data.counts import Counts
+from medicalgpt_cli.engine.data.duplicates import Section, find_duplicates, sections_of, why_not_near
 from medicalgpt_cli.engine.data.messages import Message
+from medicalgpt_cli.engine.observer import Observer
 
 
 class _HasMessages(Protocol):
@@ -124,6 +126,51 @@ def split(
     out = held_out(roots_of(questions, groups, alike), fraction, seed).tolist()
     training = [one for one, is_out in zip(conversations, out, strict=True) if not is_out]
     return training, [one for one, is_out in zip(conversations, out, strict=True) if is_out]
+
+
+def hold_out(
+    conversations: Sequence[_Asked], fraction: float, seed: int, counts: Counts, observer: Observer
+) -> tuple[list[_Asked], list[_Asked]]:
+    """As `split`, near duplicates on one side where they can be looked for; what was done is noted in `counts`."""
+    near = near_duplicates(
+        map(told_by, conversations), len(conversations), fraction, counts.notices, observer
+    )
+    training, held = split(conversations, fraction, seed, alike=near)
+    if near and not held:
+        counts.notices[-1] = ALL_ALIKE
+        training, held = split(conversations, fraction, seed)
+    return training, held
+
+
+def told_by(one: _HasMessages) -> list[Section]:
+    """What a conversation, a prompt or a pair says, by who says it."""
+    answers = {name: getattr(one, name) for name in ("chosen", "rejected") if hasattr(one, name)}
+    return sections_of(one.messages, **answers)
+
+
+def near_duplicates(
+    told: Iterable[list[Section]], number: int, fraction: float, notices: list[str], observer: Observer
+) -> list[tuple[int, int]]:
+    """Pairs of positions that are to stand on one side of a split; none where nothing is held out.
+
+    Args:
+        told: what each of `number` conversations says; not looked at where they are too many.
+        notices: takes a line about what was found, or why nothing was looked for.
+    """
+    if fraction == 0 or number < 2:
+        return []
+    if reason := why_not_near(number, _MOST):
+        notices.append(f"near duplicates may stand on both sides of the split: {reason}")
+        return []
+    said = list(told)
+    found = [*find_duplicates(said, said, observer).near.items()]  # equal ones have equal questions
+    if found:
+        notices.append(f"{len(found):,} near duplicates stand on one side of the split")
+    return found
+
+
+_MOST = 20_000  # conversations: looking for near duplicates holds up the start of a run
+ALL_ALIKE = "all records are near duplicates of each other: held out by their question alone"
 
 
 def without_held_out(

@@ -17,11 +17,11 @@ from typing import IO, Any
 from medicalgpt_cli.engine.data import limits, workbook_child
 from medicalgpt_cli.engine.data.containers import must_be_a_file
 from medicalgpt_cli.engine.data.encodings import open_utf8
-from medicalgpt_cli.engine.data.known_keys import KEYS
+from medicalgpt_cli.engine.data.known_keys import is_known
 from medicalgpt_cli.engine.data.lines import raw_lines
 from medicalgpt_cli.engine.data.read_options import AS_FOUND, ReadOptions
 from medicalgpt_cli.engine.run import bounded
-from medicalgpt_cli.errors import DataError, UnsafeRefused
+from medicalgpt_cli.errors import DataError, MedgptError, UnsafeRefused
 from medicalgpt_cli.settings.fields import did_you_mean
 
 _NAMES = {",": "commas", "\t": "tabs", ";": "semicolons", "|": "vertical bars"}
@@ -38,13 +38,16 @@ def records_of(records: Iterable[Record], path: Path, notices: list[str] | None)
         DataError: two columns have one name, a column with values has none, or a row has another number of cells.
     """
     names: list[str] = []
-    empty = 0
+    empty = repeated = 0
     for line, cells in records:
         if not any(cell.strip() for cell in cells):
             empty += len(cells) > 0 and bool(names)  # a blank line is no row
             continue
         if not names:
             names = _header(cells, f"{path}:{line}")
+            continue
+        if len(names) > 1 and _trimmed(cells) == names:  # tables that were joined
+            repeated += 1
             continue
         if len(cells) != len(names):
             raise DataError(
@@ -60,21 +63,29 @@ def records_of(records: Iterable[Record], path: Path, notices: list[str] | None)
                 at=f"{path}:{line}",
             )
         yield line, {name: cell for name, cell in zip(names, cells, strict=True) if name}
-    if empty and notices is not None:
-        notices.append(f"{path}: {empty:,} empty rows are left out")
+    for number, word in ((empty, "are empty"), (repeated, "repeat the header")):
+        if number and notices is not None:
+            notices.append(f"{path}: {number:,} rows {word} and are left out")
 
 
 def _header(cells: Sequence[str], at: str) -> list[str]:
     """The columns' names without white space around them, full-width too; "" for a column without one."""
-    names = [cell.strip().strip(_INVISIBLE).strip() for cell in cells]
-    for place, name in enumerate(names):
-        before = names.index(name)
+    names = _trimmed(cells)
+    if len(names) > limits.MOST_COLUMNS:
+        raise DataError(f"more than {limits.MOST_COLUMNS:,} columns", "is it a table?", at=at)
+    first: dict[str, int] = {}
+    for place, name in enumerate(names, 1):
+        before = first.setdefault(name, place)
         if name and before < place:
-            both = f"columns {before + 1} and {place + 1} have the same name"
+            both = f"columns {before} and {place} have the same name"
             raise DataError(
-                f"{both}, {name}" if name in KEYS else both, "rename one of them, or remove it", at=at
+                f"{both}, {name}" if is_known(name) else both, "rename one of them, or remove it", at=at
             )
     return names
+
+
+def _trimmed(cells: Sequence[str]) -> list[str]:
+    return [cell.strip().strip(_INVISIBLE).strip() for cell in cells]
 
 
 # -- delimited text ----------------------------------------------------------------------------------------
@@ -216,11 +227,13 @@ class _Workbook(contextlib.AbstractContextManager["_Workbook"]):
         self.child = bounded.start(
             Path(workbook_child.__file__), [str(path), *([sheet] if sheet else [])], memory=self.memory
         )
+        assert self.child.stdout is not None
+        self.lines: IO[bytes] = self.child.stdout
         self.about: dict[str, Any] = {}
 
     def __enter__(self) -> _Workbook:
         try:
-            line = self.child.stdout.readline()
+            line = self.lines.readline()
             if not line:
                 self._refuse(self.child.wait())
             self.about = json.loads(line)
@@ -238,7 +251,7 @@ class _Workbook(contextlib.AbstractContextManager["_Workbook"]):
     def rows(self) -> Iterator[Record]:
         wide = {row for first, last in self.about["wide"] for row in range(first, last + 1)}
         size = 0
-        for line in self.child.stdout:
+        for line in self.lines:
             size += len(line)
             if size > max(limits.CHILD_UNPACKED, limits.CHILD_RATIO * self.packed):
                 raise UnsafeRefused(
@@ -272,6 +285,11 @@ class _Workbook(contextlib.AbstractContextManager["_Workbook"]):
             )
         elif len(sheets) > 1:
             notices.append(f"{self.path}: sheet {read} of {len(sheets)} is read, the others are empty")
+        if self.about["unknown_merges"]:
+            notices.append(
+                f"{self.path}: cells are merged, and each counts where it begins only; saved as .xlsx they would "
+                "count in each row"
+            )
         if self.about["filled"]:
             notices.append(
                 f"{self.path}: {self.about['filled']:,} cells that are merged over rows count in each row"
@@ -300,6 +318,11 @@ class _Workbook(contextlib.AbstractContextManager["_Workbook"]):
                 f"a row of more than {limits.LONGEST_RECORD // 2**20} MiB", "cut it into several",
                 at=str(self.path),
             )  # fmt: skip
+        if code == 1:
+            raise MedgptError(
+                f"{self.path}: the program that reads it failed",
+                "save the sheet as .csv; and please report it",
+            )
         raise UnsafeRefused(
             f"{self.path}: it takes more than {bounded.why_ended(code, memory=self.memory)} to unpack",
             "save the sheet as .csv",

@@ -51,6 +51,7 @@ from medicalgpt_cli.engine.data.example_table import (
 from medicalgpt_cli.engine.data.examples import render_conversation
 from medicalgpt_cli.engine.data.messages import Conversation
 from medicalgpt_cli.engine.data.readers import COMPRESSIONS, HubDataset, expand_sources
+from medicalgpt_cli.engine.data.reasoning import Thinking
 from medicalgpt_cli.engine.data.splitting import group_hash, question_hash
 from medicalgpt_cli.engine.model.tokenizer import fingerprint
 from medicalgpt_cli.engine.observer import Observer
@@ -71,6 +72,7 @@ class Rendering:
 
     tokenizer: PreTrainedTokenizerBase
     max_length: int
+    thinking: Thinking = "auto"
 
     @property
     def dtype(self) -> np.dtype:
@@ -143,7 +145,7 @@ def _key(files: Sequence[Path | HubDataset], rendering: Rendering, options: Mapp
         [str(file), sha256_file(file)] if isinstance(file, Path) else [file.name, file.split]
         for file in files
     ]
-    how = [FORMAT, __version__, fingerprint(rendering.tokenizer), rendering.max_length]
+    how = [FORMAT, __version__, fingerprint(rendering.tokenizer), rendering.max_length, rendering.thinking]
     parts = [how, sorted(options.items()), content]
     return hashlib.sha256(json.dumps(parts).encode("utf-8", "surrogateescape")).hexdigest()[:32]
 
@@ -235,7 +237,9 @@ def render_chunk(conversations: Sequence[Conversation], rendering: Rendering) ->
     kinds: dict[tuple[str, str], int] = {}
     for number, conversation in enumerate(conversations):
         counts = Counts()
-        for one in render_conversation(rendering.tokenizer, conversation, rendering.max_length, counts):
+        for one in render_conversation(
+            rendering.tokenizer, conversation, rendering.max_length, counts, rendering.thinking
+        ):
             ids, learnt = np.asarray(one.input_ids, dtype=rendering.dtype), stretches_of(one)
             tokens.append(ids)
             stretches.append(learnt)

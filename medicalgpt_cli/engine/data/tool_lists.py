@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from medicalgpt_cli.engine.data.counts import Place
-from medicalgpt_cli.engine.data.fields import Fields, kind_of, text_of
+from medicalgpt_cli.engine.data.fields import EMPTY, Fields, kind_of, text_of
+from medicalgpt_cli.engine.data.turns import unused_of_function
 from medicalgpt_cli.errors import DataError
 
 _SHAPE = '[{"type": "function", "function": {"name": …, "description": …, "parameters": {…}}}]'
@@ -20,7 +21,7 @@ def read_tools(fields: Fields, left: list[tuple[Place, str]]) -> tuple[dict[str,
     if "tools" not in fields:
         return ()
     value, name = fields.listed("tools"), fields.name("tools")
-    if value in (None, "", []):
+    if value in EMPTY:
         return ()
     if not isinstance(value, list):
         raise DataError(f"{name} is {kind_of(value)}, not a list", _SHAPE, at=fields.at)
@@ -45,15 +46,8 @@ def tools_of(
             {"name": text_of(inner["name"], "name", at), "description": described, "parameters": parameters}
         )
         if left is not None:
-            used = {
-                "function",
-                "name",
-                "description",
-                "parameters" if "parameters" in inner else "input_schema",
-            }
-            used |= {"type"} if tool.get("type") == "function" else set()
-            keys = [*tool, *(inner if inner is not tool else ())]
-            left += [("tool call", str(key)) for key in keys if key not in used]
+            inside = {"name", "description", "parameters" if "parameters" in inner else "input_schema"}
+            left += unused_of_function(tool, inner, {"function"}, inside)
     if len({one["name"] for one in found}) < len(found):
         raise DataError(f"two functions of {name} have one name", "names of functions have to differ", at=at)
     return tuple(found)

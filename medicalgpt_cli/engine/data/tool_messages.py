@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from medicalgpt_cli.engine.data.calls import (
@@ -22,7 +22,7 @@ from medicalgpt_cli.engine.data.calls import (
 from medicalgpt_cli.engine.data.messages import Message, ToolCall
 
 _RESULT = ("<tool_response>", "</tool_response>")
-_PROBE_TOOL = {"name": "Zt7", "description": "Zd7"}
+_PROBE_TOOL = {"name": "Zt7", "description": "é"}
 _QUESTION = {"role": "user", "content": "a"}
 
 
@@ -43,6 +43,7 @@ class ToolFacts:
     form: CallFormat | None  # how calls are read back; None where that could not be found out
     end: str  # the special token behind a call, "" where it is that of any turn
     example: str  # a call as the template writes it
+    escapes: bool = False  # it writes JSON with escapes for all but ASCII
 
 
 NO_TOOLS = ToolFacts(False, None, "", True, True, False, PLAIN, "", "")
@@ -58,20 +59,22 @@ def find_tools(render: Callable[..., str], before: str, behind: str, special: Se
             answer to `_QUESTION` and behind it. special: the special tokens.
     """
     tools = as_functions([_PROBE_TOOL])
-    lists = "Zt7" in render(_QUESTION, generation=True, tools=tools)
+    listed = render(_QUESTION, generation=True, tools=tools)
+    lists, escapes = "Zt7" in listed, "\\u00e9" in listed
     for way in ("object", "text", "metadata"):
         for content in ("", None):
             for short in (False, True):
-                facts = ToolFacts(lists, way, content, True, True, short, None, "", "")
+                facts = ToolFacts(lists, way, content, True, True, short, None, "", "", escapes)
                 if _takes(render, tools, facts):
                     return _more(render, tools, facts, before, behind, special)
-    return ToolFacts(lists, None, "", True, True, False, PLAIN, "", "")
+    return ToolFacts(lists, None, "", True, True, False, PLAIN, "", "", escapes)
 
 
 def _turns(
     facts: ToolFacts, *calls: ToolCall, text: str = "", result: str | None = None
 ) -> list[dict[str, Any]]:
-    said: list[Message] = [{"role": "assistant", "content": text, "tool_calls": list(calls)}]
+    named: list[ToolCall] = [{**call, "id": f"call_Zq7x{number}"} for number, call in enumerate(calls)]
+    said: list[Message] = [{"role": "assistant", "content": text, "tool_calls": named}]
     if result is not None:
         said += [{"role": "tool", "content": result} for _ in calls]
     return native_turns(facts, with_ids(said, short=facts.short_ids))
@@ -118,8 +121,9 @@ def _more(
         form = None
     beside = "Zc7" in answer(PROBES[0], text="Zc7")
     example = said({"name": "NAME", "arguments": {"ARGUMENT": "VALUE"}})
-    return ToolFacts(
-        facts.lists, facts.way, facts.content, beside, several, facts.short_ids, form, end, example
+    escapes = facts.escapes or "\\u00e9" in said(CHECKS[0])
+    return replace(
+        facts, beside=beside, several=several, form=form, end=end, example=example, escapes=escapes
     )
 
 

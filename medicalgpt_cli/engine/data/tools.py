@@ -52,7 +52,7 @@ def decode_answer(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str
     known = getattr(tokenizer, "_medgpt_marks", None)
     if known is None or known[0] is not facts:
         marks = [facts.reasoning.open, facts.reasoning.close, facts.header.text]
-        marks += [facts.tools.form.marks] if facts.tools.form else []
+        marks.append(facts.tools.form.marks if facts.tools.form else facts.tools.example)
         kept = {token for mark in marks for token in encode_piece(tokenizer, mark)}
         special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
         known = tokenizer._medgpt_marks = (facts, special - kept)
@@ -111,6 +111,11 @@ class AnswerStream:
         self._trim = True  # whether white space in front of what comes is dropped
         self.malformed = False
 
+    @property
+    def space(self) -> str:
+        """White space of the answer that is held back: it is said if text follows, or nothing at all."""
+        return self._space if self._state == self._in_content else ""
+
     def feed(self, piece: str) -> list[Delta]:
         """What is certain after one more piece."""
         self._text += piece
@@ -150,11 +155,10 @@ class AnswerStream:
                 undecided = True
                 continue
             self._state = state
-            self._trim = state == self._in_reasoning or self._header.ends_in_space
             return True
         if undecided:
             raise NeedMore
-        self._state, self._trim = self._in_content, False
+        self._state = self._in_content
         return True
 
     def _in_reasoning(self, found: list[Delta], final: bool) -> bool:
@@ -188,9 +192,10 @@ class AnswerStream:
         if self._reader is None:
             self._say("content", len(self._text), found)
             return False
-        if self._reader.form.bare:
-            return self._bare(self._reader, found, final)
-        if self._calls:
+        if self._reader.form.bare and not self._said and not self._calls:
+            if self._bare(self._reader, found, final):
+                return True
+        elif self._calls and not self._reader.form.bare:
             place = self._reader.after_between(self._text, 0, final)
             self._drop(place)
         firsts = self._reader.firsts
@@ -213,21 +218,18 @@ class AnswerStream:
         return True
 
     def _bare(self, reader: CallReader, found: list[Delta], final: bool) -> bool:
-        """Where no mark announces calls, an answer is calls from its beginning to its end, or none at all."""
-        if not self._said and not self._calls:
-            begin = after_space(self._text, 0)
-            if begin == len(self._text) and not final:
-                raise NeedMore
-            try:
-                calls, end = reader.read(self._text, begin, final)
-            except NotACall as problem:
-                self.malformed |= problem.looks
-            else:
-                self._give(calls, end, found)
-                return True
-        self._said = True
-        self._say("content", len(self._text), found)
-        return False
+        """Where no mark announces calls, an answer is calls from its beginning to its end, or text at first."""
+        begin = after_space(self._text, 0)
+        if begin == len(self._text) and not final:
+            raise NeedMore
+        try:
+            calls, end = reader.read(self._text, begin, final)
+        except NotACall as problem:
+            self.malformed |= problem.looks
+            self._said = True
+            return False
+        self._give(calls, end, found)
+        return True
 
     def _give(self, calls: Sequence[ToolCall], end: int, found: list[Delta]) -> None:
         self._drop(end)

@@ -7,7 +7,7 @@ from collections.abc import Collection
 from typing import Any
 
 from medicalgpt_cli.engine.data.counts import Place
-from medicalgpt_cli.engine.data.fields import Fields, kind_of, text_of
+from medicalgpt_cli.engine.data.fields import EMPTY, Fields, kind_of, text_of
 from medicalgpt_cli.engine.data.messages import Message, Role, ToolCall
 from medicalgpt_cli.engine.data.naming import keys_found, role_name
 from medicalgpt_cli.engine.data.readers import parse_json
@@ -197,11 +197,11 @@ class Turns:
     # -- calls ---------------------------------------------------------------------------------------------
 
     def _calls(self, fields: Fields, number: int) -> list[ToolCall]:
-        calls = fields.listed("tool_calls") or []
-        single = fields.listed("function_call")  # OpenAI's older form
+        calls, single = (fields.listed(key) for key in ("tool_calls", "function_call"))  # the latter is older
+        calls = [] if calls in EMPTY else calls
         if not isinstance(calls, list):
             raise DataError(f"tool_calls of turn {number} is {kind_of(calls)}, not a list", _CALL, at=self.at)
-        return [self._call(call, number) for call in [*calls, *([single] if single else [])]]
+        return [self._call(call, number) for call in [*calls, *([] if single in EMPTY else [single])]]
 
     def _call_in_text(self, text: str, number: int) -> list[ToolCall]:
         try:
@@ -231,17 +231,28 @@ class Turns:
                 f"a call of turn {number} has no name with an object of arguments", _CALL, at=self.at
             )
         found: ToolCall = {"name": text_of(name, "name", self.at), "arguments": arguments or {}}
-        used = {"function", "name", "arguments" if "arguments" in inner else "parameters"}
-        used |= {"type"} if call.get("type") == "function" else set()
-        if isinstance(call.get("id"), str):
+        inside = {"name", "arguments" if "arguments" in inner else "parameters"}
+        around = {"function", "id"} if isinstance(call.get("id"), str) else {"function"}
+        if "id" in around:
             found["id"] = call["id"]
-            used.add("id")
-        self.left += [
-            ("tool call", str(key))
-            for key in [*call, *(inner if inner is not call else ())]
-            if key not in used
-        ]
+        self.left += unused_of_function(call, inner, around, inside)
         return found
+
+
+def unused_of_function(
+    outer: dict[str, Any], inner: dict[str, Any], around: set[str], inside: set[str]
+) -> list[tuple[Place, str]]:
+    """Keys of a call or a tool that are not used, of an object with a `function` in it or of one without.
+
+    Args:
+        around: the keys that are used of the outer object. inside: those of the function.
+    """
+    if outer.get("type") == "function":
+        around = around | {"type"}
+    if outer is inner:
+        return [("tool call", str(key)) for key in outer if key not in around | inside]
+    left = [key for key in outer if key not in around] + [key for key in inner if key not in inside]
+    return [("tool call", str(key)) for key in left]
 
 
 _SHAPE = '[{"role": …, "content": …}, …]'

@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import datetime
 import json
+import re
 import sys
+import zipfile
 from collections.abc import Iterator
 from typing import Any
 
 NO_WORKBOOK = 65
 LONG_RECORD = 66
 LOCKED = 67
+_SPANNED = re.compile(rb"number-(rows|columns)-spanned=.([2-9]|1[0-9])")
 _LONGEST = 64 * 1024 * 1024  # bytes of a row
 
 
@@ -31,12 +34,10 @@ def main(path: str, wanted: str | None) -> None:
         sys.exit(LOCKED)
     except (calamine.CalamineError, OSError, ValueError):
         sys.exit(NO_WORKBOOK)
-    except MemoryError:
+    except BaseException as problem:
+        if type(problem).__name__ == "PanicException":  # the library's own, no Exception: over a damaged file
+            sys.exit(NO_WORKBOOK)
         raise
-    except BaseException as problem:  # the library's own panic is no Exception
-        if isinstance(problem, SystemExit | KeyboardInterrupt):
-            raise
-        sys.exit(NO_WORKBOOK)
     names = [one.name for one in about]
     read = _choose(names, rows, hidden, wanted)
     sheet = sheets[read] if read is not None else None
@@ -47,6 +48,7 @@ def main(path: str, wanted: str | None) -> None:
         "read": None if read is None else read + 1,
         "wide": wide,
         "filled": len(tall),
+        "unknown_merges": sheet is not None and sheet.merged_cell_ranges is None and _has_merges(path),
     }
     print(json.dumps(head), flush=True)
     if sheet is not None:
@@ -78,6 +80,20 @@ def _merged(sheet: Any) -> tuple[dict[tuple[int, int], int], list[tuple[int, int
         elif bottom > top:
             tall[top, left] = bottom
     return tall, wide
+
+
+def _has_merges(path: str) -> bool:
+    """Whether an OpenDocument spreadsheet has merged cells anywhere, of which the library does not say where."""
+    try:
+        with zipfile.ZipFile(path) as archive, archive.open("content.xml") as content:
+            kept = b""
+            while piece := content.read(1 << 20):
+                if _SPANNED.search(kept + piece):
+                    return True
+                kept = piece[-64:]
+    except (KeyError, zipfile.BadZipFile):  # no OpenDocument file
+        pass
+    return False
 
 
 def _rows(sheet: Any, tall: dict[tuple[int, int], int]) -> Iterator[tuple[int, list[str]]]:

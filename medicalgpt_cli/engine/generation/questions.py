@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -22,8 +22,9 @@ from medicalgpt_cli.engine.data.readers import (
     renamed,
     text_lines,
 )
-from medicalgpt_cli.engine.data.reading import reading_options
-from medicalgpt_cli.engine.data.records import read_record
+from medicalgpt_cli.engine.data.reading import counts_for
+from medicalgpt_cli.engine.data.records import Record, read_record
+from medicalgpt_cli.engine.generation.wire import to_wire
 from medicalgpt_cli.errors import DataError
 from medicalgpt_cli.settings.stages import InferSettings
 
@@ -31,7 +32,7 @@ from medicalgpt_cli.settings.stages import InferSettings
 @dataclass(frozen=True)
 class Question:
     id: str
-    input: Any  # as the file has it: text, or a list of messages
+    input: Any  # text, or a list of messages in OpenAI's shape
     messages: tuple[Message, ...]
     at: str
     tools: tuple[dict[str, Any], ...] = ()
@@ -85,8 +86,23 @@ def _question(row: Row, number: int, counts: Counts) -> Question:
             "no question", 'expected "prompt", "question", "instruction" or "messages"', at=row.at
         )
     alone = len(asked) == 1
-    shown = asked[0]["content"] if alone else list(asked)
+    shown = asked[0]["content"] if alone else [to_wire(one) for one in asked]
+    for reason in _not_asked(record, asked):
+        counts.add_merge(reason, row.at)
     return Question(record.id or str(number), shown, asked, row.at, record.tools)
+
+
+def _not_asked(record: Record, asked: Sequence[Message]) -> list[str]:
+    """What a record says that has no part in its question."""
+    said = {
+        "what stands behind the last question is not shown to the model": (
+            len(record.messages) > len(asked) or bool(record.answers) or bool(record.key)
+        ),
+        "other phrasings of the question are not asked": bool(record.variants),
+        "whether its answer is marked as good or bad means nothing here": record.label is not None,
+        "weights of answers mean nothing here": any("weight" in one for one in record.messages),
+    }
+    return [reason for reason, holds in said.items() if holds]
 
 
 def counts_of_questions(settings: InferSettings) -> Counts:
@@ -95,7 +111,7 @@ def counts_of_questions(settings: InferSettings) -> Counts:
     named = (
         [] if is_stream(source) or not Path(source).is_file() else [source]
     )  # what is missing is said later
-    return Counts(reading=reading_options(settings, named))
+    return counts_for(settings, named)
 
 
 def is_stream(source: str) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,9 +11,10 @@ from typing import Any
 import torch
 from transformers.pytorch_utils import Conv1D
 
-from medicalgpt_cli.engine.model.experts import block_of, blocks_with_experts
+from medicalgpt_cli.engine.model.experts import beside_experts, block_of, blocks_with_experts
 from medicalgpt_cli.engine.model.model_files import read_object
 from medicalgpt_cli.engine.model.parts import beside_text, text_modules
+from medicalgpt_cli.engine.model.reached import places, unreached
 from medicalgpt_cli.engine.model.score_head import HEAD
 from medicalgpt_cli.errors import UsageError
 from medicalgpt_cli.settings.fields import did_you_mean
@@ -127,6 +129,7 @@ class Targets:
         str, ...
     ] = ()  # names of layers on which PEFT puts none, or whose adapter would not be asked
     beside: tuple[str, ...] = ()  # modules that no text passes
+    unreached: tuple[str, ...] = ()  # where layers lie that no gradient reaches
 
     def notices(self, kind: str) -> list[str]:
         """What is left out, in words. `kind`: of model, as its configuration names it."""
@@ -135,31 +138,69 @@ class Targets:
             found.append(f"no LoRA on {', '.join(self.refused)}: these layers of {kind} cannot have it")
         if self.beside:
             found.append(f"no LoRA on {', '.join(self.beside)}: no text passes there")
+        if self.unreached:
+            found.append(f"no LoRA on {', '.join(self.unreached)}: no gradient of the loss reaches it")
         return found
 
 
 def target_layers(model: Any, named: tuple[str, ...]) -> Targets:
     """The layers of `--target-modules`.
 
-    All: every linear layer that text passes, but the output head, what PEFT refuses and, in models with experts, the
-    blocks in which these lie.
+    All: every linear layer that text passes and a gradient reaches, but the output head, what PEFT refuses and, in
+    models with experts, the blocks in which these lie.
 
     Raises:
         UsageError: the model has no such layer, or it cannot have an adapter.
     """
     linear = _linear_layers(model)
     if "all" not in named:
-        return Targets(_named(model, linear, named))
+        return _named(model, linear, named)
     if named != ("all",):
         raise UsageError("--target-modules all goes alone", "name layers, or all")
     blocks = blocks_with_experts(model)
     wanted = [name for name in linear if not blocks or block_of(name) not in blocks | {None}]
+    if not wanted:  # every block is called "mixer", say
+        wanted = beside_experts(model, linear)
     refused = {_own(name) for name in wanted if _is_refused(model, name)}
     kept = [name for name in wanted if _own(name) not in refused]
+    renamed = _renamed(model, kept)
+    refused |= {_own(name) for name in renamed}
+    kept = [name for name in kept if name not in renamed]
+    out = unreached(model) & set(kept)
+    kept = [name for name in kept if name not in out]
+    if not kept:
+        raise _nothing_left(model, linear)
     beside = tuple(beside_text(model))
-    if not blocks and not refused and not beside and not hasattr(model, HEAD):
+    if not blocks and not refused and not beside and not out and not hasattr(model, HEAD):
         return Targets("all-linear")  # found by PEFT
-    return Targets(_as_peft_takes(model, kept), tuple(sorted(refused)), beside)
+    return Targets(
+        _as_peft_takes(model, kept), tuple(sorted(refused)), beside, tuple(places(out, [*kept, *out]))
+    )
+
+
+def _renamed(model: Any, layers: Sequence[str]) -> set[str]:
+    """Those of `layers` whose adapter PEFT would not find again in its own file.
+
+    It renames what it reads as the library renames an older file's weights, also where the names are the new ones
+    (the convolutions of Inkling 2), and leaves such layers without the adapter that was saved.
+    """
+    from peft import LoraConfig
+    from peft.utils.transformers_weight_conversion import convert_peft_adapter_state_dict_for_transformers
+
+    keys = {name: f"base_model.model.{name}.lora_A.weight" for name in layers}
+    weights = {key: torch.zeros(1, 1) for key in keys.values()}
+    found = convert_peft_adapter_state_dict_for_transformers(model, LoraConfig(), weights)
+    return {name for name, key in keys.items() if key not in found}
+
+
+def _nothing_left(model: Any, linear: Sequence[str]) -> UsageError:
+    able = sorted({_own(name) for name in linear if not _is_refused(model, name)})
+    return UsageError(
+        f"no layer of {model.config.model_type} gets an adapter by itself"
+        + (": its linear layers lie among its experts" if able else ""),
+        "--tuning full trains all weights"
+        + (f"; --target-modules names layers, of {', '.join(able)}" if able else ""),
+    )
 
 
 def _linear_layers(model: Any) -> list[str]:
@@ -176,8 +217,8 @@ def _own(name: str) -> str:
     return name.rpartition(".")[2]
 
 
-def _named(model: Any, linear: Sequence[str], named: tuple[str, ...]) -> list[str]:
-    """The layers that a user named, as PEFT takes them."""
+def _named(model: Any, linear: Sequence[str], named: tuple[str, ...]) -> Targets:
+    """The layers that a user named."""
     able = {name for name, module in model.named_modules() if isinstance(module, _ABLE)}
     passed = {name for name, _ in text_modules(model)}
     known = sorted({_own(name) for name in able & passed})
@@ -193,16 +234,25 @@ def _named(model: Any, linear: Sequence[str], named: tuple[str, ...]) -> list[st
                 f"--target-modules {name}: no text passes this layer, so it would learn nothing",
                 f"this model has: {', '.join(known)}",
             )
-        if any(_is_refused(model, path) for path in meant):
+        if any(_is_refused(model, path) for path in meant) or _renamed(model, meant):
             rest = sorted({_own(path) for path in linear if not _is_refused(model, path)})
             raise UsageError(
                 f"--target-modules {name}: this layer of {model.config.model_type} cannot have LoRA",
                 f"leave it out, or take: {', '.join(rest)}",
             )
         found += [path for path in meant if path in passed]
-    if all(path in passed for path in able if any(path == one or path.endswith(f".{one}") for one in named)):
-        return list(named)
-    return _as_peft_takes(model, found)
+    out = unreached(model) & set(found)
+    said = tuple(places(out, found))
+    kept = [path for path in found if path not in out]
+    if not kept:
+        raise UsageError(
+            f"--target-modules {' '.join(named)}: no gradient of the loss reaches {', '.join(said)}",
+            f"an adapter there would learn nothing; this model has: {', '.join(known)}",
+        )
+    others = able - set(kept)
+    if not any(path == one or path.endswith(f".{one}") for path in others for one in named):
+        return Targets(list(named))
+    return Targets(_as_peft_takes(model, kept), unreached=said)
 
 
 _ABLE = (torch.nn.Linear, torch.nn.Embedding, Conv1D)
@@ -216,7 +266,7 @@ def _as_peft_takes(model: Any, layers: Sequence[str]) -> list[str]:
 
 
 def _is_refused(model: Any, name: str) -> bool:
-    """Whether a layer cannot have LoRA: PEFT refuses it in this kind of model, or nobody would call it.
+    """Whether a layer cannot have LoRA: PEFT refuses it in this kind of model, or nobody asks it.
 
     PEFT decides by the kind of model and the layer's own name, so it is asked with a model that has nothing else. A
     Mamba mixer multiplies with the weights of `dt_proj` itself, past any adapter.
@@ -224,7 +274,32 @@ def _is_refused(model: Any, name: str) -> bool:
     own, place = _own(name), model.get_submodule(name.rpartition(".")[0])
     if own == "dt_proj" and hasattr(place, "x_proj"):
         return True
-    return _peft_refuses(model, own)
+    return not _is_linear(model.get_submodule(name)) or _peft_refuses(model, own)
+
+
+def _is_linear(layer: torch.nn.Module) -> bool:
+    """Whether a layer maps `in_features` numbers to `out_features`, which is what PEFT adds BA to.
+
+    The library makes classes of `nn.Linear` that do other things with its weight: DeepSeek V4 multiplies groups of
+    heads with a part of it each, a router gives several tensors. A copy without weights shows what shape comes out.
+    """
+    kind = type(layer)
+    if not kind.__module__.startswith("transformers.models") or not isinstance(layer, torch.nn.Linear):
+        return True  # of torch, or a quantised layer, which PEFT knows
+    copied = copy.copy(layer)
+    copied._parameters = {
+        name: None if weight is None else torch.nn.Parameter(torch.empty(_whole_shape(weight), device="meta"))
+        for name, weight in layer._parameters.items()
+    }
+    try:
+        found = copied(torch.empty(1, 1, layer.in_features, device="meta"))
+    except (RuntimeError, ValueError, IndexError):
+        return False
+    return isinstance(found, torch.Tensor) and found.shape == (1, 1, layer.out_features)
+
+
+def _whole_shape(weight: torch.Tensor) -> torch.Size:
+    return getattr(weight, "ds_shape", weight.shape)  # ZeRO-3 holds a flat share
 
 
 def _peft_refuses(model: Any, own: str) -> bool:

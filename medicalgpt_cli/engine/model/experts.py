@@ -7,6 +7,7 @@ the changes to all experts for every batch.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -64,6 +65,20 @@ def blocks_with_experts(model: Any) -> set[str]:
 
 def block_of(name: str) -> str | None:
     """The part of a layer that something lies in: "mlp" of model.layers.3.mlp.experts; None outside of layers."""
+    path = _block_path(name)
+    return None if path is None else path.rpartition(".")[2]
+
+
+def beside_experts(model: Any, layers: Sequence[str]) -> list[str]:
+    """Those of `layers` that lie in no block of their layer with experts.
+
+    Looked at layer by layer: Nemotron-H calls attention, state and experts "mixer", each in layers of its own.
+    """
+    blocks = {prefix for name in expert_weights(model) if (prefix := _block_path(name)) is not None}
+    return [name for name in layers if _block_path(name) not in blocks | {None}]
+
+
+def _block_path(name: str) -> str | None:
     parts = name.split(".")
     places = [place for place, part in enumerate(parts) if part.isdigit()]
-    return parts[places[0] + 1] if places and places[0] + 1 < len(parts) else None
+    return ".".join(parts[: places[0] + 2]) if places and places[0] + 1 < len(parts) else None

@@ -40,7 +40,7 @@ from medicalgpt_cli.engine.model.quantization import (
     stored_quantization,
 )
 from medicalgpt_cli.engine.model.references import ModelReference, ResolvedModel
-from medicalgpt_cli.engine.model.spread import is_spread
+from medicalgpt_cli.engine.model.spread import is_shared, is_spread
 from medicalgpt_cli.engine.model.tokenizer import apply_template, check_fingerprint
 from medicalgpt_cli.engine.model.tokenizer_check import check_tokenizer
 from medicalgpt_cli.engine.model.weight_files import (
@@ -230,6 +230,22 @@ def load_model(
     return loaded
 
 
+def must_be_loadable_alone(model: Any, name: str) -> None:
+    """See that what is written of a model can be read again.
+
+    The library takes the text part of some models (Llama 3.2 Vision, Emu3) out of the whole, and has no way to load
+    that part by itself.
+
+    Raises:
+        UsageError: it has none.
+    """
+    if type(model.config) not in AutoModelForCausalLM._model_mapping:
+        raise UsageError(
+            f"{name} is loaded as the text part of a larger model, which cannot be saved as a model of its own",
+            "train a LoRA adapter over it, and leave that an adapter: --lora-model takes it in every command",
+        )
+
+
 def load_base(
     base: ModelReference,
     dtype: torch.dtype,
@@ -366,6 +382,18 @@ def config_of_new_model(resolved: ResolvedModel) -> Any:
         return config
 
 
+def _unread(file: Any, loaded: dict[str, torch.Tensor]) -> list[str]:
+    """Names of LoRA's weights that are not in the model as they are in the file, for which PEFT has but a warning."""
+    found = []
+    for name in file.keys():  # noqa: SIM118 - no mapping
+        weight = loaded.get(name)
+        if ".lora_" not in name or weight is None or weight.is_meta or is_shared(weight):
+            continue
+        if not torch.equal(file.get_tensor(name).to(weight.dtype), weight.cpu()):
+            found.append(name)
+    return found
+
+
 def _explained_config(path: Path) -> Any:
     hint = 'expected a config.json with "model_type" and sizes; --debug shows more'
     return building(path, "no model can be made of it", hint)
@@ -412,6 +440,11 @@ def attach_adapter(model: Any, folder: Path, *, trainable: bool = False) -> Any:
             different = set(file.keys()) ^ set(expected)
             if any(not name.startswith(tuple(own_tables)) for name in different):
                 raise misfit
+            if unread := _unread(file, expected):
+                raise MedgptError(
+                    f"{folder}: PEFT does not read {len(unread)} weights of the adapter, the first is {unread[0]}",
+                    "please report this with the adapter's adapter_config.json",
+                )
     return attached
 
 

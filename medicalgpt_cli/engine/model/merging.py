@@ -18,6 +18,7 @@ from medicalgpt_cli.engine.model.loading import (
     choose_device,
     load_base,
     load_tokenizer,
+    must_be_loadable_alone,
 )
 from medicalgpt_cli.engine.model.merged_weights import adapted_layers, fold
 from medicalgpt_cli.engine.model.references import ModelReference, ResolvedModel, resolve_models
@@ -170,6 +171,7 @@ def _check_vocabulary(model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
 def _together(resolved: ResolvedModel, adapter: ModelReference, device: torch.device) -> Any:
     """Base and adapter in fp32: also an adapter that was trained on a quantised base goes on the full one."""
     base = load_base(resolved.base, torch.float32, device)
+    must_be_loadable_alone(base, resolved.base.name)
     if getattr(base, "is_quantized", False) or getattr(base.config, "quantization_config", None):
         raise UsageError(
             f"{resolved.base.name} is a quantised model: merging into it would round the adapter away",

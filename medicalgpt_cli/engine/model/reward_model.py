@@ -19,7 +19,13 @@ from safetensors.torch import load_file
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from medicalgpt_cli.engine.model.adapters import target_layers
-from medicalgpt_cli.engine.model.loading import choose_device, choose_dtype, config_of, load_base
+from medicalgpt_cli.engine.model.loading import (
+    choose_device,
+    choose_dtype,
+    config_of,
+    load_base,
+    must_be_loadable_alone,
+)
 from medicalgpt_cli.engine.model.merged_weights import fold
 from medicalgpt_cli.engine.model.model_files import building, read_object
 from medicalgpt_cli.engine.model.parts import body_of
@@ -51,6 +57,7 @@ def new_reward_model(settings: RewardSettings, resolved: ResolvedModel, observer
     if not _scores(model.config.architectures):
         _new_head(model)
     if full:
+        must_be_loadable_alone(model, resolved.base.name)
         if resolved.adapter is not None:
             model, _ = fold(_with_adapter(model, settings, resolved.adapter))
             observer.on_notice("the adapter was merged into the weights, which are all trained")

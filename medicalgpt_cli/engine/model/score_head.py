@@ -90,9 +90,9 @@ def _of_ours(language: Any) -> Any:
         self._tied_weights_keys = {name: to for name, to in tied.items() if not name.startswith(unused)}
         self._keys_to_ignore_on_load_unexpected = [
             *(self._keys_to_ignore_on_load_unexpected or []),
-            *(rf"^{re.escape(name)}" for name in unused),
+            *(rf"(^|\.){re.escape(name)}" for name in unused),
         ]
-        width = config.get_text_config().hidden_size
+        width = head.in_features  # not always the `hidden_size`: Reformer's two streams come out side by side
         setattr(self, HEAD, torch.nn.Linear(width, config.num_labels, bias=False))
         self.post_init()
 

@@ -11,7 +11,12 @@ from torch.distributed.tensor import DTensor
 
 def is_spread(model: torch.nn.Module) -> bool:
     """Whether processes share the weights: then a layer can only be called as a part of the model."""
-    return any(_is_partitioned(weight) or isinstance(weight, DTensor) for weight in model.parameters())
+    return any(map(is_shared, model.parameters()))
+
+
+def is_shared(weight: torch.Tensor) -> bool:
+    """Whether this process holds a share of a weight."""
+    return _is_partitioned(weight) or isinstance(weight, DTensor)
 
 
 def size_of(weight: torch.Tensor) -> int:

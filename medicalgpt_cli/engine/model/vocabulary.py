@@ -16,10 +16,15 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from medicalgpt_cli.engine.data.counts import Counts
 from medicalgpt_cli.engine.data.formats import iterate_texts
 from medicalgpt_cli.engine.data.messages import Document
-from medicalgpt_cli.engine.data.read_options import ReadOptions
 from medicalgpt_cli.engine.data.readers import check_text_unit, expand_sources
-from medicalgpt_cli.engine.data.reading import reading_options
-from medicalgpt_cli.engine.model.loading import DTYPES, load_base, load_tokenizer, read_tokenizer
+from medicalgpt_cli.engine.data.reading import counts_for
+from medicalgpt_cli.engine.model.loading import (
+    DTYPES,
+    load_base,
+    load_tokenizer,
+    must_be_loadable_alone,
+    read_tokenizer,
+)
 from medicalgpt_cli.engine.model.merging import check_output, task
 from medicalgpt_cli.engine.model.references import ModelReference, ResolvedModel, resolve_models
 from medicalgpt_cli.engine.model.tokenizer import fingerprint, save_tokenizer
@@ -65,29 +70,30 @@ def extend(settings: VocabularySettings, observer: Observer) -> dict[str, Any]:
     sources = [*settings.train_data, *settings.check_data]
     expand_sources(sources, with_documents=True)  # a missing file is said at once
     check_text_unit(sources, settings.text_unit)
-    reading = reading_options(settings, sources)
+    rules = counts_for(settings, sources)
     terms = read_terms(settings.terms)
     old = load_tokenizer(settings, resolved, observer, plain_template=False)
     _check_tokenizer(old)
 
-    corpus = _measured(settings, reading, observer)
-    pieces, sentencepiece, left_out = _words(settings, reading, corpus, old, observer)
+    corpus = _measured(settings, rules, observer)
+    pieces, sentencepiece, left_out = _words(settings, rules, corpus, old, observer)
     extension, new = _widened(old, pieces, settings.max_new, left_out)
     if not extension.pieces:
         raise DataError("no word of the corpus is worth a token", _why(left_out))
     with task(observer, "comparing"):
         on_corpus = compare(
-            _read(settings.train_data, settings, reading, observer), old, new, extension.first_id
+            _read(settings.train_data, settings, rules, observer), old, new, extension.first_id
         )
         on_check = None
         if settings.check_data:
             on_check = compare(
-                _read(settings.check_data, settings, reading, observer), old, new, extension.first_id
+                _read(settings.check_data, settings, rules, observer), old, new, extension.first_id
             )
 
     with staged(output) as folder:
         with task(observer, "loading weights"):
             model = load_base(resolved.base, stored, torch.device("cpu"))
+        must_be_loadable_alone(model, resolved.base.name)
         _check_model(model, old)
         base_rows = model.get_input_embeddings().weight.shape[0]
         rows = rows_needed(extension.first_id, len(extension.ids), base_rows, settings.pad_to_multiple)
@@ -166,17 +172,15 @@ def _check_model(model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
 
 
 def _read(
-    sources: Sequence[str], settings: VocabularySettings, reading: ReadOptions, observer: Observer
+    sources: Sequence[str], settings: VocabularySettings, rules: Counts, observer: Observer
 ) -> Iterable[Document]:
-    return iterate_texts(sources, Counts(reading=reading), observer, text_unit=settings.text_unit)
+    return iterate_texts(sources, rules.fresh(), observer, text_unit=settings.text_unit)
 
 
-def _measured(settings: VocabularySettings, reading: ReadOptions, observer: Observer) -> Corpus:
-    counts = Counts()
-    corpus = measure(
-        iterate_texts(settings.train_data, counts, observer, text_unit=settings.text_unit, reading=reading)
-    )
-    for notice in counts.notices:
+def _measured(settings: VocabularySettings, rules: Counts, observer: Observer) -> Corpus:
+    counts = rules.fresh()
+    corpus = measure(iterate_texts(settings.train_data, counts, observer, text_unit=settings.text_unit))
+    for notice in (*counts.notices, *counts.unused_lines()):
         observer.on_notice(notice)
     for reason, number in counts.skipped.items():
         observer.on_notice(f"skipped: {number:,} ({reason})")
@@ -185,7 +189,7 @@ def _measured(settings: VocabularySettings, reading: ReadOptions, observer: Obse
 
 def _words(
     settings: VocabularySettings,
-    reading: ReadOptions,
+    rules: Counts,
     corpus: Corpus,
     old: PreTrainedTokenizerBase,
     observer: Observer,
@@ -193,7 +197,7 @@ def _words(
     """The words worth a token, what SentencePiece found, and what was left out."""
 
     def read() -> Iterable[Document]:
-        return _read(settings.train_data, settings, reading, observer)
+        return _read(settings.train_data, settings, rules, observer)
 
     given = None
     if settings.sentencepiece_model:

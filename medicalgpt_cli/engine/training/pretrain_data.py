@@ -32,7 +32,7 @@ from medicalgpt_cli.engine.data.packing import (
     quotas,
 )
 from medicalgpt_cli.engine.data.readers import check_text_unit
-from medicalgpt_cli.engine.data.reading import reading_options
+from medicalgpt_cli.engine.data.reading import counts_for
 from medicalgpt_cli.engine.data.rendering import document_marks
 from medicalgpt_cli.engine.data.report import histogram, merged_counts, percentiles
 from medicalgpt_cli.engine.observer import Observer
@@ -66,7 +66,7 @@ def load_pretrain_data(
     check_weights(sources)
     names = [one.name for one in sources + held_sources]
     check_text_unit(names, settings.text_unit)
-    reading = reading_options(settings, names)
+    rules = counts_for(settings, names)
     start, end, separate = document_marks(tokenizer)
     temporary = ExitStack()
     cache = cache_folder()
@@ -74,7 +74,7 @@ def load_pretrain_data(
         cache = Path(temporary.enter_context(tempfile.TemporaryDirectory()))
 
     def read(source: Source) -> Corpus:
-        return tokenise(source, tokenizer, settings.text_unit, cache, observer, reading)
+        return tokenise(source, tokenizer, settings.text_unit, cache, observer, rules)
 
     corpora, held_corpora = [read(one) for one in sources], [read(one) for one in held_sources]
     chosen, skipped, shared = _choose(settings, corpora, held_corpora)

@@ -13,6 +13,7 @@ import torch
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
+from medicalgpt_cli.engine.data.answer_targets import tool_notes
 from medicalgpt_cli.engine.data.counts import Counts
 from medicalgpt_cli.engine.data.examples import render_answer
 from medicalgpt_cli.engine.data.formats import load_prompts
@@ -26,10 +27,10 @@ from medicalgpt_cli.engine.data.preferences import (
     prompt_hash,
     usable_pairs,
 )
-from medicalgpt_cli.engine.data.reading import reading_options
+from medicalgpt_cli.engine.data.reading import counts_for
 from medicalgpt_cli.engine.data.rendering import encode_prompt
 from medicalgpt_cli.engine.data.report import histogram, percentiles
-from medicalgpt_cli.engine.data.splitting import split, without_held_out
+from medicalgpt_cli.engine.data.splitting import hold_out, without_held_out
 from medicalgpt_cli.engine.observer import Observer
 from medicalgpt_cli.engine.training import attention
 from medicalgpt_cli.errors import DataError, UsageError
@@ -91,21 +92,21 @@ def load_reward_data(
     sources = [parse_source(text) for text in settings.train_data]
     check_weights(sources)
     names = [one.name for one in sources]
-    reading = reading_options(settings, [*names, *settings.eval_data, *settings.exclude_prompts])
-    counts, held_counts = Counts(reading=reading), Counts(reading=reading)
+    counts = counts_for(settings, [*names, *settings.eval_data, *settings.exclude_prompts])
+    held_counts = counts.fresh()
     options = {"margin_column": settings.margin_column}
-    usable = partial(usable_pairs, reading=reading, margin_column=settings.margin_column)
+    usable = partial(usable_pairs, rules=counts, margin_column=settings.margin_column)
     shares = shares_of(settings.max_samples, sources, usable, counts.notices)
     training = load_pairs(names, counts, observer, shares=shares, **options)
     if settings.eval_data:
         held = load_pairs(settings.eval_data, held_counts, observer, **options)
         training = without_held_out(training, held, counts)
     else:
-        training, held = split(training, settings.eval_fraction, settings.seed)
+        training, held = hold_out(training, settings.eval_fraction, settings.seed, counts, observer)
         held_counts.read, held_counts.formats = len(held), counts.formats
         counts.read -= len(held)
     if settings.exclude_prompts:
-        excluded = load_prompts(settings.exclude_prompts, Counts(reading=reading), observer)
+        excluded = load_prompts(settings.exclude_prompts, counts.fresh(), observer)
         training = without_held_out(training, excluded, counts, "its prompt stands in --exclude-prompts")
     audits = {"training": audit(training), "held_out": audit(held)}
     kept = _rendered(training, tokenizer, settings, counts)
@@ -152,7 +153,7 @@ def render_pair(
     """
 
     def render(answer: str, budget: int) -> tuple[list[int], list[int]] | None:
-        return render_answer(tokenizer, pair.messages, answer, budget)
+        return render_answer(tokenizer, pair.messages, answer, budget, pair.tools)
 
     try:
         chosen, rejected = render(pair.chosen, max_length), render(pair.rejected, max_length)
@@ -174,9 +175,11 @@ def render_pair(
         counts.add_skip("both answers are the same behind the chat template", pair.at)
         return None
     if sum(one["role"] == "user" for one in pair.messages) > 1:  # else there is nothing to drop
-        lost = len(encode_prompt(tokenizer, pair.messages)) - len(chosen[0])
+        lost = len(encode_prompt(tokenizer, pair.messages, pair.tools)) - len(chosen[0])
         if lost:
             counts.add_truncation("oldest exchanges dropped to fit --max-length", pair.at, lost)
+    for note in tool_notes(tokenizer, pair.messages, pair.tools):
+        counts.add_merge(note, pair.at)
     longer = None if len(pair.chosen) == len(pair.rejected) else len(pair.chosen) > len(pair.rejected)
     return RenderedPair(
         chosen[0] + chosen[1],

@@ -242,6 +242,7 @@ class RlStage(Stage):
             max_new_tokens=self.settings.max_new_tokens,
             temperature=self.settings.temperature,
             seed=self.settings.seed,
+            thinking=self.settings.thinking,
         )
         return LocalBackend(roles.policy, self.tokenizer, sampling, self.observer)
 
@@ -313,7 +314,7 @@ class RlStage(Stage):
                 temperature=self.settings.temperature,
                 batch_size=self.settings.answers_a_pass,
             )
-            rewards = self.rewards([one.prompt for one in held], rollout.texts, rollout.answers)
+            rewards = self.rewards([one.prompt for one in held], rollout.said, rollout.answers)
         if observer:
             observer.on_task_end(task)
         of_each = {

@@ -10,14 +10,15 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from medicalgpt_cli.engine.data.answer_targets import tool_notes
 from medicalgpt_cli.engine.data.counts import Counts
 from medicalgpt_cli.engine.data.mixing import Source, check_weights, parse_source, rows_name, shares_of
 from medicalgpt_cli.engine.data.packing import Mix, mixed_items
 from medicalgpt_cli.engine.data.prompts import Prompt, load_rl_prompts
-from medicalgpt_cli.engine.data.reading import reading_options
+from medicalgpt_cli.engine.data.reading import counts_for
 from medicalgpt_cli.engine.data.rendering import encode_prompt
 from medicalgpt_cli.engine.data.report import histogram, percentiles
-from medicalgpt_cli.engine.data.splitting import split, without_held_out
+from medicalgpt_cli.engine.data.splitting import hold_out, without_held_out
 from medicalgpt_cli.engine.observer import Observer
 from medicalgpt_cli.engine.rewards.sources import check_keys
 from medicalgpt_cli.engine.training.ppo.rollout import Asked
@@ -53,14 +54,14 @@ def load_rl_data(
     sources = [parse_source(text) for text in settings.train_data]
     check_weights(sources)
     names = [one.name for one in sources]
-    reading = reading_options(settings, [*names, *settings.eval_data])
-    counts, held_counts = Counts(reading=reading), Counts(reading=reading)
+    counts = counts_for(settings, [*names, *settings.eval_data])
+    held_counts = counts.fresh()
     training = load_rl_prompts(names, counts, observer)
     if settings.eval_data:
         held = load_rl_prompts(settings.eval_data, held_counts, observer)
         training = without_held_out(training, held, counts)
     else:
-        training, held = split(training, settings.eval_fraction, settings.seed)
+        training, held = hold_out(training, settings.eval_fraction, settings.seed, counts, observer)
         held_counts.read, held_counts.formats = len(held), counts.formats
         counts.read -= len(held)
     fresh = []
@@ -123,12 +124,14 @@ def _encoded(
     limit = min(settings.max_prompt_length, context - settings.max_new_tokens)
     found = []
     for prompt in prompts:
-        ids = encode_prompt(tokenizer, prompt.messages)
+        ids = encode_prompt(tokenizer, prompt.messages, prompt.tools, settings.thinking)
         if len(ids) > settings.max_prompt_length:
             counts.add_skip("longer than --max-prompt-length", prompt.at)
         elif len(ids) > limit:
             counts.add_skip(f"no room for --max-new-tokens in the context of {context:,}", prompt.at)
         else:
+            for note in tool_notes(tokenizer, prompt.messages, prompt.tools):
+                counts.add_merge(note, prompt.at)
             found.append(Asked(prompt, ids))
     return found
 

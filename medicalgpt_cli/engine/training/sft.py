@@ -126,7 +126,12 @@ class SftStage(Stage):
             return {"metrics": {}, "answers": []}
         figures = known or self._held_out(model, observer=observer)
         answers = answer_questions(
-            model, self.tokenizer, self.data.questions, self.settings.eval_answer_tokens, observer
+            model,
+            self.tokenizer,
+            self.data.questions,
+            self.settings.eval_answer_tokens,
+            observer,
+            self.settings.thinking,
         )
         return {"metrics": figures, "answers": answers}
 

@@ -13,15 +13,15 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from medicalgpt_cli.engine.data.counts import Counts
+from medicalgpt_cli.engine.data.duplicates import Section
 from medicalgpt_cli.engine.data.example_table import ExampleTable, Part, side_counts
 from medicalgpt_cli.engine.data.formats import iterate_conversations, why_nothing
 from medicalgpt_cli.engine.data.messages import Conversation
 from medicalgpt_cli.engine.data.mixing import Source, check_weights, parse_source, shares_of
 from medicalgpt_cli.engine.data.packing import Mix, mix
-from medicalgpt_cli.engine.data.read_options import ReadOptions
-from medicalgpt_cli.engine.data.reading import reading_options
+from medicalgpt_cli.engine.data.reading import counts_for
 from medicalgpt_cli.engine.data.report import figures, merged_counts
-from medicalgpt_cli.engine.data.splitting import held_out, roots_of
+from medicalgpt_cli.engine.data.splitting import ALL_ALIKE, held_out, near_duplicates, roots_of, told_by
 from medicalgpt_cli.engine.data.tokenising import Rendering, content_hash, tokenised
 from medicalgpt_cli.engine.observer import Observer
 from medicalgpt_cli.engine.run.environment import cache_folder
@@ -49,12 +49,13 @@ def load_sft_data(settings: SftSettings, tokenizer: PreTrainedTokenizerBase, obs
     sources = [parse_source(text) for text in settings.train_data]
     check_weights(sources)
     reader = _Reader(
-        reading_options(settings, [*(one.name for one in sources), *settings.eval_data]),
-        Rendering(tokenizer, settings.max_length),
+        counts_for(settings, [*(one.name for one in sources), *settings.eval_data]),
+        Rendering(tokenizer, settings.max_length, settings.thinking),
         observer,
     )
     notices: list[str] = []
-    parts = reader.parts(sources, shares_of(settings.max_samples, sources, reader.usable, notices))
+    shares = shares_of(settings.max_samples, sources, reader.usable, notices)
+    parts = reader.parts(sources, shares)
     own = [Source(name) for name in settings.eval_data]
     held_parts = reader.parts(own, None) if own else parts
     left_out = _stand_in(held_parts, parts) if own else {}
@@ -62,8 +63,7 @@ def load_sft_data(settings: SftSettings, tokenizer: PreTrainedTokenizerBase, obs
         held = [np.ones(len(part.conversations), dtype=bool) for part in held_parts]
         out = [np.logical_or.reduce(one) for one in zip(*left_out.values(), strict=True)]
     else:
-        roots = roots_of(_column(parts, "question"), _column(parts, "group"))
-        whole = held_out(roots, settings.eval_fraction, settings.seed)
+        whole = _held_out(reader, sources, shares, parts, settings, notices)
         out = held = np.split(whole, np.cumsum([len(part.conversations) for part in parts])[:-1])
     training, testing = _table(parts, [~one for one in out]), _table(held_parts, held)
     if not len(training):
@@ -92,13 +92,18 @@ def load_sft_data(settings: SftSettings, tokenizer: PreTrainedTokenizerBase, obs
 class _Reader:
     """Reads conversations, in the way that the options of a run say."""
 
-    reading: ReadOptions
+    rules: Counts  # by which the files are read
     rendering: Rendering
     observer: Observer
 
     def conversations(self, name: str, **limits: Any) -> Iterator[Conversation]:
         """Of a source that was read before: nothing is said or counted again."""
-        return iterate_conversations([name], Counts(reading=self.reading), Observer(), **limits)
+        return iterate_conversations([name], self.rules.fresh(), Observer(), **limits)
+
+    def told(self, sources: Sequence[Source], shares: dict[str, int] | None) -> Iterator[list[Section]]:
+        """What each conversation of `parts` says."""
+        for source in sources:
+            yield from map(told_by, self.conversations(source.name, shares=shares))
 
     def usable(self, name: str, most: int) -> int:
         """How many conversations a file has, counted up to a number."""
@@ -118,15 +123,40 @@ class _Reader:
         return parts
 
     def _part(self, name: str, shares: dict[str, int] | None) -> Part:
-        counts = Counts(reading=self.reading)
+        counts = self.rules.fresh()
         conversations = iterate_conversations([name], counts, self.observer, shares=shares)
-        options = {"shares": shares, "reading": asdict(self.reading)}
+        options = {
+            "shares": shares,
+            "reading": asdict(counts.reading),
+            "strict": counts.strict,
+            "ignore": sorted(counts.ignore),
+            "group": counts.group,
+        }
         return tokenised(name, self.rendering, conversations, counts, options, cache_folder(), self.observer)
 
 
 def _column(parts: Sequence[Part], name: str) -> np.ndarray:
     """A column of the conversations of all parts."""
     return np.concatenate([part.conversations[name] for part in parts])
+
+
+def _held_out(
+    reader: _Reader,
+    sources: Sequence[Source],
+    shares: dict[str, int] | None,
+    parts: Sequence[Part],
+    settings: SftSettings,
+    notices: list[str],
+) -> np.ndarray:
+    """Which conversations `--eval-fraction` holds out: (conversations of all parts,) of bool."""
+    questions, groups = _column(parts, "question"), _column(parts, "group")
+    fraction, seed = settings.eval_fraction, settings.seed
+    near = near_duplicates(reader.told(sources, shares), len(questions), fraction, notices, reader.observer)
+    found = held_out(roots_of(questions, groups, near), fraction, seed)
+    if near and not found.any():
+        notices[-1] = ALL_ALIKE
+        found = held_out(roots_of(questions, groups), fraction, seed)
+    return found
 
 
 def _stand_in(held: Sequence[Part], parts: Sequence[Part]) -> dict[str, list[np.ndarray]]:

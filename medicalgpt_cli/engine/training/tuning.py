@@ -13,7 +13,7 @@ from medicalgpt_cli.engine.data.rendering import stop_token_ids
 from medicalgpt_cli.engine.model.adapters import add_adapter, different_shape, save_adapter, target_layers
 from medicalgpt_cli.engine.model.base_record import write_record
 from medicalgpt_cli.engine.model.dropout import use_fast_dropout
-from medicalgpt_cli.engine.model.loading import choose_device, load_model
+from medicalgpt_cli.engine.model.loading import choose_device, load_model, must_be_loadable_alone
 from medicalgpt_cli.engine.model.merged_weights import fold
 from medicalgpt_cli.engine.model.references import VOCABULARY, ResolvedModel
 from medicalgpt_cli.engine.model.tokenizer import save_tokenizer
@@ -37,6 +37,7 @@ def load_trainable(settings: TrainSettings, resolved: ResolvedModel, observer: O
     refuse_half_precision(settings)
     if settings.tuning == "full":
         model = load_model(replace(settings, dtype="fp32"), resolved, trainable=True, observer=observer)
+        must_be_loadable_alone(model, resolved.base.name)
         if resolved.adapter is not None:
             model, _ = fold(model)
             observer.on_notice("the adapter was merged into the weights, which are all trained")

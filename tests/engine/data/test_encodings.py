@@ -1,4 +1,4 @@
-"""Every text kind in every encoding that is recognised gives the same records; what fits none is refused."""
+"""Every text kind in every encoding that is recognised gives the same records; the line that fits none is refused."""
 
 from __future__ import annotations
 
@@ -141,7 +141,7 @@ def test_bytes_that_are_no_text_are_no_gb18030(tmp_path):
     path = tmp_path / "a.txt"
     for seed in range(200):
         path.write_bytes(random.Random(seed).randbytes(seed + 8))
-        with pytest.raises(DataError):
+        with pytest.raises(DataError, match=r"a\.txt:\d+: "):
             list(read_rows(path))
 
 
@@ -152,6 +152,11 @@ def test_text_of_other_encodings_is_refused_and_read_where_it_is_named(tmp_path)
         ("病患頭痛發燒，請問應該掛哪一科？醫師建議先觀察", "big5"),
         ("患者は頭痛を訴えている。検査が必要です", "shift_jis"),
         ("Пациент жалуется на боль", "cp1251"),
+        (
+            "환자는 두통과 발열을 호소하고 있으며 검사가 필요합니다. 충분한 휴식과 수분 섭취를 권합니다.",
+            "euc_kr",
+        ),
+        ("患者は頭痛を訴えている。検査が必要です。十分な休息をとってください。", "euc_jp"),
     ]:
         path.write_bytes(text.encode(encoding))
         refused(path, 1, "not UTF-8", "--encoding")

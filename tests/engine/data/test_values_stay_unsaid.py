@@ -26,6 +26,7 @@ from medicalgpt_cli.engine.observer import Observer
 from medicalgpt_cli.errors import MedgptError
 from tests.cli import medgpt
 from tests.conftest import DATA
+from tests.engine.data import office
 from tests.tiny import tiny_model, write_jsonl
 
 # No names by their looks; the last one looks like one, and stands in too few records.
@@ -163,6 +164,27 @@ def test_tables_and_arrays(secret, tmp_path):
         path = tmp_path / name
         path.write_text(text, encoding="utf-8")
         check(path, (secret,))
+
+
+@pytest.mark.parametrize("secret", SECRETS[:3])
+def test_workbooks_and_documents(secret, tmp_path):
+    """As a header, twice, beside a cell without a header, as a sheet's name, and in a document that is damaged."""
+    sheet = secret[:31]
+    for number, rows in enumerate(
+        (
+            [[secret, "b"], ["a", "b"]],
+            [[secret, secret], ["a", "b"]],
+            [["question", ""], ["a", secret]],
+            [[], [secret]],
+        )
+    ):
+        check(
+            office.xlsx(tmp_path / f"{number}.xlsx", {sheet: rows, f"{sheet[:30]}2": rows}), (secret, sheet)
+        )
+    (tmp_path / "a.docx").write_text(secret)
+    (tmp_path / "b.pdf").write_text(secret)
+    for name in ("a.docx", "b.pdf"):
+        check(tmp_path / name, (secret,))
 
 
 def test_parquet(tmp_path):

@@ -12,6 +12,7 @@ from itertools import pairwise
 
 from transformers import PreTrainedTokenizerBase
 
+from medicalgpt_cli.engine.data.answer_targets import AnswerRenderer
 from medicalgpt_cli.engine.data.answer_targets import answer_turn as _turn
 from medicalgpt_cli.engine.data.answer_windows import NotLearnable
 from medicalgpt_cli.engine.data.counts import Counts
@@ -47,6 +48,8 @@ def _examples(
         )
     if folds_system(tokenizer, conversation.messages):
         counts.add_merge("system message put in front of the first question", conversation.at)
+    for note in AnswerRenderer(tokenizer).notes(conversation.messages):
+        counts.add_merge(note, conversation.at)
     example = _append_only(turns)
     if example is None and len(turns) > 1:
         counts.add_merge(

@@ -41,9 +41,12 @@ _SIZES: tuple[tuple[str, int], ...] = (
     (r"((sliding|attention|keep)_)?window(_size)?|local_attention\w*", WINDOW),
     (r"attention_chunk_size|index_topk|rel_extent|index_block_size", WINDOW),
     (r"(mamba_|ssm_)?chunk_size", 8),
+    (r"base_channels", 32),
+    (r"codebook_size", 64),
     (r"(\w+_)?(vocab_size)(_\w+)?", 0),  # replaced by the tokenizer's
     (r"max_position_embeddings|n_positions|max_seq_len|max_target_positions|context_length|n_ctx|seq_length", CONTEXT),
     (r"(word_|text_)?embed(ding)?s?_(proj_)?(dim|size)|emb_dim|ple_embed_dim|(in|out)put_embedding_size", HIDDEN),
+    (r"adapter_(in_dim|out_dim|input_size)|hidden_size_global", HIDDEN),
     (r"(\w+_)?(hidden_size|hidden_dim|width|d_ssm)|d_model|n_embd|dim", HIDDEN),
     (r"\w*(intermediate_size|ffn_dim|ffn_hidden_size|feed_forward_size|_ff|d_inner|n_inner)\w*|dff|d_inner|dim_ff", 96),
 )  # fmt: skip
@@ -60,10 +63,20 @@ _HINTS: dict[str, dict[str, Any]] = {
         },
     },
     "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0}},
-    "dots3_note": {"num_key_value_heads": HEADS},
-    "dots3_note_text": {"num_key_value_heads": HEADS},
+    "dots3_note_text": {
+        "num_key_value_heads": HEADS,
+        "swa_num_attention_heads": HEADS,
+        "swa_num_key_value_heads": HEADS,
+        "swa_q_lora_rank": 8,
+        "swa_kv_lora_rank": 8,
+        "swa_head_dim": 16,
+        "swa_qk_nope_head_dim": 8,
+        "swa_v_head_dim": HEAD_SIZE,
+    },
     "gpt_neo": {"num_layers": 2, "attention_types": [[["global", "local"], 1]], "attention_layers": None},
     "dots1": {"n_shared_experts": 1, "n_group": 1, "topk_group": 1},
+    "emu3": {"vocabulary_map": {"<image>": 1300, **{f"<|visual token {n:06}|>": 1301 + n for n in range(8)}}},
+    "hunyuan_v1_moe": {"num_experts": 4, "moe_topk": 2},
     "mamba2": {"num_heads": 8},
     "nemotron": {"num_key_value_heads": 2},
     "qwen4_exp_text": {
@@ -79,6 +92,13 @@ _HINTS: dict[str, dict[str, Any]] = {
     "zamba2": {"attention_hidden_size": 2 * HIDDEN, "attention_head_dim": 2 * HEAD_SIZE},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
 }
+# Of these none can be made, and why.
+NOT_ALONE = {
+    "gemma4_assistant": "it drafts for another model, and computes nothing without that model's states",
+    "gemma4_unified_assistant": "it drafts for another model, and computes nothing without that model's states",
+    "musicgen": "it predicts codes of sound, and the library builds no language model of its configuration",
+    "musicgen_melody": "it predicts codes of sound, and the library builds no language model of its configuration",
+}
 # What the library leaves open by default, and then fails without.
 _OPEN = {
     "num_experts_per_tok": 2,
@@ -93,10 +113,13 @@ def tiny_config(model_type: str, vocabulary: int, end: int) -> Any:
     """A small configuration of `model_type` for a tokenizer of `vocabulary` tokens whose texts end with `end`.
 
     Raises:
+        ValueError: there is none (`NOT_ALONE`).
         Exception: whatever the library says against it.
     """
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+    if model_type in NOT_ALONE:
+        raise ValueError(NOT_ALONE[model_type])
     kind = CONFIG_MAPPING[model_type]
     hints = _HINTS.get(model_type, {})
     wanted = {**_small(kind(), vocabulary, end), **hints}
@@ -112,7 +135,9 @@ def _small(config: Any, vocabulary: int, end: int) -> dict[str, Any]:
     """Settings that make `config` small, with those of its parts."""
     parts = {name: getattr(config, name, None) for name in getattr(type(config), "sub_configs", {})}
     found: dict[str, Any] = {
-        name: _small(part, vocabulary, end) for name, part in parts.items() if hasattr(part, "to_dict")
+        name: {**_small(part, vocabulary, end), **_HINTS.get(part.model_type, {})}
+        for name, part in parts.items()
+        if hasattr(part, "to_dict")
     }
     given = {name: value for name, value in config.to_dict().items() if name not in found}
     layers = given.get("num_hidden_layers")
@@ -143,6 +168,8 @@ def _small(config: Any, vocabulary: int, end: int) -> dict[str, Any]:
             found["head_dim"] = 8
     if given.get("use_sliding_window") is False:
         found["use_sliding_window"] = True
+        if found.get("sliding_window") == 0:  # which is how some say that there is none
+            found["sliding_window"] = WINDOW
     if "max_window_layers" in given:
         found["max_window_layers"] = LAYERS // 2
     if "sliding_window" in given and set(found.get("layer_types", [])) == {"full_attention"}:
