@@ -1,4 +1,4 @@
-"""A process that renders conversations for another one: chunks come in at standard input, and go out at standard output.
+"""A process that renders conversations for another one: they come in at standard input, their examples go out.
 
 Started by `tokenising` as a script of its own, so that nothing of the program that asks is run again. What is said is
 pickled, as between any two processes of one program; it ends where its input does.
