@@ -75,13 +75,13 @@ def _plain(text: str) -> dict[str, Any]:
 
 
 def _html(raw: bytes, encoding: str) -> str:
-    from markitdown.converters import HtmlConverter
-
-    stay_inside(Path(sys.argv[1]))
     try:
         text = raw.decode("utf-8-sig" if encoding == "utf-8" else encoding)
     except UnicodeDecodeError:
         sys.exit(OTHER_ENCODING)
+    from markitdown.converters import HtmlConverter
+
+    stay_inside(Path(sys.argv[1]))
     return HtmlConverter().convert_string(text, strict=True).markdown
 
 

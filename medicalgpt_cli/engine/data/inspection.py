@@ -18,14 +18,7 @@ from medicalgpt_cli.engine.data.examples import (
     render_conversation,
     uncut_lengths,
 )
-from medicalgpt_cli.engine.data.formats import (
-    first_format,
-    must_be_text,
-    read_all,
-    to_conversations,
-    to_prompts,
-    why_nothing,
-)
+from medicalgpt_cli.engine.data.formats import first_format, must_be_text, read_all, to_conversations, to_prompts, why_nothing
 from medicalgpt_cli.engine.data.language import language_of
 from medicalgpt_cli.engine.data.messages import Conversation, Message
 from medicalgpt_cli.engine.data.normalised import normalised

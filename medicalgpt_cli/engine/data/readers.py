@@ -1,8 +1,8 @@
 """What a source of data is, and the rows of each kind of file; a clear word about each that is not read.
 
 A row keeps its file and line, so that whatever is wrong with it later can be named. No message quotes what a
-row says: it may be about a patient. How the kinds are read: json_records, lines, tables, parquet_records, documents;
-which encoding a text has: encodings.
+row says: it may be about a patient. How the kinds are read: json_records, lines, tables, workbooks, parquet_records,
+documents; which encoding a text has: encodings.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from medicalgpt_cli.engine.data.json_records import json_records, parse_json
 from medicalgpt_cli.engine.data.lines import Wrong, documents_of_text, text_lines, unit_of
 from medicalgpt_cli.engine.data.parquet_records import parquet_records
 from medicalgpt_cli.engine.data.read_options import AS_FOUND, ReadOptions
-from medicalgpt_cli.engine.data.tables import delimited_records, workbook_records
+from medicalgpt_cli.engine.data.tables import delimited_records
+from medicalgpt_cli.engine.data.workbooks import workbook_records
 from medicalgpt_cli.engine.run.hub_names import is_hub_name, nearest_path
 from medicalgpt_cli.errors import DataError, UsageError
 

@@ -157,6 +157,18 @@ def test_without_the_extra(tmp_path, monkeypatch):
     refused(path, EnvironmentFailure, "pip install 'medicalgpt-cli[documents]'")
 
 
+def test_an_archive_that_says_it_unpacks_to_gigabytes(tmp_path):
+    path = office.docx(tmp_path / "a.docx", office.paragraph("a"))
+    raw = bytearray(path.read_bytes())
+    entry = raw.rindex(
+        b"PK\x01\x02"
+    )  # of the last file in the archive's directory; its size stands 24 bytes behind
+    raw[entry + 24 : entry + 28] = b"\xf0\xff\xff\x7f"
+    path.write_bytes(raw)
+    refused(path, UnsafeRefused, "MiB of memory")
+
+
+@pytest.mark.slow
 def test_a_document_beyond_its_memory(tmp_path, monkeypatch):
     monkeypatch.setattr(limits, "CHILD_MEMORY", 1 << 29)
     path = office.docx(tmp_path / "b.docx", office.paragraph("a") * 200_000)
@@ -217,7 +229,7 @@ def test_entities_that_grow_and_entities_of_files(tmp_path):
 
 
 def test_links_are_not_followed(tmp_path):
-    """A picture, a template and a style sheet somewhere else: nobody is asked, and no other file is read."""
+    """Pictures, a style sheet and a frame somewhere else: nobody is asked, and no other file is read."""
     asked: list[str] = []
 
     class Handler(http.server.BaseHTTPRequestHandler):
@@ -237,33 +249,34 @@ def test_links_are_not_followed(tmp_path):
             f'<iframe src="file://{tmp_path}/secret.png"></iframe><p>text</p></body></html>'
         )
         assert document_text(page).endswith("text")
-        targets = (f"{address}/picture.png", f"file://{tmp_path}/secret.png", f"{tmp_path}/secret.png")
-        for target in targets:  # each alone, since a library may give up at the first
-            body = office.paragraph("text") + _linked_picture()
-            path = office.docx(tmp_path / "a.docx", body, parts=_relation(target))
-            assert document_text(path) == "text"
+        targets = [f"{address}/picture.png", f"file://{tmp_path}/secret.png", f"{tmp_path}/secret.png"]
+        body = office.paragraph("text") + "".join(map(_linked_picture, range(len(targets))))
+        path = office.docx(tmp_path / "a.docx", body, parts=_relations(targets))
+        assert document_text(path) == "text"
     finally:
         server.shutdown()
     assert asked == []
 
 
-def _linked_picture() -> str:
+def _linked_picture(number: int) -> str:
     drawing = "http://schemas.openxmlformats.org/drawingml/2006"
     return (
         f'<w:p><w:r><w:drawing><wp:inline xmlns:wp="{drawing}/wordprocessingDrawing"><wp:docPr id="1" name="p"/>'
         f'<a:graphic xmlns:a="{drawing}/main"><a:graphicData><pic:pic xmlns:pic="{drawing}/picture"><pic:blipFill>'
-        '<a:blip r:link="rId9"/></pic:blipFill></pic:pic></a:graphicData></a:graphic></wp:inline></w:drawing></w:r>'
+        f'<a:blip r:link="rId{number}"/></pic:blipFill></pic:pic></a:graphicData></a:graphic>'
+        "</wp:inline></w:drawing></w:r>"
         "</w:p>"
     )
 
 
-def _relation(target: str) -> dict[str, str]:
+def _relations(targets: list[str]) -> dict[str, str]:
     office_relation = "http://schemas.openxmlformats.org/officeDocument/2006/relationships"
     package = "http://schemas.openxmlformats.org/package/2006/relationships"
-    return {
-        "word/_rels/document.xml.rels": f'<Relationships xmlns="{package}"><Relationship Id="rId9" '
-        f'Type="{office_relation}/image" Target="{target}" TargetMode="External"/></Relationships>'
-    }
+    entries = "".join(
+        f'<Relationship Id="rId{number}" Type="{office_relation}/image" Target="{target}" TargetMode="External"/>'
+        for number, target in enumerate(targets)
+    )
+    return {"word/_rels/document.xml.rels": f'<Relationships xmlns="{package}">{entries}</Relationships>'}
 
 
 @pytest.mark.parametrize(
