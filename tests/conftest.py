@@ -22,6 +22,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--medgpt-model", metavar="DIR", help="a real model (`medgpt pull smollm2-135m` prints where)"
     )
+    parser.addoption(
+        "--medgpt-templates", metavar="DIR", help="published chat templates (*.jinja), for a slow test"
+    )
 
 
 @pytest.fixture(scope="session")

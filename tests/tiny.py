@@ -164,3 +164,10 @@ def tiny_model(folder: Path, style: str = "chatml", seed: int = 0) -> Path:
 def write_jsonl(path: Path, rows) -> Path:
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
     return path
+
+
+def text(pieces) -> str:
+    """The text of an answer that comes in pieces."""
+    from medicalgpt_cli.engine.generation.answer_reader import content_of
+
+    return "".join(map(content_of, pieces))

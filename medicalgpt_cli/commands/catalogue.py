@@ -110,7 +110,7 @@ COMMANDS = (
         (
             "medgpt data train.jsonl",
             "medgpt data train.jsonl --base-model smollm2-135m --max-length 512",
-            "medgpt data train.jsonl dev.jsonl --example 2",
+            "medgpt data export.xlsx --output clean.jsonl --split 0.9/0.1 --deduplicate",
         ),
         "Tools",
     ),

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import queue
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from medicalgpt_cli.engine.data.formats import Message
+from medicalgpt_cli.engine.data.messages import Message
 from medicalgpt_cli.settings.fields import options_of
 from medicalgpt_cli.settings.groups import SamplingSettings
 
 if TYPE_CHECKING:
+    from medicalgpt_cli.engine.data.reasoning import Thinking
+    from medicalgpt_cli.engine.data.tools import Delta
     from medicalgpt_cli.engine.generation.decoding import Answer
     from medicalgpt_cli.engine.generation.scheduler import Scheduler
 
@@ -23,43 +27,66 @@ _SHORT = 8192  # characters of a prompt that is read at once
 _LONG_READERS = 2  # threads for those that are longer
 
 
+@dataclass(frozen=True)
+class Asked:
+    """What is to be answered: a conversation, or raw text to continue.
+
+    tools: that may be called. thinking: whether reasoning is asked for; the server's settings where None.
+    """
+
+    messages: Sequence[Message] | str
+    tools: tuple[Mapping[str, Any], ...] = ()
+    thinking: Thinking | None = None
+
+    @property
+    def length(self) -> int:
+        """Characters, about."""
+        if isinstance(self.messages, str):
+            return len(self.messages)
+        calls = [one["tool_calls"] for one in self.messages if "tool_calls" in one]
+        texts = sum(len(one["content"]) + len(one.get("reasoning", "")) for one in self.messages)
+        return texts + len(json.dumps([calls, self.tools]))
+
+
 class Listening:
     """An answer while it comes. Close it, and its place in the batch is free."""
 
     def __init__(self, scheduler: Any):
         self._scheduler, self._loop = scheduler, asyncio.get_running_loop()
-        self._events: asyncio.Queue[tuple[str, Answer | None]] = asyncio.Queue()
+        self._events: asyncio.Queue[tuple[list[Delta], Answer | None]] = asyncio.Queue()
         self.ticket: Any = None
         self.dropped = 0  # messages left out of the prompt because the context was full
         self.answer: Answer | None = None
 
-    def deliver(self, piece: str, answer: Answer | None) -> None:
+    def deliver(self, deltas: list[Delta], answer: Answer | None) -> None:
         """Called in the scheduler's thread."""
         with contextlib.suppress(RuntimeError):  # the loop is closed: nobody listens
-            self._loop.call_soon_threadsafe(self._events.put_nowait, (piece, answer))
+            self._loop.call_soon_threadsafe(self._events.put_nowait, (deltas, answer))
 
-    async def pieces(self, silence: float | None = None) -> AsyncIterator[str | None]:
-        """The text as it comes, and None after each `silence` seconds without any.
+    async def deltas(self, silence: float | None = None) -> AsyncIterator[list[Delta] | None]:
+        """Reasoning, text and calls as they come, and None after each `silence` seconds without any.
 
         What came together is given together, so that a slow reader has fewer pieces and not more memory.
         """
+        from medicalgpt_cli.engine.generation.answer_reader import joined
+
         try:
             while self.answer is None:
                 try:
-                    text, self.answer = await asyncio.wait_for(self._events.get(), silence)
+                    found, self.answer = await asyncio.wait_for(self._events.get(), silence)
                 except TimeoutError:
                     yield None
                     continue
                 while self.answer is None and not self._events.empty():
                     more, self.answer = self._events.get_nowait()
-                    text += more
-                if text:
-                    yield text
+                    found = [*found, *more]
+                if found:
+                    yield joined(found)
         finally:
             self.close()
 
     async def whole(self) -> Answer:
-        async for _ in self.pieces():
+        async for _ in self.deltas():
             pass
         return self.answer
 
@@ -78,14 +105,10 @@ class Readers:
         for _ in range(_LONG_READERS):
             self._of_long.put(backend.for_another_thread())
 
-    async def read(self, asked: Sequence[Message] | str, make: Callable[[Any], Any]) -> Any:
+    async def read(self, asked: Asked, make: Callable[[Any], Any]) -> Any:
         """What `make` returns for a backend whose tokenizer no other thread uses meanwhile."""
         loop = asyncio.get_running_loop()
-        if isinstance(asked, str):
-            length = len(asked)
-        else:
-            length = sum(len(one["content"]) for one in asked)
-        if length <= _SHORT:
+        if asked.length <= _SHORT:
             return await loop.run_in_executor(self._short, make, self._backend)
         return await loop.run_in_executor(self._long, self._read_long, make)
 
@@ -124,7 +147,7 @@ class Answers:
 
     async def ask(
         self,
-        asked: Sequence[Message] | str,
+        asked: Asked,
         sampling: SamplingSettings,
         *,
         client: str,
@@ -151,10 +174,15 @@ class Answers:
         try:
             if fit:
                 prompt, listening.dropped = await self._readers.read(
-                    asked, lambda reader: reader.fitted_prompt(asked, sampling.max_new_tokens)
+                    asked,
+                    lambda reader: reader.fitted_prompt(
+                        asked.messages, sampling.max_new_tokens, asked.tools, asked.thinking
+                    ),
                 )
             else:
-                prompt = await self._readers.read(asked, lambda reader: reader.bounded_prompt(asked))
+                prompt = await self._readers.read(
+                    asked, lambda reader: reader.bounded_prompt(asked.messages, asked.tools, asked.thinking)
+                )
         finally:
             self._reading[client] -= 1
             if not self._reading[client]:

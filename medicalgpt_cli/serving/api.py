@@ -8,7 +8,8 @@ import json
 import re
 import secrets
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from fastapi import APIRouter, FastAPI, Request
@@ -18,7 +19,7 @@ from starlette.exceptions import HTTPException
 
 from medicalgpt_cli.engine.data.naming import looks_like_a_name
 from medicalgpt_cli.errors import UsageError
-from medicalgpt_cli.serving.answers import Answers, Listening
+from medicalgpt_cli.serving.answers import Answers, Asked, Listening
 from medicalgpt_cli.serving.api_fields import (
     COLDEST,
     NOT_TAKEN,
@@ -33,9 +34,11 @@ from medicalgpt_cli.serving.metrics import exposition
 from medicalgpt_cli.settings.groups import SamplingSettings
 
 if TYPE_CHECKING:
+    from medicalgpt_cli.engine.data.messages import ToolCall
     from medicalgpt_cli.engine.generation.decoding import Answer
 
 _SILENCE = 15.0  # seconds after which a waiting stream gets a comment, so that proxies keep it open
+_FIELDS = {"content": "content", "reasoning": "reasoning_content"}  # of a streamed delta
 _LINE_ENDS = re.compile("[\x85\u2028\u2029]")
 
 
@@ -126,16 +129,23 @@ class _Job:
         self.kind = "chat.completion" if chat else "text_completion"
         self.created = int(time.time())
 
-    @property
-    def asked(self) -> list[dict[str, str]] | str:
+    @cached_property
+    def asked(self) -> Asked:
         if not self.chat:
             prompt = self.body.prompt
-            return prompt if isinstance(prompt, str) else prompt[0]
+            return Asked(prompt if isinstance(prompt, str) else prompt[0])
         messages = [one.plain for one in self.body.messages]
         system = self.answers.sampling.system_prompt
         if system and messages[0]["role"] != "system":
-            return [{"role": "system", "content": system}, *messages]
-        return messages
+            messages = [{"role": "system", "content": system}, *messages]
+        return Asked(messages, self.body.offered, self.body.thinking)
+
+    def called(self, calls: Sequence[ToolCall]) -> list[dict[str, Any]]:
+        """Calls in an answer, each with an id that no other call of the conversation has."""
+        from medicalgpt_cli.engine.generation.wire import call_to_wire, with_call_ids
+
+        history = self.asked.messages if self.chat else ()
+        return [call_to_wire(call) for call in with_call_ids(calls, self.id, history)]
 
     def head(self, *, chunk: bool = False) -> dict[str, Any]:
         kind = "chat.completion.chunk" if chunk and self.chat else self.kind
@@ -143,12 +153,15 @@ class _Job:
 
 
 async def _complete(job: _Job) -> Response:
+    from medicalgpt_cli.engine.data.rendering import NoSwitch
     from medicalgpt_cli.engine.generation.scheduler import Busy
 
     if job.body.model not in job.answers.models:
         raise _no_such_model(job.answers)
     if job.body.stream_options is not None and not job.body.stream:
         raise Refused("stream_options goes with stream", "stream_options")
+    if job.body.offered and not job.answers.reader.reads_calls:
+        raise Refused("calls cannot be told from text in what this model's template has it write", "tools")
     sampling = sampling_of(job.body, job.answers.sampling)
     try:
         listening = await job.answers.ask(
@@ -158,6 +171,8 @@ async def _complete(job: _Job) -> Response:
         raise refused_busy(problem) from None
     except ValueError as problem:  # no room in the context
         raise Refused(str(problem), "messages", code="context_length_exceeded") from None
+    except NoSwitch:
+        raise Refused("the chat template has no switch for reasoning", "chat_template_kwargs") from None
     except UsageError as problem:
         raise Refused(problem.message, "messages") from None
     if job.body.stream:
@@ -229,13 +244,22 @@ def _usage(answer: Answer) -> dict[str, int]:
 def _whole(job: _Job, answer: Answer) -> dict[str, Any]:
     if answer.error is not None:
         raise Refused(answer.error, status=503 if "time limit" in answer.error else 500, retry_after=2)
-    said: dict[str, Any] = (
-        {"message": {"role": "assistant", "content": answer.text, "refusal": None}}
-        if job.chat
-        else {"text": answer.text}
-    )
-    choice = {"index": 0, **said, "logprobs": None, "finish_reason": answer.finish_reason}
+    said: dict[str, Any] = {"text": answer.text}
+    if job.chat:
+        message: dict[str, Any] = {"role": "assistant", "content": answer.text, "refusal": None}
+        if answer.reasoning:
+            message["reasoning_content"] = answer.reasoning
+        if answer.tool_calls:
+            message |= {"content": answer.text or None, "tool_calls": job.called(answer.tool_calls)}
+        said = {"message": message}
+    choice = {"index": 0, **said, "logprobs": None, "finish_reason": _reason(answer)}
     return {**job.head(), "choices": [choice], "usage": _usage(answer)}
+
+
+def _reason(answer: Answer) -> str:
+    from medicalgpt_cli.engine.generation.wire import finish_reason
+
+    return finish_reason(answer.finish_reason, answer.tool_calls)
 
 
 async def _events(job: _Job, listening: Listening) -> AsyncIterator[str]:
@@ -251,13 +275,21 @@ async def _events(job: _Job, listening: Listening) -> AsyncIterator[str]:
     try:
         if job.chat:
             yield event({"role": "assistant", "content": ""})
-        async for piece in listening.pieces(_SILENCE):
-            yield event({"content": piece}) if piece is not None else ": waiting\n\n"
+        calls: list[ToolCall] = []
+        async for deltas in listening.deltas(_SILENCE):
+            if deltas is None:
+                yield ": waiting\n\n"
+            for delta in deltas or ():
+                if delta.call is None:
+                    yield event({_FIELDS[delta.kind]: delta.text})
+                    continue
+                calls.append(delta.call)
+                yield event({"tool_calls": [{"index": len(calls) - 1, **job.called(calls)[-1]}]})
         answer = listening.answer
         if answer.error is not None:
             yield _data(error_body(503 if "time limit" in answer.error else 500, answer.error))
             return
-        yield event({}, answer.finish_reason)
+        yield event({}, _reason(answer))
         if include_usage:
             yield _data({**job.head(chunk=True), "choices": [], "usage": _usage(answer)})
         yield "data: [DONE]\n\n"

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 from pydantic_core import PydanticCustomError
+
+from medicalgpt_cli.engine.data.messages import Message
+from medicalgpt_cli.engine.data.reasoning import Thinking
+from medicalgpt_cli.serving.api_base import Strict, Text
+from medicalgpt_cli.serving.api_tools import MOST_TOOLS, MadeCall, TemplateSwitches, Tool
 
 WARMEST, COLDEST = 2.0, 0.01  # temperatures; 0 is greedy
 
-Text = Annotated[str, Field(max_length=1 << 20)]
 StopText = Annotated[str, Field(min_length=1, max_length=200)]
 
 
@@ -18,51 +22,38 @@ _OTHER_PARTS = {"image_url", "image", "input_image", "input_audio", "audio", "au
 _OTHER_PARTS |= {"input_file", "input_text", "output_text", "refusal", "thinking", "tool_use", "tool_result"}
 # Fields whose only value here is one that changes nothing, as it stands in a message that comes back.
 NOT_TAKEN = {
-    "tools": "this server calls no tools",
-    "tool_calls": "this server calls no tools",
-    "function_call": "this server calls no functions",
-    "functions": "this server calls no functions",
-    "tool_choice": "this server calls no tools",
+    "function_call": "the older form of a call is not taken: use tools and tool_calls",
+    "functions": "the older form of tools is not taken: use tools",
+    "tool_choice": "a call can be left to the model (auto) or ruled out (none), not forced",
+    "strict": "arguments that follow their schema cannot be promised: leave strict out",
     "audio": "this server reads and writes text, no audio",
     "modalities": "this server reads and writes text, nothing else",
-    "name": "chat templates know no names of speakers: write the name into the text",
-    "reasoning_content": "an earlier answer's reasoning is not read: leave it out",
-    "reasoning": "an earlier answer's reasoning is not read: leave it out",
     "refusal": "a refusal is not read: put its text into content",
     "annotations": "citations are not read: leave them out",
     "response_format": "answers are plain text; another format cannot be promised",
-    "role": "the roles are system, developer, user and assistant",
+    "role": "the roles are system, developer, user, assistant and tool",
 }
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, strict=True)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _without_nulls(cls, sent: Any) -> Any:
-        """A field that is null is one that was not sent, whatever its name: clients send all that they know."""
-        if isinstance(sent, dict):
-            return {name: value for name, value in sent.items() if value is not None}
-        return sent
-
-
-class TextPart(_Strict):
+class TextPart(Strict):
     type: Literal["text"]
     text: Text
 
 
-class ChatMessage(_Strict):
-    role: Literal["system", "developer", "user", "assistant"]
-    content: Text | Annotated[list[TextPart], Field(min_length=1)]
+class ChatMessage(Strict):
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: Text | Annotated[list[TextPart], Field(min_length=1)] | None = None
     # an answer of this server comes back with these
     refusal: Annotated[str, Field(max_length=0)] | None = None
-    reasoning_content: Annotated[str, Field(max_length=0)] | None = None
+    reasoning_content: Text | None = None
+    reasoning: Text | None = None
     annotations: Annotated[list[Any], Field(max_length=0)] | None = None
-    tool_calls: Annotated[list[Any], Field(max_length=0)] | None = None
+    tool_calls: Annotated[list[MadeCall], Field(max_length=MOST_TOOLS)] | None = None
     function_call: None = None
     audio: None = None
-    name: None = None
+    # of a tool's turn
+    tool_call_id: Annotated[str, Field(min_length=1, max_length=256)] | None = None
+    name: Annotated[str, Field(min_length=1, max_length=128)] | None = None
 
     @field_validator("content", mode="before")
     @classmethod
@@ -77,23 +68,54 @@ class ChatMessage(_Strict):
                 )
         return content
 
+    @field_validator("tool_calls", "reasoning_content", "reasoning", "tool_call_id", "name")
+    @classmethod
+    def _belongs_to_its_role(cls, value: Any, info: ValidationInfo) -> Any:
+        role, field = info.data.get("role"), str(info.field_name)
+        owner = "tool" if field in ("tool_call_id", "name") else "assistant"
+        if value and role is not None and role != owner:
+            speakers = "chat templates know no names of speakers: write the name into the text"
+            raise PydanticCustomError(
+                "role", speakers if field == "name" else f"it belongs to the role {owner}"
+            )
+        return value
+
+    @model_validator(mode="after")
+    def _is_whole(self) -> ChatMessage:
+        if self.content is None and not self.tool_calls:
+            raise PydanticCustomError("missing_content", "content is missing")
+        if self.role == "tool" and not self.tool_call_id:
+            raise PydanticCustomError("role_field", "tool_call_id is missing: which call does this answer?")
+        if self.reasoning and self.reasoning_content and self.reasoning != self.reasoning_content:
+            raise PydanticCustomError("role_field", "reasoning and reasoning_content contradict each other")
+        return self
+
     @property
-    def plain(self) -> dict[str, str]:
-        content = self.content
+    def plain(self) -> Message:
+        content = self.content or ""
         text = content if isinstance(content, str) else "".join(part.text for part in content)
-        return {"role": "system" if self.role == "developer" else self.role, "content": text}
+        found: Message = {"role": "system" if self.role == "developer" else self.role, "content": text}
+        if reasoning := self.reasoning_content or self.reasoning:
+            found["reasoning"] = reasoning
+        if self.tool_calls:
+            found["tool_calls"] = [call.plain for call in self.tool_calls]
+        if self.tool_call_id:
+            found["tool_call_id"] = self.tool_call_id
+        if self.name:
+            found["name"] = self.name
+        return found
 
 
-class StreamOptions(_Strict):
+class StreamOptions(Strict):
     include_usage: bool = False
     include_obfuscation: Literal[False] | None = None
 
 
-class PlainText(_Strict):
+class PlainText(Strict):
     type: Literal["text"]
 
 
-class Sampling(_Strict):
+class Sampling(Strict):
     """What both kinds of request say about the answer. The last block is accepted where it changes nothing."""
 
     model: str
@@ -124,14 +146,47 @@ class ChatRequest(Sampling):
     logprobs: Literal[False] | None = None
     response_format: PlainText | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=0)] | None = None
-    tools: Annotated[list[Any], Field(max_length=0)] | None = None
-    tool_choice: Literal["none", "auto"] | None = None  # of no tools
+    tools: Annotated[list[Tool], Field(max_length=MOST_TOOLS)] | None = None
+    tool_choice: Literal["none", "auto"] | None = None
     parallel_tool_calls: bool | None = None
+    chat_template_kwargs: TemplateSwitches | None = None
     functions: Annotated[list[Any], Field(max_length=0)] | None = None
     function_call: Literal["none", "auto"] | None = None
     modalities: list[Literal["text"]] | None = None
     metadata: Annotated[dict[str, str], Field(max_length=0)] | None = None
     store: Literal[False] | None = None
+
+    @model_validator(mode="after")
+    def _tools_fit_together(self) -> ChatRequest:
+        names = [one.function.name for one in self.tools or ()]
+        if len(set(names)) < len(names):
+            raise PydanticCustomError("tools", "tools: two functions have one name")
+        if self.parallel_tool_calls is False and self.offered:
+            raise PydanticCustomError(
+                "tools", "parallel_tool_calls: how many tools are called at once is the model's choice"
+            )
+        known: set[str] = set()
+        for number, message in enumerate(self.messages):
+            known.update(call.id for call in message.tool_calls or ())
+            if message.tool_call_id and message.tool_call_id not in known:
+                raise PydanticCustomError(
+                    "tools", f"messages.{number}.tool_call_id: no call before it has this id"
+                )
+        return self
+
+    @property
+    def offered(self) -> tuple[dict[str, Any], ...]:
+        """The tools that may be called."""
+        return () if self.tool_choice == "none" else tuple(one.plain for one in self.tools or ())
+
+    @property
+    def thinking(self) -> Thinking | None:
+        """Whether reasoning is asked for; None where nothing is said about it."""
+        switches = self.chat_template_kwargs
+        try:
+            return switches.chosen if switches else None
+        except ValueError as problem:
+            raise Refused(str(problem), "chat_template_kwargs") from None
 
     @property
     def longest(self) -> int | None:
@@ -142,6 +197,9 @@ class ChatRequest(Sampling):
 
 class CompletionRequest(Sampling):
     prompt: Text | Annotated[list[Text], Field(min_length=1, max_length=1)]
+    offered: ClassVar[tuple[dict[str, Any], ...]] = ()
+    thinking: ClassVar[Thinking | None] = None
+
     best_of: Literal[1] | None = None
     echo: Literal[False] | None = None
     logprobs: None = None

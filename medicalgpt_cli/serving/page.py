@@ -14,7 +14,7 @@ from fastapi.staticfiles import StaticFiles
 
 from medicalgpt_cli.serving import emergency, page_texts
 from medicalgpt_cli.serving.feedback import FeedbackFile
-from medicalgpt_cli.serving.turns import Turn, chosen_sampling, exact, plain, with_system
+from medicalgpt_cli.serving.turns import Turn, chosen_sampling, drawn, exact, place_of, plain, with_system
 from medicalgpt_cli.settings.stages import ServeSettings
 
 _STATIC = Path(__file__).with_name("static")
@@ -184,13 +184,13 @@ class _Page:
                 yield update
 
         async def retry(picked: Any, request: Any, *values: Any) -> AsyncIterator[tuple]:
-            history = exact(*values[:2])
-            question = history[picked.index]["content"]
-            async for update in self._turn(request, question, history[: picked.index], values[3] + 1, values):
+            history, place = exact(*values[:2]), place_of(values[0], picked.index)
+            question = history[place]["content"]
+            async for update in self._turn(request, question, history[:place], values[3] + 1, values):
                 yield update
 
         async def edit(picked: Any, request: Any, *values: Any) -> AsyncIterator[tuple]:
-            history = exact(*values[:2])[: picked.index]
+            history = exact(*values[:2])[: place_of(values[0], picked.index)]
             async for update in self._turn(request, str(picked.value), history, 0, values):
                 yield update
 
@@ -239,10 +239,11 @@ class _Page:
         alert = emergency.banner(question)
 
         def page(running: bool) -> tuple:
-            shown = [*asked, {"role": "assistant", "content": turn.texts[0]}] if turn.texts[0] else asked
-            beside = [*aside, {"role": "assistant", "content": turn.texts[-1]}] if both else []
+            said = [*asked, *turn.answer(0)]
+            shown = drawn(said, running=running)
+            beside = drawn([*aside, *turn.answer(-1)], running=running) if both else []
             box = gr.update(submit_btn=not running, stop_btn=running, **({"value": ""} if running else {}))
-            kept = gr.update() if running else _kept(with_system(shown, system))
+            kept = gr.update() if running else _kept(with_system(said, system))
             votes = gr.update(visible=both and not running and self.feedback is not None)
             return box, shown, beside, alert, turn.status, kept, tries, votes
 
@@ -272,7 +273,7 @@ class _Page:
 
         def thumb(picked: Any, request: Any, history: list[Any], kept: str, system: str) -> str:
             said = exact(history, kept)
-            place = picked.index if isinstance(picked.index, int) else picked.index[0]
+            place = place_of(history, picked.index if isinstance(picked.index, int) else picked.index[0])
             if not 0 < place < len(said) or picked.liked not in (True, False):
                 return ""
             prompt = with_system(said[:place], system)
@@ -315,4 +316,6 @@ class _Page:
 
 def _kept(messages: list[Any]) -> str:
     """The conversation as `medgpt chat --load` and `medgpt sft` read it."""
-    return json.dumps({"messages": messages}, ensure_ascii=False)
+    from medicalgpt_cli.engine.generation.wire import conversation_to_wire
+
+    return json.dumps({"messages": conversation_to_wire(messages)}, ensure_ascii=False)

@@ -37,6 +37,7 @@ EXAMPLES = (
     "感冒发烧39度怎么办？",
     "高血压患者日常要注意什么？",
 )
+THOUGHTS = "Thoughts 思考过程"
 THANKS = "Thank you: saved as a preference. 谢谢，已保存。"
 NOTED = "Noted. A pair is saved once another answer to this question gets the other thumb. 已记录。"
 BUSY = "The server is busy: try again in a moment. 服务器繁忙，请稍后再试。"

@@ -9,18 +9,19 @@ import time
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
-from medicalgpt_cli.engine.data.formats import Message
+from medicalgpt_cli.engine.data.messages import Message
 from medicalgpt_cli.errors import UsageError
 from medicalgpt_cli.serving import page_texts
-from medicalgpt_cli.serving.answers import Answers, Listening
+from medicalgpt_cli.serving.answers import Answers, Asked, Listening
 from medicalgpt_cli.settings.groups import SamplingSettings
 
 _DRAWN_EVERY = 0.08  # seconds between two updates of the page
 
 
 def plain(history: Sequence[Any] | None) -> list[Message]:
-    """What gradio's chatbot holds as messages; only text of the two who speak."""
+    """What gradio's chatbot holds as messages; only text of the two who speak, thoughts with the answer behind them."""
     found: list[Message] = []
+    thoughts = ""
     for one in history or []:
         role, content = one.get("role"), one.get("content")
         if role not in ("user", "assistant"):
@@ -31,8 +32,45 @@ def plain(history: Sequence[Any] | None) -> list[Message]:
                 for part in content
                 if isinstance(part, dict) and isinstance(part.get("text"), str)
             )
-        found.append({"role": role, "content": content if isinstance(content, str) else ""})
+        content = content if isinstance(content, str) else ""
+        if is_thought(one):
+            thoughts = content
+            continue
+        said: Message = {"role": role, "content": content}
+        kept = one.get("reasoning_content")
+        thoughts = kept if isinstance(kept, str) else thoughts
+        if role == "assistant" and thoughts:
+            said["reasoning"] = thoughts
+        found.append(said)
+        thoughts = ""
     return found
+
+
+def is_thought(shown: Any) -> bool:
+    """Whether a message of the chatbot is a folded block of thoughts."""
+    return isinstance(shown.get("metadata"), dict) and bool(shown["metadata"].get("title"))
+
+
+def drawn(messages: Sequence[Message], *, running: bool = False) -> list[dict[str, Any]]:
+    """Messages as the chatbot shows them: thoughts are a folded block of their own in front of their answer.
+
+    Args:
+        running: the last answer is still being written.
+    """
+    found: list[dict[str, Any]] = []
+    for number, message in enumerate(messages, 1):
+        if message.get("reasoning"):
+            still = running and number == len(messages) and not message["content"]
+            about = {"title": page_texts.THOUGHTS, "status": "pending" if still else "done"}
+            found.append({"role": "assistant", "content": message["reasoning"], "metadata": about})
+        if message["content"] or not message.get("reasoning"):
+            found.append({"role": message["role"], "content": message["content"]})
+    return found
+
+
+def place_of(history: Sequence[Any], index: int) -> int:
+    """Which message of the conversation the chatbot's message of this number is."""
+    return sum(not is_thought(one) for one in history[:index])
 
 
 def exact(history: Sequence[Any] | None, kept: str) -> list[Message]:
@@ -58,11 +96,12 @@ def chosen_sampling(defaults: SamplingSettings, **chosen: Any) -> SamplingSettin
 
 
 class Turn:
-    """The answers to one question. `texts` and `status` change while `progress` runs."""
+    """The answers to one question. `texts`, `thoughts` and `status` change while `progress` runs."""
 
     def __init__(self, answers: Answers, models: Sequence[str]):
         self.answers, self.models = answers, list(models)
         self.texts = [""] * len(self.models)
+        self.thoughts = [""] * len(self.models)
         self.status = ""
 
     async def progress(
@@ -78,15 +117,21 @@ class Turn:
             for model in self.models:
                 heard.append(
                     await self.answers.ask(
-                        messages, sampling, client=client, page=page, model=model, fit=True, number=number
+                        Asked(messages),
+                        sampling,
+                        client=client,
+                        page=page,
+                        model=model,
+                        fit=True,
+                        number=number,
                     )
                 )
             tasks = {asyncio.create_task(self._follow(place, one)) for place, one in enumerate(heard)}
             left = tasks
             while left:
-                before = list(self.texts)
+                before = [*self.texts, *self.thoughts]
                 _, left = await asyncio.wait(left, timeout=_DRAWN_EVERY)
-                if self.texts != before:
+                if [*self.texts, *self.thoughts] != before:
                     yield
             self.status = _told(heard, time.monotonic() - began)
         except Busy:
@@ -104,8 +149,19 @@ class Turn:
         yield
 
     async def _follow(self, place: int, listening: Listening) -> None:
-        async for piece in listening.pieces():
-            self.texts[place] += piece or ""
+        async for deltas in listening.deltas():
+            for delta in deltas or ():
+                if delta.kind == "reasoning":
+                    self.thoughts[place] += delta.text
+                else:
+                    self.texts[place] += delta.text
+
+    def answer(self, place: int) -> list[Message]:
+        """What was said so far, as a message; nothing where nothing was."""
+        said: Message = {"role": "assistant", "content": self.texts[place]}
+        if self.thoughts[place]:
+            said["reasoning"] = self.thoughts[place]
+        return [said] if said["content"] or "reasoning" in said else []
 
 
 def _told(heard: Sequence[Listening], seconds: float) -> str:

@@ -196,17 +196,63 @@ class AdapterSettings(Settings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataSettings(Settings):
+class ReadingSettings(Settings):
+    """How files are read where they do not say it themselves."""
+
+    panel: ClassVar[str] = "Data"
+
+    columns: tuple[str, ...] = opt(
+        (),
+        "Which columns of a table or keys of a record are meant by the keys that medgpt reads: "
+        "question=患者问题,answer=医生回答.",
+        metavar="KEY=NAME,…",
+    )
+    sheet: str | None = opt(
+        None,
+        "Name or number of the sheet of a workbook; the first with data where not given.",
+        metavar="NAME",
+    )
+    encoding: str | None = opt(
+        None,
+        "Encoding of all text, JSON and .csv files; UTF-8, GB18030 or UTF-16 as found where not given.",
+        metavar="NAME",
+    )
+    strict: bool = opt(False, "Refuse data with a key that nothing is made of.")
+    ignore: tuple[str, ...] = opt(
+        (), "A key that is not needed, and is left out whatever it holds; can be repeated.", metavar="KEY"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class GroupSettings(Settings):
+    """Which records belong together."""
+
+    panel: ClassVar[str] = "Data"
+
+    group: str | None = opt(
+        None,
+        "The key whose value says which records belong together (a patient, a document): "
+        "all of a group stand on one side of a split.",
+        metavar="KEY",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSettings(ReadingSettings):
     panel: ClassVar[str] = "Data"
 
     train_data: tuple[str, ...] = opt(
-        (), "A file, folder or hub data set to learn from; can be repeated.", metavar="PATH"
+        (),
+        "A file, folder or hub data set to learn from; can be repeated. FILE:0.7 gives it the weight 0.7.",
+        metavar="PATH",
     )
     eval_data: tuple[str, ...] = opt((), "Held-out data to measure on; can be repeated.", metavar="PATH")
     eval_fraction: float = opt(
         0.05, "Share of the training data held out where no --eval-data is given.", min=0, max=0.5
     )
-    max_samples: int | None = opt(None, "Use at most this many training records (the first ones).", min=1)
+    max_samples: int | None = opt(
+        None, "Use at most this many training records: the first of each file, shared over the files.", min=1
+    )
 
     def check(self) -> None:
         super().check()
@@ -357,7 +403,20 @@ class RunSettings(MemorySettings, OutputSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SamplingSettings(Settings):
+class ThinkingSettings(Settings):
+    """Whether a model that can reason in front of its answer is asked to."""
+
+    panel: ClassVar[str] = "Answers"
+
+    thinking: str = opt(
+        "auto",
+        "Reasoning in front of an answer, where the chat template has a switch; auto is its default.",
+        choices=("auto", "on", "off"),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingSettings(ThinkingSettings):
     panel: ClassVar[str] = "Answers"
 
     max_new_tokens: int = opt(512, "Longest answer in tokens.", min=1)

@@ -16,6 +16,7 @@ from medicalgpt_cli.settings.groups import (
     DeviceSettings,
     EndpointSettings,
     ExampleSettings,
+    GroupSettings,
     MemorySettings,
     ModelSettings,
     NamedModelSettings,
@@ -23,9 +24,11 @@ from medicalgpt_cli.settings.groups import (
     OtherBaseSettings,
     OutputSettings,
     QuantizationSettings,
+    ReadingSettings,
     RewardModelSettings,
     RunSettings,
     SpeedSettings,
+    ThinkingSettings,
 )
 
 
@@ -132,7 +135,7 @@ class PretrainSettings(CorpusSettings, SpeedSettings, TrainSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class VocabularySettings(OutputSettings, CorpusSettings, ModelSettings):
+class VocabularySettings(OutputSettings, CorpusSettings, ReadingSettings, ModelSettings):
     """Widen a model's vocabulary with the words of a corpus."""
 
     panel: ClassVar[str] = "Vocabulary"
@@ -183,7 +186,7 @@ class VocabularySettings(OutputSettings, CorpusSettings, ModelSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SftSettings(ExampleSettings, SpeedSettings, TrainSettings):
+class SftSettings(ExampleSettings, ThinkingSettings, GroupSettings, SpeedSettings, TrainSettings):
     """Instruction tuning, single- and multi-turn."""
 
     panel: ClassVar[str] = "Instruction tuning"
@@ -193,7 +196,7 @@ class SftSettings(ExampleSettings, SpeedSettings, TrainSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class RewardSettings(ExampleSettings, SpeedSettings, TrainSettings):
+class RewardSettings(ExampleSettings, GroupSettings, SpeedSettings, TrainSettings):
     """A reward model from pairs of answers."""
 
     panel: ClassVar[str] = "Reward model"
@@ -221,7 +224,7 @@ class RewardSettings(ExampleSettings, SpeedSettings, TrainSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class RlSettings(RewardModelSettings, TrainSettings):
+class RlSettings(RewardModelSettings, ThinkingSettings, GroupSettings, TrainSettings):
     """Reinforcement learning: PPO, RLOO or GRPO against a reward model, rules, or both."""
 
     panel: ClassVar[str] = "Reinforcement learning"
@@ -432,7 +435,12 @@ def _is_number(text: str) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class ScoreSettings(
-    OutputSettings, RewardModelSettings, OtherBaseSettings, QuantizationSettings, MemorySettings
+    OutputSettings,
+    ReadingSettings,
+    RewardModelSettings,
+    OtherBaseSettings,
+    QuantizationSettings,
+    MemorySettings,
 ):
     """Score answers with a reward model."""
 
@@ -484,7 +492,7 @@ def _check_size(shard_size: str) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class InferSettings(OutputSettings, EndpointSettings):
+class InferSettings(OutputSettings, ReadingSettings, EndpointSettings):
     """Answer a file of questions."""
 
     panel: ClassVar[str] = "Questions"
@@ -622,22 +630,52 @@ class ServeSettings(OutputSettings, EndpointSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class InspectDataSettings(OutputSettings, NamedModelSettings):
-    """Look at data files: format, counts, token lengths, loss mask."""
+class InspectDataSettings(
+    OutputSettings, GroupSettings, CorpusSettings, ReadingSettings, ThinkingSettings, NamedModelSettings
+):
+    """Look at data files: format, keys, mistakes, duplicates, token lengths, loss mask; write them clean."""
 
     panel: ClassVar[str] = "Data"
 
     files: tuple[str, ...] = opt((), "Files, folders or hub data sets.", argument=True, metavar="PATH…")
     max_length: int = opt(1024, "Longest example in tokens: what would be cut is counted.", min=8)
     example: int = opt(1, "Which record to show with its loss mask; 0 shows none.", min=0)
+    margin_column: str | None = opt(
+        None,
+        "The column with how much better the chosen answer is, as in `medgpt reward`.",
+        metavar="NAME",
+    )
+    output: Path | None = opt(
+        None,
+        "Write the records to this new .jsonl file, in the schema of docs/data-formats.md. It holds their whole text.",
+        metavar="FILE",
+    )
+    split: str | None = opt(
+        None,
+        "Write two files, for training and held out (FILE.train.jsonl, FILE.eval.jsonl), split by question.",
+        metavar="0.9/0.1",
+    )
+    deduplicate: bool = opt(False, "Write only the first of records that say the same, or nearly the same.")
+    seed: int = opt(42, "Seed of --split.", min=0)
 
     def check(self) -> None:
         super().check()
         if not self.files:
             raise UsageError("no file is named", "for example: medgpt data train.jsonl")
+        for name in ("split", "deduplicate", "seed"):
+            if self.output is None and self.chosen(name):
+                raise UsageError(
+                    f"{flag_of(name)} is about the file that is written", "name it: --output clean.jsonl"
+                )
+        if self.split is None and self.chosen("seed"):
+            raise UsageError("--seed is the seed of --split", "leave it out, or add --split 0.9/0.1")
         if self.template and not (self.base_model or self.lora_model or self.tokenizer_path):
             raise UsageError(
                 "--template goes with a tokenizer", "add --base-model NAME or --tokenizer-path DIR"
+            )
+        if self.thinking != "auto" and not (self.base_model or self.lora_model or self.tokenizer_path):
+            raise UsageError(
+                "--thinking goes with a tokenizer", "add --base-model NAME or --tokenizer-path DIR"
             )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import signal
 import sys
 from collections.abc import Iterator
@@ -16,14 +17,28 @@ from medicalgpt_cli.settings.stages import ChatSettings, InferSettings
 from medicalgpt_cli.terminal.console import messages, print_error
 
 if TYPE_CHECKING:
-    from medicalgpt_cli.engine.generation.conversation import Conversation
+    from medicalgpt_cli.engine.data.tools import Delta
+    from medicalgpt_cli.engine.generation.conversation import Conversation, Deltas
 
 _HELP = """\
 /system TEXT   set the system prompt (no text: remove it)     /reset        begin anew
 /save FILE     write the conversation as JSON                 /load FILE    take one up again
 /retry         another answer to the last question            /multi        a question of several lines
+/thoughts      what was thought before the last answer        /result TEXT  what the called tool gave
 /help          this list                                      /exit         leave (also Ctrl-D)
 Ctrl-C stops an answer. A line that begins with // is a question that begins with /."""
+_COMMANDS = (
+    "/system",
+    "/reset",
+    "/save",
+    "/load",
+    "/retry",
+    "/multi",
+    "/thoughts",
+    "/result",
+    "/help",
+    "/exit",
+)
 
 
 def chat(settings: ChatSettings, observer: Observer) -> None:
@@ -32,7 +47,7 @@ def chat(settings: ChatSettings, observer: Observer) -> None:
 
     conversation = Conversation.open(settings, observer)
     if settings.load:
-        conversation.load(settings.load)
+        _taken_up(conversation, settings.load)
     if _at_terminal():
         _dim(f"{conversation.label} · /help for commands · Ctrl-D to leave")
     lines = _lines("› ")
@@ -78,15 +93,21 @@ def _handle(conversation: Conversation, line: str, lines: Iterator[str]) -> bool
             _dim("there is no question to answer again")
         else:
             _answer(conversation, pieces)
+    elif word == "/thoughts":
+        _dim(_harmless(conversation.thoughts) or "nothing was thought before the last answer")
+    elif word == "/result":
+        pieces = conversation.give_result(rest)
+        if pieces is None:
+            _show_calls(conversation)
+        else:
+            _answer(conversation, pieces)
     elif word == "/multi":
         _dim("end with an empty line")
         _ask(conversation, "\n".join(_until_blank(lines)))
     else:
         from medicalgpt_cli.settings.fields import did_you_mean
 
-        near = did_you_mean(
-            word, ("/system", "/reset", "/save", "/load", "/retry", "/multi", "/help", "/exit")
-        )
+        near = did_you_mean(word, _COMMANDS)
         _dim(f"unknown command {word}" + (f"; did you mean {near}?" if near else "; /help lists them"))
     return False
 
@@ -98,8 +119,24 @@ def _file(conversation: Conversation, word: str, name: str) -> None:
         conversation.save(Path(name).expanduser())
         _dim(f"saved to {name}")
     else:
-        conversation.load(Path(name).expanduser())
+        _taken_up(conversation, Path(name).expanduser())
         _dim(f"{len(conversation.turns)} messages taken up from {name}")
+
+
+def _taken_up(conversation: Conversation, path: Path) -> None:
+    for line in conversation.load(path):
+        _dim(line)
+    if conversation.tools:
+        _dim(f"with tools that may be called: {', '.join(one['name'] for one in conversation.tools)}")
+    _show_calls(conversation)
+
+
+def _show_calls(conversation: Conversation) -> None:
+    """The calls that wait for a result."""
+    for number, call in enumerate(conversation.open_calls):
+        arguments = json.dumps(call["arguments"], ensure_ascii=False)
+        word = " · /result TEXT says what it gave" if number == 0 else ""
+        _dim(_harmless(f"→ {call['name']}({arguments}){word}"))
 
 
 def _ask(conversation: Conversation, question: str) -> None:
@@ -107,8 +144,37 @@ def _ask(conversation: Conversation, question: str) -> None:
         _answer(conversation, conversation.ask(question))
 
 
-def _answer(conversation: Conversation, pieces: Iterator[str]) -> None:
+class _Thoughts:
+    """A line in place of what is thought before an answer: that it goes on, then how long it was."""
+
+    def __init__(self) -> None:
+        self.tokens, self._began, self._over = 0, False, False
+        self._live = messages().is_terminal
+
+    def add(self, deltas: list[Delta]) -> None:
+        """The deltas of one token; up to the first that is no thought they count as thought."""
+        if any(one.kind != "reasoning" for one in deltas):
+            self.end()
+        if self._over:
+            return
+        self.tokens += 1
+        if deltas and not self._began:
+            self._began = True
+            if self._live:
+                messages().print("thinking …", style="dim", end="")
+
+    def end(self) -> None:
+        if self._began and not self._over:
+            if self._live:
+                messages().file.write("\r\x1b[2K")
+            _dim(f"thought · {self.tokens} tokens · /thoughts shows them")
+        self._over = True
+
+
+def _answer(conversation: Conversation, pieces: Deltas) -> None:
     """Print an answer as it comes, then what it took. Ctrl-C ends the answer and keeps what was said."""
+    from medicalgpt_cli.engine.generation.answer_reader import content_of
+
     stopped = False
     show = _harmless if sys.stdout.isatty() else str
 
@@ -116,18 +182,22 @@ def _answer(conversation: Conversation, pieces: Iterator[str]) -> None:
         nonlocal stopped
         stopped = True
 
+    thoughts = _Thoughts()
     before = signal.signal(signal.SIGINT, stop)
     try:
-        for piece in pieces:
-            sys.stdout.write(show(piece))
+        for deltas in pieces:
+            thoughts.add(deltas)
+            sys.stdout.write(show(content_of(deltas)))
             sys.stdout.flush()
             if stopped:
                 break
     finally:
         pieces.close()
+        thoughts.end()
         signal.signal(signal.SIGINT, before)
         sys.stdout.write("\n")
         sys.stdout.flush()
+    _show_calls(conversation)
     if conversation.dropped:
         _dim(f"the context is full: the oldest {conversation.dropped} messages were left out")
     last = conversation.last

@@ -299,10 +299,8 @@ def data_lines(report: Mapping[str, Any]) -> list[str]:
         )
         lines.extend(f"· {number:,} {kind}: {reason}" for kind, reason, number, _ in part.reasons)
         lines.extend(f"· {notice}" for notice in part.notices)
-    for name, documents, tokens, share, passes in source_rows(report):
-        lines.append(
-            f"{name}: {documents} documents · {tokens} tokens · {share} of an epoch, {passes} passes over it"
-        )
+    for name, size, tokens, share, passes in source_rows(report):
+        lines.append(f"{name}: {size} · {tokens} tokens · {share} of an epoch, {passes} passes over it")
     if report.get("end_of_text"):
         lines.append(f"documents end with {report['end_of_text']}")
     return lines

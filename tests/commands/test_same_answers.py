@@ -1,4 +1,4 @@
-"""Adapter and merged model, `infer` and `chat`: the same question gives the same greedy answer."""
+"""Adapter and merged model, `infer`, `chat` and the API: the same question gives the same greedy answer."""
 
 from __future__ import annotations
 
@@ -7,8 +7,14 @@ from pathlib import Path
 
 import pytest
 
+from medicalgpt_cli.engine.data.tool_messages import as_functions
+from medicalgpt_cli.engine.generation.conversation import Conversation
+from medicalgpt_cli.engine.observer import Observer
+from medicalgpt_cli.settings.stages import ChatSettings
 from tests.cli import medgpt
-from tests.tiny import tiny_model, write_jsonl
+from tests.serving.running import running
+from tests.talker import CALL, QUESTION, RESULT, TOOLS, talker
+from tests.tiny import text, tiny_model, write_jsonl
 
 
 def answers(place: Path, flags: tuple[str, ...], questions: Path, name: str, tokens: int) -> list[str]:
@@ -115,3 +121,53 @@ def test_fifty_real_questions(real_model: Path, full_data: Path, tmp_path: Path)
     questions = tmp_path / "q.txt"
     questions.write_text("".join(json.loads(line)["question"] + "\n" for line in lines), encoding="utf-8")
     check(tmp_path, real_model, tmp_path / "run", questions, 64)
+
+
+def test_thoughts_and_calls_are_the_same_everywhere(tmp_path: Path) -> None:
+    """A record with tools and reasoning in `infer`, `chat` and the API: the same tokens, taken apart the same way."""
+    folder = talker(tmp_path / "model", "qwen3")
+    tools = as_functions(TOOLS)
+    call = {"id": "c1", "type": "function", "function": {
+        "name": "dose", "arguments": json.dumps(CALL["tool_calls"][0]["arguments"])}}  # fmt: skip
+    called = {
+        "role": "assistant",
+        "content": None,
+        "reasoning_content": CALL["reasoning"],
+        "tool_calls": [call],
+    }
+    result = {"role": "tool", "tool_call_id": "c1", "content": RESULT["content"]}
+    asked = [[QUESTION], [QUESTION, called, result]]
+    write_jsonl(tmp_path / "in.jsonl", [{"messages": one, "tools": tools} for one in asked])
+    done = medgpt(
+        *("infer", "--base-model", folder, "--data-file", "in.jsonl", "--predictions-file", "out.jsonl"),
+        *("--max-new-tokens", 120, "--dtype", "fp32", "--use-cpu"),
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    with running(folder, max_new_tokens=120) as server, server.client() as client:
+        for row, messages in zip(rows, asked, strict=True):
+            body = {"model": "model", "messages": messages, "tools": tools}
+            reply = client.post("/v1/chat/completions", json=body).json()
+            choice = reply["choices"][0]
+            message = choice["message"]
+            assert (message["content"] or "") == row["output"]
+            assert message["reasoning_content"] == row["reasoning_content"]
+            assert [one["function"] for one in message.get("tool_calls", ())] == [
+                one["function"] for one in row.get("tool_calls", ())
+            ]
+            assert choice["finish_reason"] == row["finish_reason"]
+            assert reply["usage"]["completion_tokens"] == row["completion_tokens"]
+            assert reply["usage"]["prompt_tokens"] == row["prompt_tokens"]
+    settings = ChatSettings(base_model=str(folder), max_new_tokens=120, dtype="fp32", use_cpu=True)
+    conversation = Conversation.open(settings, Observer())
+    conversation.tools = TOOLS
+    first = text(conversation.ask(QUESTION["content"])), conversation.turns[-1], conversation.last
+    second = text(conversation.give_result(RESULT["content"])), conversation.turns[-1], conversation.last
+    for row, (said, turn, last) in zip(rows, (first, second), strict=True):
+        assert (said, turn["reasoning"]) == (row["output"], row["reasoning_content"])
+        assert (last.completion_tokens, last.prompt_tokens) == (
+            row["completion_tokens"],
+            row["prompt_tokens"],
+        )
+    assert first[1]["tool_calls"][0]["arguments"] == CALL["tool_calls"][0]["arguments"]

@@ -22,7 +22,7 @@ from medicalgpt_cli.settings.groups import SamplingSettings
 from medicalgpt_cli.settings.stages import ChatSettings, InferSettings, ServeSettings
 from tests.serving.running import free_port, running
 from tests.serving.test_api import QUESTIONS, asked
-from tests.tiny import tiny_model
+from tests.tiny import text, tiny_model
 
 SECRET = "a-secret-of-ana-1"
 
@@ -66,14 +66,14 @@ def test_chat_streams_and_remembers(server, folder):
     there = Conversation.open(ChatSettings(endpoint=f"{server.url}/v1/", **shared), Observer())
     here = Conversation.open(ChatSettings(base_model=str(folder), use_cpu=True, **shared), Observer())
     for question in QUESTIONS:
-        assert "".join(there.ask(question)) == "".join(here.ask(question))
+        assert text(there.ask(question)) == text(here.ask(question))
         assert there.last.completion_tokens == here.last.completion_tokens
-    assert "".join(there.retry()) == "".join(here.retry())
+    assert text(there.retry()) == text(here.retry())
     stopped = there.ask("Why?")
     next(stopped)
     stopped.close()
     with pytest.raises(UsageError, match="refuses the request"):
-        "".join(there.ask("very " * 3000))
+        text(there.ask("very " * 3000))
 
 
 def test_serve_demo_in_front_of_another_server(server, folder):
@@ -122,7 +122,7 @@ def test_what_is_wrong_is_said(server, tmp_path):
         ({"endpoint": server.url, "endpoint_model": "gpt"}, "not this model"),
     ):
         with pytest.raises(UsageError, match=word):
-            "".join(Conversation.open(ChatSettings(**settings), Observer()).ask("Why?"))
+            text(Conversation.open(ChatSettings(**settings), Observer()).ask("Why?"))
     with pytest.raises(UsageError, match="not this model"):
         infer(tmp_path, "no", endpoint=server.url, endpoint_model="gpt")
     with pytest.raises(EnvironmentFailure, match="cannot be reached"):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from medicalgpt_cli.engine.data.formats import Counts
+from medicalgpt_cli.engine.data.counts import Counts
 from medicalgpt_cli.engine.data.preferences import load_pairs
 from medicalgpt_cli.engine.observer import Observer
 from medicalgpt_cli.errors import UsageError

@@ -10,14 +10,14 @@ from pathlib import Path
 
 import pytest
 
-from medicalgpt_cli.engine.data.formats import Counts
+from medicalgpt_cli.engine.data.counts import Counts
 from medicalgpt_cli.engine.data.preferences import load_pairs
 from medicalgpt_cli.engine.generation.conversation import Conversation
 from medicalgpt_cli.engine.observer import Observer
 from medicalgpt_cli.settings.stages import ChatSettings
 from tests.serving.running import running
 from tests.serving.test_api import until
-from tests.tiny import tiny_model
+from tests.tiny import text, tiny_model
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs chromium (apt install chromium)")
@@ -156,7 +156,7 @@ def test_it_answers_as_the_command_line_and_remembers(page, server, tmp_path):
     page.shorten()
     for question in ("What is fever?", "Why?"):
         page.ask(question)
-        assert page.answers()[-1] == "".join(conversation.ask(question))
+        assert page.answers()[-1] == text(conversation.ask(question))
     assert page.kept == conversation.messages
     assert "24 tokens" in page.page.inner_text("#medgpt-status")
     with page.page.expect_download() as download:
@@ -176,7 +176,7 @@ def test_it_answers_as_the_command_line_and_remembers(page, server, tmp_path):
     page.page.locator("#medgpt-chat button[aria-label=Submit]").first.click()
     page.wait_for("What is anaemia?")
     conversation.reset()
-    "".join(conversation.ask("What is anaemia?"))
+    text(conversation.ask("What is anaemia?"))
     assert page.kept == conversation.messages
 
     page.page.click("#medgpt-clear")

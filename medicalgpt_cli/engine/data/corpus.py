@@ -18,7 +18,6 @@ import itertools
 import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,52 +25,25 @@ import numpy as np
 from filelock import FileLock
 from transformers import PreTrainedTokenizerBase
 
-from medicalgpt_cli.engine.data.formats import Counts, Document, iterate_texts
+from medicalgpt_cli.engine.data.counts import Counts
+from medicalgpt_cli.engine.data.formats import iterate_texts
 from medicalgpt_cli.engine.data.language import language_of
+from medicalgpt_cli.engine.data.messages import Document
+from medicalgpt_cli.engine.data.mixing import Source
 from medicalgpt_cli.engine.data.readers import HubDataset, expand_sources
 from medicalgpt_cli.engine.data.rendering import document_marks, encode_texts
+from medicalgpt_cli.engine.data.splitting import held_out, mixed
 from medicalgpt_cli.engine.model.tokenizer import fingerprint
 from medicalgpt_cli.engine.observer import Observer
 from medicalgpt_cli.engine.run import checkpoints
 from medicalgpt_cli.engine.run.files import PRIVATE, private_folder, remove_tree, sha256_file, staged
-from medicalgpt_cli.errors import DataError, UsageError
+from medicalgpt_cli.errors import DataError
 
-FORMAT = 1
+FORMAT = 2  # counts also how files are read: their encodings, sheets and documents
 LANGUAGES = ("zh", "en", "other")
 _DOCUMENT = np.dtype([("end", "<i8"), ("bytes", "<i8"), ("hash", "<u8"), ("language", "u1")])
 _BATCH_CHARACTERS = 1_000_000  # tokenised together: fast, and little memory
 _BATCH_DOCUMENTS = 256
-
-
-@dataclass(frozen=True)
-class Source:
-    """One `--train-data`: a file, folder or hub name, and its share where `:0.7` stands behind it."""
-
-    name: str
-    weight: float | None = None
-    replay: bool = False
-
-
-def parse_source(text: str, *, replay: bool = False) -> Source:
-    """`zh.jsonl:0.7` is zh.jsonl with the weight 0.7; a file of that very name comes first.
-
-    Raises:
-        UsageError: the weight is not above 0.
-    """
-    name, colon, number = text.rpartition(":")
-    if not colon or Path(text).exists():
-        return Source(text, None, replay)
-    try:
-        weight = float(number)
-    except ValueError:
-        return Source(text, None, replay)
-    if replay:
-        raise UsageError(
-            f"--replay-data {text}: a replay source has no weight", "--replay-share says how much is replayed"
-        )
-    if not 0 < weight < float("inf"):
-        raise UsageError(f"--train-data {text}: the weight has to be above 0", "for example zh.jsonl:0.7")
-    return Source(name, weight, replay)
 
 
 class Corpus:
@@ -103,18 +75,27 @@ class Corpus:
 
 
 def tokenise(
-    source: Source, tokenizer: PreTrainedTokenizerBase, text_unit: str, cache: Path, observer: Observer
+    source: Source,
+    tokenizer: PreTrainedTokenizerBase,
+    text_unit: str,
+    cache: Path,
+    observer: Observer,
+    rules: Counts | None = None,
 ) -> Corpus:
     """Open the corpus of a source, tokenising it if the cache does not have it yet.
+
+    Args:
+        rules: counts with the rules by which the source is read.
 
     Raises:
         DataError: a file is missing or broken, or holds no text.
     """
-    files, _ = expand_sources([source.name])
+    rules = rules or Counts()
+    files, _ = expand_sources([source.name], with_documents=True)
     tokens = cache / "tokens"
     private_folder(tokens)
     try:
-        folder = tokens / _key(files, tokenizer, text_unit)
+        folder = tokens / _key(files, tokenizer, text_unit, rules)
     except OSError as problem:
         raise DataError(
             f"{problem.strerror or type(problem).__name__}", "check the path", at=str(problem.filename)
@@ -129,7 +110,7 @@ def tokenise(
             remove_tree(folder)
         if not folder.is_dir():
             with staged(folder, PRIVATE) as new:
-                _write(new, source, tokenizer, text_unit, observer, folder.name)
+                _write(new, source, tokenizer, text_unit, observer, folder.name, rules)
         return Corpus(folder, source)
 
 
@@ -141,12 +122,19 @@ def _damage(folder: Path) -> str | None:
     return found
 
 
-def _key(files: Sequence[Path | HubDataset], tokenizer: PreTrainedTokenizerBase, text_unit: str) -> str:
+def _key(
+    files: Sequence[Path | HubDataset],
+    tokenizer: PreTrainedTokenizerBase,
+    text_unit: str,
+    rules: Counts,
+) -> str:
     content = [
         [str(file), sha256_file(file)] if isinstance(file, Path) else [file.name, file.split]
         for file in files
     ]
-    parts = [FORMAT, fingerprint(tokenizer), document_marks(tokenizer), text_unit, content]
+    reading = rules.reading
+    how = [reading.encoding, reading.sheet, reading.columns, rules.strict, sorted(rules.ignore)]
+    parts = [FORMAT, fingerprint(tokenizer), document_marks(tokenizer), text_unit, how, content]
     return hashlib.sha256(json.dumps(parts).encode("utf-8", "surrogateescape")).hexdigest()[:32]
 
 
@@ -157,8 +145,9 @@ def _write(
     text_unit: str,
     observer: Observer,
     key: str,
+    rules: Counts,
 ) -> None:
-    counts, languages, seen = Counts(), Counter(), hashlib.sha256()
+    counts, languages, seen = rules.fresh(), Counter(), hashlib.sha256()
     start, _, separate = document_marks(tokenizer)
     end = [document_marks(tokenizer)[1]] if separate else []
     dtype = np.dtype("<u2" if len(tokenizer) <= 2**16 else "<u4")
@@ -216,45 +205,11 @@ def _hash(text: str) -> int:
 
 
 def choose_held_out(corpus: Corpus, fraction: float, seed: int) -> np.ndarray:
-    """Which documents are held out: (documents,) of bool.
-
-    Copies of one text stay on one side, and the choice depends on texts and seed only, not on their order.
-    A fraction above 0 holds out at least one of two or more distinct texts.
-    """
-    distinct = np.unique(corpus.hashes)
-    count = min(max(round(len(distinct) * fraction), 1), len(distinct) - 1) if fraction > 0 else 0
-    chosen = distinct[np.argsort(_mixed(distinct, seed), kind="stable")[:count]]
-    return np.isin(corpus.hashes, chosen)
-
-
-def _mixed(hashes: np.ndarray, seed: int) -> np.ndarray:
-    """Another order of the hashes for each seed (the finaliser of SplitMix64, Steele and others 2014)."""
-    with np.errstate(over="ignore"):
-        mixed = hashes + np.uint64((0x9E3779B97F4A7C15 * (seed + 1)) % 2**64)
-        mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        return mixed ^ (mixed >> np.uint64(31))
+    """Which documents are held out: (documents,) of bool. Copies of one text stay on one side."""
+    return held_out(corpus.hashes, fraction, seed)
 
 
 def measured_order(corpus: Corpus, chosen: np.ndarray, seed: int) -> np.ndarray:
     """The numbers of the chosen documents in the order in which they are measured while tokens last."""
     numbers = np.flatnonzero(chosen)
-    return numbers[np.argsort(_mixed(corpus.hashes[numbers], seed + 1), kind="stable")]
-
-
-def check_weights(sources: Sequence[Source]) -> None:
-    """Either every source of `--train-data` has a weight, or none.
-
-    Raises:
-        UsageError: some have one.
-    """
-    ours = [source for source in sources if not source.replay]
-    without = [source.name for source in ours if source.weight is None]
-    if without and len(without) < len(ours):
-        raise UsageError(
-            f"--train-data {without[0]} has no weight", "give each source a weight, or none of them"
-        )
-    names = [source.name for source in sources]
-    doubled = next((name for name in names if names.count(name) > 1), None)
-    if doubled:
-        raise DataError(f"{doubled} is named twice", "name each source once; a weight repeats it: FILE:2")
+    return numbers[np.argsort(mixed(corpus.hashes[numbers], seed + 1), kind="stable")]

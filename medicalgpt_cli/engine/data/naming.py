@@ -14,12 +14,12 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from medicalgpt_cli.engine.data.known_keys import KEYS
-from medicalgpt_cli.engine.data.readers import read_rows
+from medicalgpt_cli.engine.data.known_keys import is_known
+from medicalgpt_cli.engine.data.readers import ReadOptions, read_again, read_as
 from medicalgpt_cli.errors import MedgptError
 
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]{0,31}|[\u4e00-\u9fff]{1,12}")
-_SHARE = 0.05  # of a file's records that have to hold a name
+SHARE = 0.05  # of a file's records that have to hold a name
 _COUNTED = 20_000  # records from the front of a file that are looked through
 _SHOWN = 8
 
@@ -34,7 +34,7 @@ def key_name(key: Any, place: int, at: str) -> str:
     Args:
         place: which key of its object it is, from 1. at: the record's file:line.
     """
-    return str(key) if key in KEYS or _may_be_named(key, at) else f"key {place}"
+    return str(key) if (isinstance(key, str) and is_known(key)) or _may_be_named(key, at) else f"key {place}"
 
 
 def keys_found(value: Mapping[str, Any], at: str) -> str:
@@ -56,17 +56,17 @@ def _may_be_named(word: Any, at: str) -> bool:
     if not path.is_file():  # a stream or a data set of the hub: nothing to count in
         return False
     status = path.stat()
-    counts, records = _names_in(path, status.st_size, status.st_mtime_ns)
-    return records > 0 and counts[word] >= _SHARE * records
+    counts, records = _names_in(path, read_as(path), status.st_size, status.st_mtime_ns)
+    return records > 0 and counts[word] >= SHARE * records
 
 
 @functools.lru_cache(maxsize=8)
-def _names_in(path: Path, _size: int, _changed: int) -> tuple[Counter[str], int]:
+def _names_in(path: Path, _reading: ReadOptions, _size: int, _changed: int) -> tuple[Counter[str], int]:
     """In how many records each key and role stands, and of how many: of those in front of what cannot be read."""
     counts: Counter[str] = Counter()
     records = 0
     try:
-        for row in itertools.islice(read_rows(path), _COUNTED):
+        for row in itertools.islice(read_again(path), _COUNTED):
             counts.update(set(_names_of(row.value)))
             records += 1
     except MedgptError:

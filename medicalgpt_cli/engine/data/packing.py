@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -12,6 +13,8 @@ from torch.utils.data import Dataset, Sampler
 
 from medicalgpt_cli.engine.data.corpus import LANGUAGES, Corpus
 from medicalgpt_cli.engine.data.examples import IGNORED
+from medicalgpt_cli.engine.data.mixing import Source, mix_rows, source_numbers
+from medicalgpt_cli.errors import DataError
 
 
 @dataclass(frozen=True)
@@ -169,6 +172,68 @@ def quotas(
         for index in general:
             found[index] = max(round(wanted * blocks[index] / size), 1)
     return found
+
+
+@dataclass(frozen=True)
+class Mix:
+    """What an epoch takes of each source.
+
+    rows: what each source has, and how much of it is taken (`mix_rows`).
+    """
+
+    sizes: list[int]
+    drawn: list[int]
+    rows: list[dict[str, Any]]
+
+    def __len__(self) -> int:
+        """Items that an epoch takes."""
+        return sum(self.drawn)
+
+    @property
+    def told(self) -> list[dict[str, Any]]:
+        """The rows that a report shows: none of a single source."""
+        return self.rows if len(self.rows) > 1 else []
+
+    def sampler(self, seed: int) -> MixingSampler | None:
+        """None where an epoch takes everything once, so that there is nothing to mix."""
+        return None if self.sizes == self.drawn else MixingSampler(self.sizes, self.drawn, seed)
+
+
+def mix(sources: Sequence[Source], sizes: list[int], tokens: Sequence[int], unit: str) -> Mix:
+    """How sources that have so many items are mixed, by their weights.
+
+    Raises:
+        DataError: nothing is left of a source that has a weight.
+    """
+    for source, size in zip(sources, sizes, strict=True):
+        if source.weight is not None and not size:
+            raise DataError(
+                f"{source.name}: nothing is left to train on, and it has a weight",
+                "`medgpt data` on it shows what was skipped and why",
+            )
+    drawn = quotas(sizes, [one.weight for one in sources], [False] * len(sources), 0.0)
+    return Mix(sizes, drawn, mix_rows(sources, sizes, tokens, drawn, unit))
+
+
+class _FromFile(Protocol):
+    @property
+    def source(self) -> str: ...
+
+
+def mixed_items(
+    sources: Sequence[Source], items: Sequence[_FromFile], tokens: Sequence[int], unit: str
+) -> Mix:
+    """The same of items that stand in the order of their sources, and name their files.
+
+    Args:
+        tokens: how many each item has.
+    """
+    numbers = source_numbers(sources)
+    sizes, sums = [0] * len(sources), [0] * len(sources)
+    for item, count in zip(items, tokens, strict=True):
+        sizes[numbers[item.source]] += 1
+        sums[numbers[item.source]] += count
+    return mix(sources, sizes, sums, unit)
 
 
 # -- held-out text -----------------------------------------------------------------------------------------

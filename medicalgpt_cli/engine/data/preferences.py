@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from medicalgpt_cli.engine.data.formats import (
-    Counts,
-    Message,
-    answer_keys,
-    detect_format,
-    join_same_role,
-    preference_prompt,
-    rows_of,
-    with_plain_answers,
-)
+from medicalgpt_cli.engine.data.calls import plain_call
+from medicalgpt_cli.engine.data.counts import Counts
+from medicalgpt_cli.engine.data.fields import Fields
+from medicalgpt_cli.engine.data.formats import join_same_role, read_all, why_nothing
+from medicalgpt_cli.engine.data.messages import Message
+from medicalgpt_cli.engine.data.naming import keys_found
 from medicalgpt_cli.engine.data.readers import Row
+from medicalgpt_cli.engine.data.records import Record, read_record
 from medicalgpt_cli.engine.observer import Observer
 from medicalgpt_cli.errors import DataError
 
@@ -33,6 +31,8 @@ class Pair:
     at: str  # file:line
     source: str
     id: str | None = None
+    tools: tuple[dict[str, Any], ...] = ()
+    group: str | None = None
 
 
 def load_pairs(
@@ -41,69 +41,89 @@ def load_pairs(
     observer: Observer,
     *,
     margin_column: str | None = None,
-    max_samples: int | None = None,
+    shares: Mapping[str, int] | None = None,
 ) -> list[Pair]:
     """Preference pairs of all sources in order; a pair from which nothing can be learnt is counted.
+
+    Args:
+        shares: how many are taken of each file (`read_all`).
 
     Raises:
         DataError: a row is no preference pair, or nothing is left.
     """
-    found: list[Pair] = []
-    for row in rows_of(sources, counts, observer):
-        if max_samples is not None and len(found) >= max_samples:
-            break
-        counts.read += 1
-        pair = _pair_of(row, counts, margin_column)
-        if pair is not None:
-            found.append(pair)
+
+    found = list(_pairs(sources, counts, observer, margin_column, shares=shares))
     if not found:
-        reasons = "; ".join(f"{number} skipped: {reason}" for reason, number in counts.skipped.most_common(3))
-        raise DataError(f"{', '.join(sources)}: no pair to learn from", reasons or "the files are empty")
+        raise DataError(f"{', '.join(sources)}: no pair to learn from", why_nothing(counts))
     return found
 
 
-def _pair_of(row: Row, counts: Counts, margin_column: str | None) -> Pair | None:
-    value, at = row.value, row.at
-    if detect_format(value, at) != "preference":
-        answer_keys(value if isinstance(value, dict) else {}, at)  # says what is missing
-    better, worse = answer_keys(value, at)
-    value = with_plain_answers(value, at)
-    counts.formats.setdefault(row.path, "preference")
-    answers = []
-    for name in (better, worse):
-        text = value[name]
-        if text is None or (isinstance(text, str) and not text.strip()):
-            counts.add_skip("an empty answer", at)
-            return None
-        if not isinstance(text, str):
-            raise DataError(f"{name} is not text", "mend or remove this record", at=at)
-        answers.append(text)
-    messages = join_same_role(preference_prompt(value, at), at, counts)
+def usable_pairs(name: str, most: int, rules: Counts, margin_column: str | None) -> int:
+    """How many pairs a file has, counted up to a number. `rules`: counts with the rules by which it is read."""
+    return sum(1 for _ in _pairs([name], rules.fresh(), Observer(), margin_column, most=most))
+
+
+def _pairs(
+    sources: Sequence[str], counts: Counts, observer: Observer, margin_column: str | None, **limits: Any
+) -> Iterator[Pair]:
+    def make(row: Row) -> list[Pair]:
+        record = read_record(row, counts, used=(margin_column,) if margin_column else ())
+        return [] if record is None else to_pairs(record, row, counts, margin_column)
+
+    return read_all(sources, counts, observer, make, **limits)
+
+
+def to_pairs(record: Record, row: Row, counts: Counts, margin_column: str | None = None) -> list[Pair]:
+    """The pairs of a record: one, or of a ranking one for each two answers of different rank.
+
+    Raises:
+        DataError: it has no answers to compare, or no margin where one is asked for.
+    """
+    at = row.at
+    if not record.answers:
+        value = row.value if isinstance(row.value, dict) else {}
+        without = "chosen" in Fields(value, at)
+        raise DataError(
+            "a preference pair without rejected"
+            if without
+            else f"no preference pair; keys found: {keys_found(value, at)}",
+            "expected: conversations, prompt or question, with chosen and rejected",
+            at=at,
+        )
+    if any(not answer.strip() for answer in record.answers):
+        counts.add_skip("an empty answer", at)
+        return []
+    messages = join_same_role(record.messages, at, counts)
     if messages and messages[-1]["role"] == "assistant":
         raise DataError(
             "the prompt ends with an answer", "the last turn in front of both answers is the user's", at=at
         )
     if not any(one["role"] == "user" and one["content"].strip() for one in messages):
         counts.add_skip("no question", at)
-        return None
-    if answers[0].strip() == answers[1].strip():
-        counts.add_skip("both answers are the same", at)
-        return None
-    identifier = value.get("id")
-    return Pair(
-        tuple(messages),
-        *answers,
-        _margin(value, margin_column, at),
-        at,
-        row.path,
-        None if identifier is None else str(identifier),
-    )
+        return []
+    margin = margin_of(row, margin_column)
+    ranked = [*zip(record.answers, record.ranks, strict=True)]
+    pairs = [
+        Pair(tuple(messages), better, worse, margin, at, row.path, record.id, record.tools, record.group)
+        for (better, first), (worse, second) in itertools.combinations(ranked, 2)
+        if first < second and better.strip() != worse.strip()
+    ]
+    if not pairs:
+        counts.add_skip("both answers are the same" if len(ranked) == 2 else "no two answers differ", at)
+    elif len(ranked) > 2:
+        counts.add_merge("a ranking of several answers, as pairs", at)
+    return pairs
 
 
-def _margin(value: dict[str, Any], column: str | None, at: str) -> float | None:
+def margin_of(row: Row, column: str | None) -> float | None:
+    """How much better the chosen answer of a row is, as its `column` says; None where no column is named.
+
+    Raises:
+        DataError: it is no number of at least 0.
+    """
     if column is None:
         return None
-    margin = value.get(column)
+    margin, at = row.value.get(column) if isinstance(row.value, dict) else None, row.at
     if isinstance(margin, str):  # of a table
         try:
             margin = float(margin)
@@ -164,5 +184,9 @@ def audit_notices(found: dict[str, Any]) -> list[str]:
 
 def prompt_hash(messages: Sequence[Message]) -> str:
     """A name for a prompt that does not tell what it says; equal for prompts that differ in spacing only."""
-    said = [[one["role"], " ".join(one["content"].split())] for one in messages if one["role"] != "system"]
+    said = [
+        [one["role"], " ".join(one["content"].split()), *map(plain_call, one.get("tool_calls", ()))]
+        for one in messages
+        if one["role"] != "system"
+    ]
     return hashlib.sha256(repr(said).encode("utf-8", "surrogatepass")).hexdigest()[:24]

@@ -6,35 +6,44 @@ see when the model is used.
 
 from __future__ import annotations
 
-import bisect
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
-from itertools import takewhile
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-from jinja2.exceptions import TemplateError
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
+from medicalgpt_cli.engine.data.answer_windows import first_that_fits
 from medicalgpt_cli.engine.data.control_tokens import (
     GUARD,
+    OWN,
     ControlTokens,
-    control_ids,
     defuse,
-    encode_piece,
     encode_rendered,
-    is_word,
     token_ids,
 )
-from medicalgpt_cli.engine.data.formats import Message
+from medicalgpt_cli.engine.data.messages import Message
+from medicalgpt_cli.engine.data.reasoning import Thinking, split_reasoning, variables, written_inline
+from medicalgpt_cli.engine.data.template_facts import (
+    TEMPLATE_ERRORS,
+    AnswerHeader,
+    TemplateFacts,
+    template_facts,
+)
+from medicalgpt_cli.engine.data.tool_messages import (
+    as_functions,
+    native_turns,
+    plain_turns,
+    with_ids,
+    with_plain_list,
+)
 from medicalgpt_cli.engine.model.template_check import check_rendered
 from medicalgpt_cli.engine.model.tokenizer import start_tokens
 from medicalgpt_cli.errors import UsageError
 
-# What a template may raise: of its own, and where a conversation is not what it was written for.
-_TEMPLATE_ERRORS = (
-    *(TemplateError, TypeError, LookupError, AttributeError, ValueError, ArithmeticError),
-    *(RecursionError, SyntaxError),
-)
+# A guard that a template has written as JSON does, and not the character that a text itself held.
+_ESCAPED_GUARD = re.compile(rf"(?<!\\)((?:\\\\)*)\\u{ord(GUARD):04x}(?!\\u{ord(OWN):04x})")
 _PIECE = 16_384  # characters that are tokenised at once where only the number of tokens matters
+_LIKELY = 8  # characters a token that a text may have and still be likely to fit
 _SEAM = 32  # tokens that a cut through a text can add, and more
 # Ends of text of the families whose chat models have another end-of-sequence token.
 _ENDS_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "<｜end▁of▁sentence｜>")
@@ -43,7 +52,12 @@ _ENDS_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "<｜end▁of▁sentence｜
 # -- prompts -----------------------------------------------------------------------------------------------
 
 
-def encode_prompt(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> list[int]:
+def encode_prompt(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Message],
+    tools: Sequence[Mapping[str, Any]] = (),
+    thinking: Thinking = "auto",
+) -> list[int]:
     """Token ids of a conversation up to where the model's answer begins.
 
     Spellings of control tokens inside a message are encoded as plain text: a patient who types
@@ -52,7 +66,8 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message
     Raises:
         UsageError: the tokenizer has no chat template, or the template refuses the conversation.
     """
-    return encode_rendered(tokenizer, render_text(tokenizer, messages, generation=True))
+    text = render_text(tokenizer, messages, generation=True, tools=tools, thinking=thinking)
+    return encode_rendered(tokenizer, text)
 
 
 def encode_raw(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
@@ -112,21 +127,8 @@ def stop_token_ids(
         )
     found.update(ends)
     if tokenizer.chat_template:
-        found.add(end_of_turn(tokenizer))
+        found.update((end_of_turn(tokenizer), template_facts(tokenizer).end_of_call))
     return sorted(token for token in found if token is not None)
-
-
-@dataclass(frozen=True)
-class AnswerHeader:
-    """What a template's turns hold between the generation prompt and the answer; the model writes it first.
-
-    gpt-oss, for example, is asked behind `<|start|>assistant` and says `<|channel|>final<|message|>` before it answers.
-    """
-
-    text: str  # special tokens spelled out, without spaces around it; "" where the answer comes at once
-    ends_in_space: bool  # whether line ends or spaces behind it belong to the header, too
-    first: int | None  # its first token where that is special: what else begins with it is another channel
-    generation: tuple[int, ...]  # the tokens that a prompt for an answer ends with
 
 
 def answer_header(tokenizer: PreTrainedTokenizerBase) -> AnswerHeader:
@@ -135,7 +137,11 @@ def answer_header(tokenizer: PreTrainedTokenizerBase) -> AnswerHeader:
 
 
 def fit_history(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], budget: int
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Message],
+    budget: int,
+    tools: Sequence[Mapping[str, Any]] = (),
+    thinking: Thinking = "auto",
 ) -> tuple[list[Message], int]:
     """Drop the oldest exchanges until the prompt fits `budget` tokens; a system message stays.
 
@@ -149,18 +155,26 @@ def fit_history(
     def kept(start: int) -> list[Message]:
         return [*messages[:first], *messages[start:]]
 
-    def fits(start: int) -> bool:
-        return encode_within(tokenizer, kept(start), budget) is not None
+    def fits(place: int) -> bool:
+        return encode_within(tokenizer, kept(starts[place]), budget, tools, thinking) is not None
 
-    # The more is left out, the fewer tokens there are: halving finds the place in a few renderings.
+    # What is likely to fit as it is, is tried first. Else the more is left out, the fewer tokens there are.
     last = len(starts) - 1
-    place = 0 if last == 0 or fits(starts[0]) else bisect.bisect_left(starts, True, 1, last, key=fits)
+    characters = sum(len(one["content"]) for one in messages)
+    if last == 0 or (characters <= _LIKELY * budget and fits(0)):
+        place = 0
+    else:
+        place = min(first_that_fits(last + 1, fits), last)
     chosen = kept(starts[place])
     return chosen, len(messages) - len(chosen)
 
 
 def encode_within(
-    tokenizer: PreTrainedTokenizerBase, asked: Sequence[Message] | str, most: int
+    tokenizer: PreTrainedTokenizerBase,
+    asked: Sequence[Message] | str,
+    most: int,
+    tools: Sequence[Mapping[str, Any]] = (),
+    thinking: Thinking = "auto",
 ) -> list[int] | None:
     """Token ids of a conversation or of raw text; None where these are more than `most`.
 
@@ -172,7 +186,7 @@ def encode_within(
     if isinstance(asked, str):
         text, start = defuse(tokenizer, asked, template_facts(tokenizer).asked), encode_raw(tokenizer, "")
     else:
-        text, start = render_text(tokenizer, asked, generation=True), []
+        text, start = render_text(tokenizer, asked, generation=True, tools=tools, thinking=thinking), []
     if _surely_exceeds(tokenizer, text, most):
         return None
     ids = [*start, *encode_rendered(tokenizer, text)]
@@ -194,32 +208,152 @@ def _surely_exceeds(tokenizer: PreTrainedTokenizerBase, text: str, most: int) ->
 # -- template and tokenizer --------------------------------------------------------------------------------
 
 
-def render_text(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], *, generation: bool) -> str:
+def render_text(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Message],
+    *,
+    generation: bool,
+    tools: Sequence[Mapping[str, Any]] = (),
+    thinking: Thinking = "auto",
+) -> str:
+    """A conversation as the chat template writes it. What others than the template wrote is defused.
+
+    Args:
+        generation: with the beginning of the answer that is to follow. tools: that may be called. thinking: whether the
+            template asks for reasoning.
+
+    Raises:
+        UsageError: there is no template, `thinking` is "on" or "off" and the template has no such switch, or it refuses
+            the conversation.
+    """
     if not tokenizer.chat_template:
         raise UsageError(
             "the model has no chat template", "give one: --template chatml, alpaca, plain or a file"
         )
-    if folds_system(tokenizer, messages):
-        messages = _fold_system(messages)
-    known = template_facts(tokenizer)
-    plain = [
-        {
-            "role": one["role"],
-            "content": defuse(
-                tokenizer, one["content"], known.answered if one["role"] == "assistant" else known.asked
-            ),
-        }
-        for one in messages
-    ]
-    try:
-        text = tokenizer.apply_chat_template(plain, tokenize=False, add_generation_prompt=generation)
-    except _TEMPLATE_ERRORS:
-        roles = ", ".join(one["role"] for one in messages[:6])
+    facts = template_facts(tokenizer)
+    if not facts.writes:
         raise UsageError(
-            f"the chat template refuses the roles {roles}", "user and assistant have to take turns"
+            "the chat template leaves out what is said in plain text",
+            "it may be made for images; another model or --template takes text",
+        )
+    check_thinking(tokenizer, thinking)
+    calls = [len(one.get("tool_calls", ())) for one in messages]
+    if max(calls, default=0) > 1 and not facts.tools.several:
+        raise TemplateRefuses(
+            "the chat template takes one tool call a turn, and a turn has several",
+            "give each call a turn of its own, followed by its result",
+            "the chat template takes one tool call a turn",
+        )
+    said = [_defused(tokenizer, facts, one) for one in messages]
+    native = facts.tools.way is not None
+    turns = (
+        native_turns(facts.tools, with_ids(said, short=facts.tools.short_ids))
+        if native
+        else plain_turns(said)
+    )
+    turns = [_with_reasoning(facts, one) for one in turns]
+    offered = [_defused_value(tokenizer, facts.asked, one) for one in tools]
+    if offered and not facts.tools.lists:
+        turns, offered = with_plain_list(turns, offered, facts.tools.example), []
+    if turns and turns[0]["role"] == "system" and not facts.takes_system:
+        turns = _fold_system(turns)
+    more: dict[str, Any] = variables(facts.reasoning, thinking)
+    if offered:
+        more["tools"] = as_functions(offered)
+    try:
+        text = str(
+            tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=generation, **more)
+        )
+    except TEMPLATE_ERRORS:
+        roles = ", ".join(one["role"] for one in messages[:6])
+        raise TemplateRefuses(
+            f"the chat template refuses the roles {roles}",
+            "user and assistant have to take turns",
+            "the chat template refuses this order of roles",
         ) from None
-    check_rendered(text, sum(len(one["content"]) for one in plain))
-    return text
+    check_rendered(text, sum(map(_size, (turns, offered))))
+    return _ESCAPED_GUARD.sub(rf"\1{GUARD}", text) if facts.tools.escapes else text
+
+
+class TemplateRefuses(UsageError):
+    """The chat template does not take a conversation. `reason` says so where such conversations are counted."""
+
+    def __init__(self, message: str, hint: str, reason: str) -> None:
+        super().__init__(message, hint)
+        self.reason = reason
+
+
+class NoSwitch(UsageError):
+    """The chat template does not turn reasoning on or off."""
+
+
+def check_thinking(tokenizer: PreTrainedTokenizerBase, thinking: Thinking) -> None:
+    """
+    Raises:
+        NoSwitch: reasoning is to be turned on or off, and the template cannot do that.
+    """
+    if thinking != "auto" and template_facts(tokenizer).reasoning.switch is None:
+        raise NoSwitch(
+            f"--thinking {thinking}: the chat template has no switch for reasoning",
+            "leave --thinking out: it asks for reasoning or not as it was made",
+        )
+
+
+def _defused(tokenizer: PreTrainedTokenizerBase, facts: TemplateFacts, message: Message) -> Message:
+    """A message in which spellings of control tokens are plain text.
+
+    What an assistant says may hold marks of reasoning and calls; inside its reasoning and its calls' arguments, which
+    have the template's own marks around them, they are text.
+    """
+    is_answer = message["role"] == "assistant"
+    content = defuse(tokenizer, message["content"], facts.answered if is_answer else facts.asked)
+    found: Message = {"role": message["role"], "content": content}
+    if not is_answer:
+        about_call = {key: message[key] for key in ("name", "tool_call_id") if message.get(key)}
+        return {**found, **_defused_value(tokenizer, facts.asked, about_call)}
+    reasoning = message.get("reasoning")
+    if reasoning:
+        found["reasoning"] = defuse(tokenizer, reasoning, facts.asked)
+    elif facts.reasoning.way is not None:
+        reasoning, found["content"] = split_reasoning(content)
+        if reasoning is not None:
+            found["reasoning"] = reasoning
+    if message.get("tool_calls"):
+        found["tool_calls"] = [_defused_value(tokenizer, facts.asked, one) for one in message["tool_calls"]]
+    return found
+
+
+def _defused_value(tokenizer: PreTrainedTokenizerBase, control: ControlTokens, value: Any) -> Any:
+    if isinstance(value, str):
+        return defuse(tokenizer, value, control)
+    if isinstance(value, Mapping):
+        return {
+            defuse(tokenizer, str(key), control): _defused_value(tokenizer, control, one)
+            for key, one in value.items()
+        }
+    if isinstance(value, list | tuple):
+        return [_defused_value(tokenizer, control, one) for one in value]
+    return value
+
+
+def _with_reasoning(facts: TemplateFacts, turn: dict[str, Any]) -> dict[str, Any]:
+    """The reasoning of an assistant's turn where the template looks for it."""
+    reasoning = turn.get("reasoning")
+    turn = {key: value for key, value in turn.items() if key != "reasoning"}
+    if not reasoning or facts.reasoning.way == "stripped":
+        return turn
+    if facts.reasoning.way == "field":
+        return {**turn, "reasoning_content": reasoning}
+    return {**turn, "content": written_inline(reasoning, turn["content"] or "")}
+
+
+def _size(value: Any) -> int:
+    """Characters in all texts of a value."""
+    if isinstance(value, str):
+        return len(value)
+    if isinstance(value, Mapping):
+        return sum(map(_size, value.values())) + sum(map(len, value))
+    return sum(map(_size, value)) if isinstance(value, list | tuple) else 8
 
 
 def folds_system(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> bool:
@@ -227,8 +361,8 @@ def folds_system(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]
     return bool(messages) and messages[0]["role"] == "system" and not template_facts(tokenizer).takes_system
 
 
-def _fold_system(messages: Sequence[Message]) -> list[Message]:
-    system, rest = messages[0], [dict(one) for one in messages[1:]]
+def _fold_system(turns: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    system, rest = turns[0], [dict(one) for one in turns[1:]]
     for one in rest:
         if one["role"] == "user":
             one["content"] = f"{system['content']}\n\n{one['content']}"
@@ -239,86 +373,3 @@ def _fold_system(messages: Sequence[Message]) -> list[Message]:
 def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
     """The token with which the chat template ends an answer; the end token where there is no template."""
     return template_facts(tokenizer).end_of_turn
-
-
-@dataclass(frozen=True)
-class TemplateFacts:
-    """What a template does, found by using it, so that no list of model families is needed.
-
-    written: control tokens for a document, the special ones. asked: for what users, systems and tools say, every
-    added token that is no word. answered: for what an assistant says, the special ones and the marks of turns;
-    its reasoning and its calls are its own.
-    """
-
-    template: str
-    takes_system: bool
-    end_of_turn: int | None
-    written: ControlTokens
-    asked: ControlTokens
-    answered: ControlTokens
-    header: AnswerHeader
-
-
-def template_facts(tokenizer: PreTrainedTokenizerBase) -> TemplateFacts:
-    cached = getattr(tokenizer, "_medgpt_known", None)
-    if cached is None or cached.template != tokenizer.chat_template:
-        cached = _find_out(tokenizer)
-        tokenizer._medgpt_known = cached
-    return cached
-
-
-def _find_out(tokenizer: PreTrainedTokenizerBase) -> TemplateFacts:
-    added = tokenizer.added_tokens_decoder
-    special = {number for number, token in added.items() if token.special}
-    if not tokenizer.chat_template:
-        asked = special | {number for number, token in added.items() if not is_word(token.content, "")}
-        written = ControlTokens.of(tokenizer, special)
-        controls = (written, ControlTokens.of(tokenizer, asked), written)
-        return TemplateFacts("", True, tokenizer.eos_token_id, *controls, _NO_HEADER)
-
-    def render(*messages: tuple[str, str], generation: bool = False) -> str:
-        try:
-            return tokenizer.apply_chat_template(
-                [{"role": role, "content": content} for role, content in messages],
-                tokenize=False,
-                add_generation_prompt=generation,
-            )
-        except _TEMPLATE_ERRORS:
-            return ""
-
-    asked, answered = control_ids(added, special, render)
-    takes_system = "Zq7" in render(("system", "Zq7"), ("user", "a"))
-    # The end of a turn is the first special token behind an answer.
-    before, _, behind = render(("user", "a"), ("assistant", "Zq7")).rpartition("Zq7")
-    ids = encode_piece(tokenizer, behind)
-    end = next((one for one in ids if one in special), tokenizer.eos_token_id)
-    controls = (ControlTokens.of(tokenizer, some) for some in (special, asked, answered))
-    question, prompt = render(("user", "a")), render(("user", "a"), generation=True)
-    header = _header(tokenizer, question, prompt, before, special)
-    return TemplateFacts(tokenizer.chat_template, takes_system, end, *controls, header)
-
-
-_NO_HEADER = AnswerHeader("", False, None, ())
-
-
-def _header(
-    tokenizer: PreTrainedTokenizerBase, question: str, prompt: str, before: str, specials: Collection[int]
-) -> AnswerHeader:
-    """
-    Args:
-        question: a rendered question. prompt: the same with the generation prompt behind it.
-        before: what is rendered up to where the answer to it begins.
-    """
-    header = before.removeprefix(prompt) if before.startswith(prompt) else ""
-    if not header.strip():
-        return _NO_HEADER
-    first = encode_piece(tokenizer, header.strip())[0]
-    generation: list[int] = []
-    if prompt.startswith(question):
-        # Where the question goes over into the generation prompt, its tokens may be others than alone.
-        pair = (encode_piece(tokenizer, one)[::-1] for one in (prompt, prompt.removeprefix(question)))
-        same = takewhile(lambda tokens: tokens[0] == tokens[1], zip(*pair, strict=False))
-        generation = [token for token, _ in same][::-1]
-    return AnswerHeader(
-        header.strip(), header != header.rstrip(), first if first in specials else None, tuple(generation)
-    )

@@ -7,9 +7,9 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from medicalgpt_cli.engine.data.formats import Conversation
-from medicalgpt_cli.engine.data.rendering import encode_prompt
+from medicalgpt_cli.engine.data.messages import Conversation
 from medicalgpt_cli.engine.generation.local import LocalBackend
+from medicalgpt_cli.engine.generation.wire import as_text
 from medicalgpt_cli.engine.observer import Observer
 from medicalgpt_cli.settings.groups import SamplingSettings
 
@@ -20,23 +20,32 @@ def answer_questions(
     conversations: Sequence[Conversation],
     max_new_tokens: int,
     observer: Observer,
+    thinking: str = "auto",
 ) -> list[dict[str, str]]:
-    """Greedy answers to the first question of each conversation: question, reference and answer."""
+    """Greedy answers to the first question of each conversation: question, reference and answer.
+
+    Thoughts and calls stand in reference and answer, so that a person sees all that is said.
+
+    Args:
+        thinking: whether reasoning is asked for.
+    """
+    if not conversations:
+        return []
+    sampling = SamplingSettings(max_new_tokens=max_new_tokens, thinking=thinking)
+    backend = LocalBackend(model, tokenizer, sampling, observer)
     rows, prompts = [], []
     for conversation in conversations:
         first = next(
             index for index, message in enumerate(conversation.messages) if message["role"] == "assistant"
         )
         history = conversation.messages[:first]
-        prompts.append(encode_prompt(tokenizer, history))
+        prompts.append(backend.prompt(history, conversation.tools))
         rows.append(
             {
                 "question": "\n".join(one["content"] for one in history if one["role"] == "user"),
-                "reference": conversation.messages[first]["content"],
+                "reference": as_text(conversation.messages[first]),
             }
         )
-    if not rows:
-        return []
     task = "answering held-out questions"
     observer.on_task_start(task, len(rows), "answers")
     done = 0
@@ -44,11 +53,9 @@ def answer_questions(
     def keep(index: int, answer: Any) -> None:
         nonlocal done
         done += 1
-        rows[index]["answer"] = answer.text
+        rows[index]["answer"] = as_text(answer.message)
         observer.on_task_advance(task, done)
 
-    sampling = SamplingSettings(max_new_tokens=max_new_tokens)
-    backend = LocalBackend(model, tokenizer, sampling, observer)
     backend.answer_batch(prompts, keep)
     observer.on_task_end(task)
     return rows

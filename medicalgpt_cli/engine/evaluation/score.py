@@ -8,9 +8,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from medicalgpt_cli.engine.data.counts import Counts
 from medicalgpt_cli.engine.data.examples import render_answer
-from medicalgpt_cli.engine.data.formats import Counts, first_format, load_conversations
+from medicalgpt_cli.engine.data.formats import first_format, load_conversations
 from medicalgpt_cli.engine.data.preferences import load_pairs
+from medicalgpt_cli.engine.data.reading import counts_for
 from medicalgpt_cli.engine.evaluation.preferences import judge, score_pairs, score_rows
 from medicalgpt_cli.engine.model.base_record import known_base
 from medicalgpt_cli.engine.model.loading import choose_device, choose_dtype, load_tokenizer
@@ -55,8 +57,8 @@ def score(settings: ScoreSettings, observer: Observer) -> dict[str, Any]:
     check_head(resolved.adapter or resolved.base)
     check_quantization(resolved, settings.quantization)
     tokenizer = load_tokenizer(named, resolved, observer)
-    counts = Counts()
-    pairs = first_format([str(settings.data_file)]) == "preference"
+    counts = counts_for(settings, [str(settings.data_file)])
+    pairs = first_format([str(settings.data_file)], counts.reading) in ("preference", "ranking")
     rows, lines = (_pairs if pairs else _answers)(settings, tokenizer, counts, observer)
     if not rows:
         raise DataError(
@@ -120,7 +122,7 @@ def _answers(
     rows, lines = [], []
     for conversation in load_conversations([str(settings.data_file)], counts, observer):
         *before, answer = conversation.messages
-        ids = render_answer(tokenizer, before, answer["content"], settings.max_length)
+        ids = render_answer(tokenizer, before, answer, settings.max_length, conversation.tools)
         if ids is None:
             counts.add_skip("longer than --max-length", conversation.at)
             continue

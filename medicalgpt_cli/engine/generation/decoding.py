@@ -9,7 +9,6 @@ A model whose steps with a cache differ from those without one is decoded withou
 
 from __future__ import annotations
 
-import bisect
 import inspect
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
@@ -28,7 +27,8 @@ from transformers import (
 )
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from medicalgpt_cli.engine.data.rendering import answer_header
+from medicalgpt_cli.engine.data.messages import Message, ToolCall
+from medicalgpt_cli.engine.generation.answer_reader import AnswerReader, EncodedPrompt, is_in_template
 from medicalgpt_cli.engine.model.longrope import switches
 from medicalgpt_cli.engine.observer import Observer
 from medicalgpt_cli.settings.groups import SamplingSettings
@@ -44,6 +44,8 @@ _HALF_PRECISION_ROUNDING = 0.3
 
 @dataclass(frozen=True)
 class Answer:
+    """What was answered. `text` is the answer itself; what was thought in front of it and the calls stand apart."""
+
     text: str
     token_ids: list[int]  # without the token that ended it
     finish_reason: Literal["stop", "length", "error"]
@@ -51,6 +53,19 @@ class Answer:
     completion_tokens: int
     error: str | None = None
     end: int | None = None  # the token that ended it; None where a limit or a stop text did
+    reasoning: str | None = None
+    tool_calls: tuple[ToolCall, ...] = ()
+    malformed: bool = False  # something in the text looks like a call of a tool and is none
+
+    @property
+    def message(self) -> Message:
+        """The assistant's turn."""
+        found: Message = {"role": "assistant", "content": self.text}
+        if self.reasoning:
+            found["reasoning"] = self.reasoning
+        if self.tool_calls:
+            found["tool_calls"] = list(self.tool_calls)
+        return found
 
 
 class Sampler:
@@ -80,12 +95,22 @@ class Row:
     streams: bool = False  # whether somebody reads the text of each token
     said: list[int] = field(default_factory=list)
     end: int | None = None
-    begins: int | None = None  # how many of these tokens stand before the answer; None while that is open
+    asked: EncodedPrompt | None = (
+        None  # None: token ids came alone, and are read as the template's own prompt
+    )
+    _reader: AnswerReader | None = None
 
     @property
     def tokens(self) -> list[int]:
         """Prompt and answer so far."""
         return self.prompt + self.said
+
+    def reader(self, tokenizer: PreTrainedTokenizerBase) -> AnswerReader:
+        """Of what was said."""
+        if self._reader is None:
+            asked = self.asked or EncodedPrompt(self.prompt, raw=not is_in_template(tokenizer, self.prompt))
+            self._reader = AnswerReader(tokenizer, asked, self.sampler.stop)
+        return self._reader
 
 
 class Batch:
@@ -149,10 +174,10 @@ class Batch:
         self.fed, self.positions = self.fed[:, most:], self.positions[:, most:]
         return most
 
-    def step(self) -> list[tuple[Row, str, str | None]]:
-        """One token further: (row, text so far, why it ended or None) of each row. Rows that ended leave.
+    def step(self) -> list[tuple[Row, str | None]]:
+        """One token further: (row, why it ended or None) of each row. Rows that ended leave.
 
-        The text is decoded only where somebody needs it.
+        Text is read, by the row's reader, only where somebody needs it.
         """
         return self.take(self.scores())
 
@@ -162,16 +187,16 @@ class Batch:
             return torch.cat([uncached_scores(self.model, row.tokens) for row in self.rows])
         return self._forward(self.fed, self.mask, self.positions)
 
-    def take(self, logits: torch.Tensor) -> list[tuple[Row, str, str | None]]:
+    def take(self, logits: torch.Tensor) -> list[tuple[Row, str | None]]:
         """Choose the next tokens by their scores; what `step` gives."""
         found, kept = [], []
         for place, (row, token) in enumerate(zip(self.rows, _choose(self.rows, logits), strict=True)):
             reason = self._add(row, token)
-            stops = row.sampler.stop
-            text = text_of(self.tokenizer, row) if stops or row.streams else ""
-            if any(stop in text for stop in stops):
-                reason = "stop"
-            found.append((row, cut_at(text, stops), reason))
+            if row.sampler.stop or row.streams:
+                reader = row.reader(self.tokenizer)
+                reader.read(row.said)
+                reason = "stop" if reader.stopped else reason
+            found.append((row, reason))
             if reason is None:
                 kept.append(place)
         self.fed, self.positions = self.fed[:, -1:], self.positions[:, -1:] + 1
@@ -383,59 +408,17 @@ def _processors(sampling: SamplingSettings) -> LogitsProcessorList:
     return chain
 
 
-def text_of(tokenizer: PreTrainedTokenizerBase, row: Row, *, complete: bool = False) -> str:
-    """The text of an answer so far: behind the header that the chat template puts in front of each.
-
-    Empty while it is open whether a header or the answer comes, and where all that was said stands in another
-    channel than the answer's.
-
-    Args:
-        complete: nothing follows, so that what only might become a header is the answer.
-    """
-    if row.begins is None:
-        row.begins = _where_the_answer_begins(tokenizer, row, complete)
-    if row.begins is None:
-        return ""
-    text = _spelled(tokenizer, row.said[row.begins :], special=False)
-    return text.lstrip() if row.begins and answer_header(tokenizer).ends_in_space else text
-
-
-def _where_the_answer_begins(tokenizer: PreTrainedTokenizerBase, row: Row, complete: bool) -> int | None:
-    header = answer_header(tokenizer)
-    in_template = row.prompt[len(row.prompt) - len(header.generation) :] == list(header.generation)
-    if not header.text or not in_template:
-        return 0
-    whole = _spelled(tokenizer, row.said, special=True).lstrip()
-    channel = header.first is not None and row.said[:1] == [header.first]
-    if header.text in whole if channel else whole.startswith(header.text):
-        return 1 + bisect.bisect_left(
-            range(len(row.said)),
-            True,
-            key=lambda last: header.text in _spelled(tokenizer, row.said[: last + 1], special=True),
-        )
-    is_open = channel or (not complete and header.text.startswith(whole.rstrip("\ufffd").rstrip()))
-    return None if is_open else 0
-
-
-def _spelled(tokenizer: PreTrainedTokenizerBase, ids: list[int], *, special: bool) -> str:
-    return tokenizer.decode(ids, skip_special_tokens=not special, clean_up_tokenization_spaces=False)
-
-
 def answer_of(tokenizer: PreTrainedTokenizerBase, row: Row, reason: str) -> Answer:
-    text = text_of(tokenizer, row, complete=True)
-    text = cut_at(text, row.sampler.stop).rstrip("\ufffd")  # a character cut in half
-    return Answer(text, list(row.said), reason, len(row.prompt), len(row.said), end=row.end)
-
-
-def cut_at(text: str, stops: Sequence[str]) -> str:
-    """The text before the first stop text in it."""
-    places = [text.find(stop) for stop in stops if stop in text]
-    return text[: min(places)] if places else text
-
-
-def certain(text: str, stops: Sequence[str]) -> str:
-    """What of an unfinished text is certain: no half character, and no beginning of a stop text at its end."""
-    text = text.rstrip("\ufffd")
-    beginnings = (stop[:length] for stop in stops for length in range(1, len(stop)))
-    uncertain = max((len(one) for one in beginnings if text.endswith(one)), default=0)
-    return text[: len(text) - uncertain].rstrip("\ufffd")
+    reader = row.reader(tokenizer)
+    reader.read(row.said, complete=True)
+    return Answer(
+        reader.content,
+        list(row.said),
+        "stop" if reader.stopped else reason,
+        len(row.prompt),
+        len(row.said),
+        end=row.end,
+        reasoning=reader.reasoning or None,
+        tool_calls=tuple(reader.tool_calls),
+        malformed=reader.malformed,
+    )

@@ -11,7 +11,7 @@ import json
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from typing import Any
@@ -19,8 +19,13 @@ from urllib.parse import urlsplit
 
 import httpx
 
-from medicalgpt_cli.engine.data.formats import Message
+from medicalgpt_cli.engine.data.messages import Message
+from medicalgpt_cli.engine.data.reasoning import Thinking
+from medicalgpt_cli.engine.data.tool_messages import as_functions
+from medicalgpt_cli.engine.data.tools import Delta
+from medicalgpt_cli.engine.generation.answer_reader import content_of
 from medicalgpt_cli.engine.generation.decoding import Answer
+from medicalgpt_cli.engine.generation.wire import call_from_wire, conversation_to_wire
 from medicalgpt_cli.engine.observer import Observer
 from medicalgpt_cli.errors import EnvironmentFailure, MedgptError, UsageError
 from medicalgpt_cli.settings.groups import EndpointSettings, SamplingSettings
@@ -31,6 +36,9 @@ _LONGEST_WAIT = 30.0
 # Bytes of one reply: an event for each of 100,000 tokens takes 30 MB.
 _LONGEST_REPLY = 64 * 2**20
 _TIMEOUT = httpx.Timeout(600.0, connect=10.0)
+
+# Deltas as they come; the answer comes with the last ones.
+Events = Generator[tuple[list[Delta], Answer | None], None, None]
 
 
 class _Refused(UsageError):
@@ -43,6 +51,8 @@ class RemotePrompt:
 
     messages: tuple[Message, ...] = ()
     text: str | None = None
+    tools: tuple[Mapping[str, Any], ...] = ()
+    thinking: Thinking = "auto"
 
     def __len__(self) -> int:
         """Characters: what requests of similar length are gathered by."""
@@ -84,25 +94,41 @@ class EndpointBackend:
             backend.model = names[0]
         return backend
 
+    reads_calls = True  # the server does, or says that it does not
+
     def close(self) -> None:
         self._client.close()
 
     # -- prompts -----------------------------------------------------------------------------------------------
 
-    def prompt(self, messages: Sequence[Message]) -> RemotePrompt:
-        return RemotePrompt(tuple(messages))
+    def prompt(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Mapping[str, Any]] = (),
+        thinking: Thinking | None = None,
+    ) -> RemotePrompt:
+        return RemotePrompt(tuple(messages), None, tuple(tools), thinking or self.sampling.thinking)
 
     def fitted_prompt(
-        self, messages: Sequence[Message], max_new_tokens: int | None = None
+        self,
+        messages: Sequence[Message],
+        max_new_tokens: int | None = None,
+        tools: Sequence[Mapping[str, Any]] = (),
+        thinking: Thinking | None = None,
     ) -> tuple[RemotePrompt, int]:
         """The server knows what fits its context: nothing is left out here."""
-        return self.prompt(messages), 0
+        return self.prompt(messages, tools, thinking), 0
 
     def raw_prompt(self, text: str) -> RemotePrompt:
         return RemotePrompt(text=text)
 
-    def bounded_prompt(self, asked: Sequence[Message] | str) -> RemotePrompt:
-        return self.raw_prompt(asked) if isinstance(asked, str) else self.prompt(asked)
+    def bounded_prompt(
+        self,
+        asked: Sequence[Message] | str,
+        tools: Sequence[Mapping[str, Any]] = (),
+        thinking: Thinking | None = None,
+    ) -> RemotePrompt:
+        return self.raw_prompt(asked) if isinstance(asked, str) else self.prompt(asked, tools, thinking)
 
     def for_another_thread(self) -> EndpointBackend:
         return self
@@ -138,42 +164,55 @@ class EndpointBackend:
                 pool.shutdown(wait=False, cancel_futures=True)
 
     def stream(self, prompt: RemotePrompt, *, number: int = 0) -> Iterator[str]:
+        """The text of the answer piece by piece, without reasoning and calls; see `deltas`."""
+        pieces = self.deltas(prompt, number=number)
+        try:
+            for piece in pieces:
+                yield content_of(piece)
+        finally:
+            pieces.close()
+
+    def deltas(self, prompt: RemotePrompt, *, number: int = 0) -> Generator[list[Delta], None, None]:
         """Answer one prompt piece by piece; the whole is in `last` afterwards. Close it to stop early.
 
         Raises:
             UsageError: the server refuses the request.
             EnvironmentFailure: the server cannot be reached.
         """
-        self.last, said = None, []
+        said: list[Delta] = []
+        self.last = None
         pieces = self.events(prompt, self.sampling, number)
         try:
-            for piece, answer in pieces:
-                said.append(piece)
+            for deltas, answer in pieces:
+                said += deltas
                 self.last = answer
-                yield piece
+                yield deltas
         finally:
             pieces.close()
-            self.last = self.last or Answer("".join(said), [], "stop", 0, len(said))
+            self.last = self.last or put_together(said, "stop", {}, len(said))
 
-    def events(
-        self, prompt: RemotePrompt, sampling: SamplingSettings, number: int = 0
-    ) -> Iterator[tuple[str, Answer | None]]:
-        """Pieces as they come; the answer comes with the last one."""
+    def events(self, prompt: RemotePrompt, sampling: SamplingSettings, number: int = 0) -> Events:
+        """Deltas as they come; calls of tools, put together, and the answer come at the end."""
         body = {**self.body(prompt, sampling, number), "stream": True}
         body["stream_options"] = {"include_usage": True}
-        said, reason, usage = [], "stop", {}
+        said: list[Delta] = []
+        calls: dict[int, dict[str, Any]] = {}
+        reason, usage = "stop", {}
         with contextlib.closing(self._open("POST", self._path(prompt), body)) as reply:
             for event in _events(reply):
                 if "error" in event:
                     raise EnvironmentFailure(f"{self.url} broke off its answer", "ask again")
                 usage = event.get("usage") or usage
                 for choice in event.get("choices") or []:
-                    piece = _said(choice.get("delta") or choice)
                     reason = choice.get("finish_reason") or reason
-                    said.append(piece)
-                    yield piece, None
-        counted = len([one for one in said if one])
-        yield "", _answer("".join(said), reason, usage, counted)
+                    delta = choice.get("delta") or choice
+                    _add_calls(calls, delta.get("tool_calls"))
+                    deltas = _texts(delta)
+                    said += deltas
+                    yield deltas, None
+        last = _call_deltas([calls[index] for index in sorted(calls)])
+        said += last
+        yield last, put_together(said, reason, usage, len(said))
 
     def _answer(self, prompt: RemotePrompt, number: int, stop: threading.Event) -> Answer:
         if stop.is_set():
@@ -186,8 +225,10 @@ class EndpointBackend:
         except _Refused as problem:  # this question; the others may be fine
             return Answer("", [], "error", 0, 0, problem.message)
         choice = (found.get("choices") or [{}])[0]
-        text = _said(choice.get("message") or choice)
-        return _answer(text, choice.get("finish_reason") or "stop", found.get("usage") or {}, 0)
+        message = choice.get("message") or choice
+        calls = message.get("tool_calls")
+        deltas = [*_texts(message), *_call_deltas(calls if isinstance(calls, list) else [])]
+        return put_together(deltas, choice.get("finish_reason") or "stop", found.get("usage") or {})
 
     # -- the wire ------------------------------------------------------------------------------------------------
 
@@ -203,7 +244,9 @@ class EndpointBackend:
             raise UsageError(
                 "repetition_penalty and no_repeat_ngram: the server behind this one has no such setting"
             )
-        asked = {"messages": list(prompt.messages)} if prompt.text is None else {"prompt": prompt.text}
+        asked: dict[str, Any] = {"prompt": prompt.text}
+        if prompt.text is None:
+            asked = {"messages": conversation_to_wire(prompt.messages)}
         body = {
             "model": self.model,
             **asked,
@@ -211,6 +254,11 @@ class EndpointBackend:
             "temperature": sampling.temperature,
             "seed": (sampling.seed + number) % 2**31,
         }
+        if prompt.tools:
+            body["tools"] = as_functions(prompt.tools)
+        if prompt.thinking != "auto":  # templates call their switch by one of two names
+            on = prompt.thinking == "on"
+            body["chat_template_kwargs"] = {"enable_thinking": on, "thinking": on}
         if sampling.stop:
             body["stop"] = list(sampling.stop)
         if sampling.top_p < 1:
@@ -342,16 +390,57 @@ def _lines(reply: httpx.Response) -> Iterator[bytes]:
     yield left
 
 
-def _said(choice: dict[str, Any]) -> str:
-    text = choice.get("content") if "content" in choice else choice.get("text")
-    return text if isinstance(text, str) else ""
+def _texts(message: dict[str, Any]) -> list[Delta]:
+    """Reasoning and text of a message, or of a piece of one. Servers call the former by one of two names."""
+    reasoning = message.get("reasoning_content") or message.get("reasoning")
+    text = message.get("content") if "content" in message else message.get("text")
+    found: list[Delta] = []
+    if isinstance(reasoning, str) and reasoning:
+        found.append(Delta("reasoning", reasoning))
+    if isinstance(text, str) and text:
+        found.append(Delta("content", text))
+    return found
 
 
-def _answer(text: str, reason: str, usage: dict[str, Any], counted: int) -> Answer:
+def _add_calls(calls: dict[int, dict[str, Any]], pieces: Any) -> None:
+    """Put the pieces of calls to those that came before."""
+    for place, piece in enumerate(pieces if isinstance(pieces, list) else ()):
+        if not isinstance(piece, dict):
+            continue
+        index = piece.get("index") if isinstance(piece.get("index"), int) else place
+        call = calls.setdefault(index, {"function": {"name": "", "arguments": ""}})
+        if isinstance(piece.get("id"), str):
+            call["id"] = piece["id"]
+        function = piece.get("function")
+        for key in ("name", "arguments"):
+            if isinstance(function, dict) and isinstance(function.get(key), str):
+                call["function"][key] += function[key]
+
+
+def _call_deltas(calls: Sequence[Any]) -> list[Delta]:
+    """Calls of a server; one that is none stays as text, so that nothing is lost."""
+    found: list[Delta] = []
+    for value in calls:
+        call = call_from_wire(value)
+        if call is None:
+            found.append(Delta("content", json.dumps(value, ensure_ascii=False)))
+        else:
+            found.append(Delta("tool_call", call=call))
+    return found
+
+
+def put_together(deltas: Sequence[Delta], reason: str, usage: dict[str, Any], counted: int = 0) -> Answer:
+    """The answer that came in pieces.
+
+    Args:
+        counted: its tokens, where the server does not count them.
+    """
     return Answer(
-        text,
+        content_of(deltas),
         [],
         "length" if reason == "length" else "stop",
         usage.get("prompt_tokens") or 0,
         usage.get("completion_tokens") or counted,
+        reasoning="".join(one.text for one in deltas if one.kind == "reasoning") or None,
+        tool_calls=tuple(one.call for one in deltas if one.call is not None),
     )

@@ -8,8 +8,9 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
+from medicalgpt_cli.engine.data.tools import Delta
 from medicalgpt_cli.engine.generation.decoding import Answer
-from medicalgpt_cli.engine.generation.endpoint import EndpointBackend, RemotePrompt
+from medicalgpt_cli.engine.generation.endpoint import EndpointBackend, Events, RemotePrompt, put_together
 from medicalgpt_cli.engine.generation.scheduler import Busy, Counters, Limits
 from medicalgpt_cli.errors import MedgptError
 from medicalgpt_cli.settings.groups import SamplingSettings
@@ -18,7 +19,7 @@ from medicalgpt_cli.settings.groups import SamplingSettings
 @dataclass(eq=False)
 class RemoteTicket:
     client: str
-    deliver: Callable[[str, Answer | None], None]
+    deliver: Callable[[list[Delta], Answer | None], None]
     asked: float
     deadline: float
     cancelled: bool = False
@@ -46,7 +47,7 @@ class EndpointScheduler:
         self,
         prompt: RemotePrompt,
         sampling: SamplingSettings,
-        deliver: Callable[[str, Answer | None], None],
+        deliver: Callable[[list[Delta], Answer | None], None],
         *,
         number: int = 0,
         variant: str | None = None,
@@ -84,7 +85,7 @@ class EndpointScheduler:
     ) -> None:
         ticket.running = True
         answer: Answer | None = None
-        said: list[str] = []
+        said: list[Delta] = []
         try:
             if time.monotonic() > ticket.deadline:
                 answer = Answer("", [], "error", 0, 0, "no answer within the time limit")
@@ -100,21 +101,21 @@ class EndpointScheduler:
             self._tickets.discard(ticket)
             self._count(answer)
         if answer is not None:
-            ticket.deliver("", answer)
+            ticket.deliver([], answer)
 
-    def _listen(self, ticket: RemoteTicket, events: object, said: list[str]) -> Answer | None:
+    def _listen(self, ticket: RemoteTicket, events: Events, said: list[Delta]) -> Answer | None:
         try:
-            for piece, answer in events:
+            for deltas, answer in events:
                 if ticket.cancelled:
                     return None
+                if deltas and not said:
+                    self.counters.first_token_seconds.append(time.monotonic() - ticket.asked)
+                said += deltas
+                ticket.deliver(deltas, None)
                 if answer is not None:
                     return answer
-                if not said:
-                    self.counters.first_token_seconds.append(time.monotonic() - ticket.asked)
-                said.append(piece)
-                ticket.deliver(piece, None)
                 if time.monotonic() > ticket.deadline:
-                    return Answer("".join(said), [], "length", 0, len(said))
+                    return put_together(said, "length", {}, len(said))
         finally:
             events.close()
         return None

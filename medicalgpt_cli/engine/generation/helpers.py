@@ -16,6 +16,7 @@ from multiprocessing.connection import Connection, wait
 from types import TracebackType
 from typing import Any
 
+from medicalgpt_cli.engine.generation.answer_reader import EncodedPrompt
 from medicalgpt_cli.engine.generation.decoding import Answer
 from medicalgpt_cli.engine.generation.local import LocalBackend
 from medicalgpt_cli.engine.run import processes
@@ -48,7 +49,7 @@ def help_out(backend: LocalBackend) -> None:
         while (work := json.loads(first.recv_bytes())) is not None:
             numbers = work["numbers"]
             backend.answer_batch(
-                work["prompts"],
+                [EncodedPrompt(**one) for one in work["prompts"]],
                 lambda place, answer, numbers=numbers: done(numbers, place, answer),
                 numbers=numbers,
             )
@@ -63,7 +64,7 @@ class Helpers:
     def __init__(
         self,
         channels: Sequence[Connection],
-        take: Callable[[], tuple[list[int], list[list[int]]] | None],
+        take: Callable[[], tuple[list[int], list[EncodedPrompt]] | None],
         keep: Callable[[int, Answer], None],
         sync: Callable[[], None],
     ):
@@ -118,11 +119,13 @@ class Helpers:
             self._problem = SystemExit(processes.LOST)
             return
         if said is not None:
-            self._keep(said["number"], Answer(**said["answer"]))
+            fields = {**said["answer"], "tool_calls": tuple(said["answer"]["tool_calls"])}
+            self._keep(said["number"], Answer(**fields))
             return
         self._sync()
         work = self._take()
         if work is None:
             self._open.remove(channel)
         with contextlib.suppress(ConnectionError):  # gone meanwhile: the next message says so
-            channel.send_bytes(json.dumps(work and {"numbers": work[0], "prompts": work[1]}).encode())
+            batch = work and {"numbers": work[0], "prompts": [asdict(one) for one in work[1]]}
+            channel.send_bytes(json.dumps(batch).encode())

@@ -6,20 +6,26 @@ import hashlib
 import json
 import threading
 import time
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from medicalgpt_cli.engine.data.rendering import encode_prompt, encode_raw
+from medicalgpt_cli.engine.data.answer_targets import tool_notes
+from medicalgpt_cli.engine.data.rendering import check_thinking, encode_prompt, encode_raw
+from medicalgpt_cli.engine.data.template_facts import template_facts
+from medicalgpt_cli.engine.generation.answer_reader import EncodedPrompt
 from medicalgpt_cli.engine.generation.batching import batches_by_length
 from medicalgpt_cli.engine.generation.decoding import Answer
 from medicalgpt_cli.engine.generation.endpoint import EndpointBackend, RemotePrompt
 from medicalgpt_cli.engine.generation.helpers import Helpers, even_batch_size, help_out
 from medicalgpt_cli.engine.generation.local import LocalBackend, load_to_answer
 from medicalgpt_cli.engine.generation.predictions import PredictionFile, StandardOutput
-from medicalgpt_cli.engine.generation.questions import Question, read_questions
+from medicalgpt_cli.engine.generation.questions import Question, counts_of_questions, read_questions
+from medicalgpt_cli.engine.generation.wire import call_to_wire, finish_reason, with_call_ids
 from medicalgpt_cli.engine.model.base_record import describe
 from medicalgpt_cli.engine.model.loading import load_tokenizer
 from medicalgpt_cli.engine.model.quantization import check_quantization
@@ -42,9 +48,13 @@ def run_infer(settings: InferSettings, observer: Observer) -> dict[str, Any]:
         DataError, UsageError: the questions or settings are wrong, or the predictions file exists.
     """
     check_connection()
-    questions = read_questions(settings.data_file)
+    counts = counts_of_questions(settings)
+    questions = read_questions(settings.data_file, counts)
     model = (_RemoteModel if settings.endpoint else LocalModel)(settings, observer)
     prompts = [model.prompt(question) for question in questions]
+    merged = [f"{number:,} of {counts.read:,} records: {reason}" for reason, number in counts.merged.items()]
+    for line in [*counts.unused_lines(), *merged, *counts.notices, *model.notes(questions)]:
+        observer.on_notice(line)
     output = _output(settings, questions, model.identity())
     resumed, began = len(output.rows), time.monotonic()
     try:
@@ -73,20 +83,22 @@ def run_infer(settings: InferSettings, observer: Observer) -> dict[str, Any]:
 def _answer_all(
     backend: LocalBackend | EndpointBackend,
     questions: list[Question],
-    prompts: list[list[int] | RemotePrompt | Refused],
+    prompts: list[EncodedPrompt | RemotePrompt | Refused],
     output: Any,
     batch_size: int,
     observer: Observer,
 ) -> int:
     """Answer what is not in `output` yet, with the run's other processes; gives the number of tokens written."""
-    task, done, tokens, one_at_a_time = "answering", len(output.rows), 0, threading.RLock()
+    task, done, tokens, malformed = "answering", len(output.rows), 0, 0
+    one_at_a_time = threading.RLock()
     observer.on_task_start(task, len(questions), "questions")
     observer.on_task_advance(task, done)
 
     def keep(number: int, answer: Answer) -> None:
-        nonlocal done, tokens
+        nonlocal done, tokens, malformed
         with one_at_a_time:
             done, tokens = done + 1, tokens + answer.completion_tokens
+            malformed += answer.malformed
             output.add(number, prediction(questions[number], answer))
             observer.on_task_advance(task, done)
 
@@ -121,6 +133,10 @@ def _answer_all(
             helpers.finish()
     finally:
         observer.on_task_end(task)
+    if malformed:
+        observer.on_notice(
+            f"{malformed:,} answers hold what looks like a call of a tool and is none: it is text"
+        )
     return tokens
 
 
@@ -166,19 +182,36 @@ class LocalModel:
         check_quantization(self.resolved, settings.quantization)
         plain = settings.with_prompt is True
         self.tokenizer = load_tokenizer(settings, self.resolved, observer, plain_template=plain)
+        if uses_template(self.tokenizer, settings):
+            check_thinking(self.tokenizer, settings.thinking)
 
-    def prompt(self, question: Question) -> list[int] | Refused:
-        """Token ids of a question: in the chat template, or the raw text with `--no-prompt`.
+    def prompt(self, question: Question) -> EncodedPrompt | Refused:
+        """A question in the chat template, or the raw text with `--no-prompt`.
 
         Raises:
             UsageError: raw text was asked for, but the question is a conversation.
         """
         if not uses_template(self.tokenizer, self.settings):
-            return encode_raw(self.tokenizer, raw_text(question, self.settings))
+            return EncodedPrompt(encode_raw(self.tokenizer, raw_text(question, self.settings)), raw=True)
+        messages = with_system(question.messages, self.settings.system_prompt)
+        thinking = self.settings.thinking
         try:
-            return encode_prompt(self.tokenizer, with_system(question.messages, self.settings.system_prompt))
+            ids = encode_prompt(self.tokenizer, messages, question.tools, thinking)
         except UsageError as problem:
             return Refused(problem.message)
+        return EncodedPrompt(ids, question.tools, thinking)
+
+    def notes(self, questions: Sequence[Question]) -> list[str]:
+        """What is to be known about tools in the questions and the template."""
+        if not uses_template(self.tokenizer, self.settings):
+            return []
+        notes = Counter(
+            note for one in questions for note in tool_notes(self.tokenizer, one.messages, one.tools)
+        )
+        found = [f"{number:,} of {len(questions):,} questions: {note}" for note, number in notes.items()]
+        if any(one.tools for one in questions) and template_facts(self.tokenizer).tools.form is None:
+            found.append("calls of tools cannot be told from text in what this template has a model write")
+        return found
 
     def identity(self) -> dict[str, str]:
         models = [one for one in (self.resolved.base, self.resolved.adapter) if one is not None]
@@ -202,7 +235,11 @@ class _RemoteModel:
     def prompt(self, question: Question) -> RemotePrompt:
         if self.settings.with_prompt is False:
             return self.backend.raw_prompt(raw_text(question, self.settings))
-        return self.backend.prompt(with_system(question.messages, self.settings.system_prompt))
+        messages = with_system(question.messages, self.settings.system_prompt)
+        return self.backend.prompt(messages, question.tools)
+
+    def notes(self, questions: Sequence[Question]) -> list[str]:
+        return []
 
     def identity(self) -> dict[str, str]:
         return {"the endpoint": self.backend.url, "the endpoint's model": self.backend.model}
@@ -215,12 +252,13 @@ def raw_text(question: Question, settings: InferSettings) -> str:
     """The text that is continued with `--no-prompt`.
 
     Raises:
-        UsageError: the question is a conversation, or there is a system prompt.
+        UsageError: the question is a conversation or has tools, or there is a system prompt or a word about reasoning.
     """
-    if not isinstance(question.input, str):
-        raise UsageError(
-            f"{question.at}: a conversation cannot be continued as raw text", "add --with-prompt"
-        )
+    if not isinstance(question.input, str) or question.tools:
+        what = "a question with tools" if question.tools else "a conversation"
+        raise UsageError(f"{question.at}: {what} cannot be continued as raw text", "add --with-prompt")
+    if settings.thinking != "auto":
+        raise UsageError("--thinking goes with the chat template", "add --with-prompt")
     if settings.system_prompt:
         raise UsageError("--system-prompt goes with the chat template", "add --with-prompt")
     return question.input
@@ -240,11 +278,14 @@ def with_system(messages: Any, system_prompt: str | None) -> list[Any]:
 
 def prediction(question: Question, answer: Answer) -> dict[str, Any]:
     """A row of the predictions file."""
-    row = {
-        "id": question.id,
-        "input": question.input,
-        "output": answer.text,
-        "finish_reason": answer.finish_reason,
+    calls = with_call_ids(answer.tool_calls, question.id, question.messages)
+    row: dict[str, Any] = {"id": question.id, "input": question.input, "output": answer.text}
+    if answer.reasoning:
+        row["reasoning_content"] = answer.reasoning
+    if calls:
+        row["tool_calls"] = [call_to_wire(call) for call in calls]
+    row |= {
+        "finish_reason": finish_reason(answer.finish_reason, calls),
         "prompt_tokens": answer.prompt_tokens,
         "completion_tokens": answer.completion_tokens,
     }
@@ -274,7 +315,7 @@ def _identity(settings: InferSettings, questions: list[Question], model: dict[st
     chosen = {
         flag_of(name): str(getattr(settings, name)) for name in options_of(settings) if name not in _FREE
     }
-    asked = _hash([(question.id, question.messages) for question in questions])
+    asked = _hash([(question.id, question.messages, question.tools) for question in questions])
     return {"the questions": asked, **model, **chosen}
 
 

@@ -6,13 +6,14 @@ Both, and the server's scheduler, take the steps of `decoding.py`.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from medicalgpt_cli.engine.data.formats import Message
+from medicalgpt_cli.engine.data.messages import Message
+from medicalgpt_cli.engine.data.reasoning import Thinking
 from medicalgpt_cli.engine.data.rendering import (
     encode_prompt,
     encode_raw,
@@ -20,6 +21,9 @@ from medicalgpt_cli.engine.data.rendering import (
     fit_history,
     stop_token_ids,
 )
+from medicalgpt_cli.engine.data.template_facts import template_facts
+from medicalgpt_cli.engine.data.tools import Delta
+from medicalgpt_cli.engine.generation.answer_reader import EncodedPrompt, content_of
 from medicalgpt_cli.engine.generation.decoding import (
     Answer,
     Batch,
@@ -27,7 +31,6 @@ from medicalgpt_cli.engine.generation.decoding import (
     Sampler,
     answer_of,
     caches_exactly,
-    certain,
 )
 from medicalgpt_cli.engine.model.base_record import known_base
 from medicalgpt_cli.engine.model.loading import load_model
@@ -75,7 +78,7 @@ class LocalBackend:
 
     def answer_batch(
         self,
-        prompts: Sequence[Sequence[int]],
+        prompts: Sequence[EncodedPrompt | Sequence[int]],
         on_done: Callable[[int, Answer], None],
         *,
         numbers: Sequence[int] | None = None,
@@ -83,7 +86,7 @@ class LocalBackend:
         """Answer prompts together; `on_done(index, answer)` is called as each ends, in any order.
 
         Args:
-            prompts: token ids of each prompt.
+            prompts: each encoded; token ids alone are those of the template without tools.
             numbers: what makes each row's draw its own beside the seed; its index where not given.
         """
         rows = []
@@ -94,11 +97,22 @@ class LocalBackend:
                 continue
             number = index if numbers is None else numbers[index]
             rows.append(self.row(prompt, self.sampler, number, index=index))
-        for row, _, reason in self._run(rows):
+        for row, reason in self._run(rows):
             if reason:
                 on_done(row.index, answer_of(self.tokenizer, row, reason))
 
-    def stream(self, prompt: Sequence[int], *, number: int = 0) -> Iterator[str]:
+    def stream(self, prompt: EncodedPrompt | Sequence[int], *, number: int = 0) -> Iterator[str]:
+        """The text of the answer piece by piece, without reasoning and calls; see `deltas`."""
+        pieces = self.deltas(prompt, number=number)
+        try:
+            for piece in pieces:
+                yield content_of(piece)
+        finally:
+            pieces.close()
+
+    def deltas(
+        self, prompt: EncodedPrompt | Sequence[int], *, number: int = 0
+    ) -> Generator[list[Delta], None, None]:
         """Answer one prompt piece by piece; the whole is in `last` afterwards. Close it to stop early.
 
         There is a piece for each token, empty where the token completes no character, so that whoever listens
@@ -115,59 +129,81 @@ class LocalBackend:
             raise ValueError(refused)
         row = self.row(prompt, self.sampler, number)
         row.streams = True
-        shown = 0
         self.last = None
         try:
-            for _, text, reason in self._run([row]):
+            for _, reason in self._run([row]):
                 if reason:
                     self.last = answer_of(self.tokenizer, row, reason)
-                safe = self.last.text if self.last else certain(text, self.sampling.stop)
-                piece = safe[shown:]
-                shown += len(piece)
-                yield piece
+                yield row.reader(self.tokenizer).take()
         finally:
             # whoever listened has stopped it
             self.last = self.last or answer_of(self.tokenizer, row, "stop")
 
-    def prompt(self, messages: Sequence[Message]) -> list[int]:
-        """Token ids of a conversation up to where the answer begins.
+    def prompt(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Mapping[str, Any]] = (),
+        thinking: Thinking | None = None,
+    ) -> EncodedPrompt:
+        """A conversation up to where the answer begins.
+
+        Args:
+            tools: that may be called. thinking: the settings' where not given.
 
         Raises:
-            UsageError: the template refuses the conversation.
+            UsageError: the template refuses the conversation, or has no switch for reasoning.
         """
-        return encode_prompt(self.tokenizer, messages)
+        thinking = thinking or self.sampling.thinking
+        ids = encode_prompt(self.tokenizer, messages, tools, thinking)
+        return EncodedPrompt(ids, tuple(tools), thinking)
 
     def fitted_prompt(
-        self, messages: Sequence[Message], max_new_tokens: int | None = None
-    ) -> tuple[list[int], int]:
+        self,
+        messages: Sequence[Message],
+        max_new_tokens: int | None = None,
+        tools: Sequence[Mapping[str, Any]] = (),
+        thinking: Thinking | None = None,
+    ) -> tuple[EncodedPrompt, int]:
         """The same without the oldest exchanges that do not fit, and how many messages these are.
 
         Half the context at most is kept free for the answer.
 
         Raises:
-            UsageError: the newest question alone fills the context, or the template refuses the conversation.
+            UsageError: the newest question alone fills the context, or what `prompt` raises.
         """
         wanted = self.sampling.max_new_tokens if max_new_tokens is None else max_new_tokens
+        thinking = thinking or self.sampling.thinking
         room = max(self.context - wanted, self.context // 2)
-        kept, dropped = fit_history(self.tokenizer, messages, room)
-        prompt = encode_within(self.tokenizer, kept, self.context - 1)
-        if prompt is None:
+        kept, dropped = fit_history(self.tokenizer, messages, room, tools, thinking)
+        ids = encode_within(self.tokenizer, kept, self.context - 1, tools, thinking)
+        if ids is None:
             raise UsageError(
                 f"the question has no room in the context of {self.context} tokens", "ask a shorter one"
             )
-        return prompt, dropped
+        return EncodedPrompt(ids, tuple(tools), thinking), dropped
 
-    def bounded_prompt(self, asked: Sequence[Message] | str) -> list[int]:
-        """Token ids of a conversation, or of raw text to continue, if they fit the context.
+    def bounded_prompt(
+        self,
+        asked: Sequence[Message] | str,
+        tools: Sequence[Mapping[str, Any]] = (),
+        thinking: Thinking | None = None,
+    ) -> EncodedPrompt:
+        """A conversation, or raw text to continue, if it fits the context.
 
         Raises:
-            ValueError: they do not. What that costs is bounded by the context, not by the text.
-            UsageError: the template refuses the conversation.
+            ValueError: it does not. What that costs is bounded by the context, not by the text.
+            UsageError: what `prompt` raises.
         """
-        prompt = encode_within(self.tokenizer, asked, self.context - 1)
-        if prompt is None:
+        thinking = thinking or self.sampling.thinking
+        ids = encode_within(self.tokenizer, asked, self.context - 1, tools, thinking)
+        if ids is None:
             raise ValueError(f"the prompt has {self.context} tokens or more, the context {self.context}")
-        return prompt
+        return EncodedPrompt(ids, tuple(tools), thinking, raw=isinstance(asked, str))
+
+    @property
+    def reads_calls(self) -> bool:
+        """Whether calls of tools can be told from text in what the template has the model write."""
+        return template_facts(self.tokenizer).tools.form is not None
 
     def for_another_thread(self) -> LocalBackend:
         """The same with a tokenizer of its own: tokenizers are not made for two threads."""
@@ -175,29 +211,33 @@ class LocalBackend:
         other.tokenizer = copy.deepcopy(self.tokenizer)
         return other
 
-    def raw_prompt(self, text: str) -> list[int]:
-        """Token ids of text that is to be continued as it is."""
-        return encode_raw(self.tokenizer, text)
+    def raw_prompt(self, text: str) -> EncodedPrompt:
+        """Text that is to be continued as it is."""
+        return EncodedPrompt(encode_raw(self.tokenizer, text), raw=True)
 
-    def refusal(self, prompt: Sequence[int]) -> str | None:
+    def refusal(self, prompt: EncodedPrompt | Sequence[int]) -> str | None:
         """Why a prompt cannot be answered, or None."""
-        if not prompt:
+        if not len(prompt):
             return "empty prompt"
         if len(prompt) >= self.context:
             return f"the prompt has {len(prompt)} tokens, the context {self.context}"
         return None
 
-    def row(self, prompt: Sequence[int], sampler: Sampler, number: int, *, index: int = 0) -> Row:
+    def row(
+        self, prompt: EncodedPrompt | Sequence[int], sampler: Sampler, number: int, *, index: int = 0
+    ) -> Row:
         """A prompt as a row of a batch; its answer is bounded by the settings and the context."""
         limit = min(sampler.settings.max_new_tokens, self.context - len(prompt))
-        return Row(index, list(prompt), limit, sampler, sampler.generator(number))
+        asked = prompt if isinstance(prompt, EncodedPrompt) else None
+        ids = list(asked.ids if asked else prompt)
+        return Row(index, ids, limit, sampler, sampler.generator(number), asked=asked)
 
     def batch(self, rows: Sequence[Row]) -> Batch:
         return Batch(self.model, self.tokenizer, self.stop_ids, rows, cached=self.cached)
 
     @torch.inference_mode()
-    def _run(self, rows: Sequence[Row]) -> Iterator[tuple[Row, str, str | None]]:
-        """Yield (row, text so far, why it ended or None) for each token of each row."""
+    def _run(self, rows: Sequence[Row]) -> Iterator[tuple[Row, str | None]]:
+        """Yield (row, why it ended or None) for each token of each row."""
         if not rows:
             return
         with attention.own(self.model):

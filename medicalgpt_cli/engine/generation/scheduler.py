@@ -17,7 +17,9 @@ from typing import Any
 
 import torch
 
-from medicalgpt_cli.engine.generation.decoding import Answer, Batch, Row, Sampler, answer_of, certain
+from medicalgpt_cli.engine.data.tools import Delta
+from medicalgpt_cli.engine.generation.answer_reader import EncodedPrompt
+from medicalgpt_cli.engine.generation.decoding import Answer, Batch, Row, Sampler, answer_of
 from medicalgpt_cli.engine.generation.local import LocalBackend
 from medicalgpt_cli.settings.groups import SamplingSettings
 
@@ -46,16 +48,15 @@ class Busy(Exception):
 
 @dataclass(eq=False)
 class Ticket:
-    """A request. `deliver(piece, answer)` is called in the worker's thread; `answer` comes with the last piece."""
+    """A request. `deliver(deltas, answer)` is called in the worker's thread; `answer` comes with the last deltas."""
 
     row: Row
     variant: str
     client: str
-    deliver: Callable[[str, Answer | None], None]
+    deliver: Callable[[list[Delta], Answer | None], None]
     asked: float
     deadline: float
     cancelled: bool = False
-    shown: int = 0  # characters delivered so far
     started: bool = False  # whether its first token is there
 
 
@@ -115,9 +116,9 @@ class Scheduler:
 
     def submit(
         self,
-        prompt: Sequence[int],
+        prompt: EncodedPrompt | Sequence[int],
         sampling: SamplingSettings,
-        deliver: Callable[[str, Answer | None], None],
+        deliver: Callable[[list[Delta], Answer | None], None],
         *,
         number: int = 0,
         variant: str | None = None,
@@ -288,7 +289,7 @@ class Scheduler:
         if not batch.rows:
             lane.running.remove(batch)
         now = time.monotonic()
-        for row, text, reason in found:
+        for row, reason in found:
             ticket = self._tickets[row]
             if not ticket.started:
                 ticket.started = True
@@ -298,10 +299,7 @@ class Scheduler:
                     del self._tickets[row]
                 self._finish(ticket, answer_of(self.backend.tokenizer, row, reason))
             else:
-                safe = certain(text, row.sampler.stop)
-                piece = safe[ticket.shown :]
-                ticket.shown += len(piece)
-                self._deliver(ticket, piece, None)
+                self._deliver(ticket, row.reader(self.backend.tokenizer).take(), None)
 
     def _broken(self, lane: _Lane, batch: Batch, problem: Exception) -> None:
         """A step failed (memory, a broken device): its requests fail, the server goes on."""
@@ -325,9 +323,10 @@ class Scheduler:
             self.counters.failed += 1
         self.counters.prompt_tokens += answer.prompt_tokens
         self.counters.completion_tokens += answer.completion_tokens
-        self._deliver(ticket, answer.text[ticket.shown :], answer)
+        left = [] if answer.error else ticket.row.reader(self.backend.tokenizer).take()
+        self._deliver(ticket, left, answer)
 
-    def _deliver(self, ticket: Ticket, piece: str, answer: Answer | None) -> None:
+    def _deliver(self, ticket: Ticket, deltas: list[Delta], answer: Answer | None) -> None:
         """Whoever asked may be gone; that must not stop the others."""
         with contextlib.suppress(Exception):
-            ticket.deliver(piece, answer)
+            ticket.deliver(deltas, answer)

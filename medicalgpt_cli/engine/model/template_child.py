@@ -41,6 +41,25 @@ def conversations() -> Iterator[list[dict[str, str]]]:
     yield [{"role": "user", "content": "a"}, {"role": "tool", "content": "b"}]
 
 
+def with_tools() -> Iterator[tuple[list[dict[str, Any]], dict[str, Any]]]:
+    """Conversations in which tools are called, with the variables that a template gets beside them."""
+    for text, number in itertools.product(("a", "你好 " * 200), (1, 2, 8)):
+        schema = {"type": "object", "properties": {f"k{at}": {"type": "string"} for at in range(number)}}
+        function = {"name": "f", "description": text, "parameters": schema}
+        call = {
+            "id": "abcdefghi",
+            "type": "function",
+            "function": {"name": "f", "arguments": {f"k{at}": text for at in range(number)}},
+        }
+        turns: list[dict[str, Any]] = [
+            {"role": "user", "content": text},
+            {"role": "assistant", "content": "", "tool_calls": [call], "reasoning_content": text},
+            {"role": "tool", "content": text, "name": "f", "tool_call_id": "abcdefghi"},
+        ]
+        for thinking in ({}, {"enable_thinking": True}, {"enable_thinking": False}):
+            yield turns * number, {"tools": [{"type": "function", "function": function}] * number, **thinking}
+
+
 def refusal(source: str, tokens: dict[str, str]) -> str | int | None:
     """Why a template is not to be rendered, or the line at which it is none; None where nothing is wrong.
 
@@ -59,11 +78,13 @@ def refusal(source: str, tokens: dict[str, str]) -> str | int | None:
         return problem.lineno
     except TemplateError:
         return None
-    for messages in conversations():
-        size = sum(len(one["content"]) for one in messages)
+    for messages, more in itertools.chain(((one, {}) for one in conversations()), with_tools()):
+        size = _size([messages, more])
         for generation in (False, True):
             try:
-                written = template.render(messages=messages, add_generation_prompt=generation, **tokens)
+                written = template.render(
+                    messages=messages, add_generation_prompt=generation, **tokens, **more
+                )
             except RecursionError:
                 return "it calls itself without end"
             except MemoryError:
@@ -73,6 +94,14 @@ def refusal(source: str, tokens: dict[str, str]) -> str | int | None:
             if len(written) > LONGEST + TIMES * size:
                 return f"it writes {len(written):,} characters for a conversation of {size:,}"
     return None
+
+
+def _size(value: Any) -> int:
+    """Characters in all texts of a value."""
+    if isinstance(value, str):
+        return len(value)
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return sum(map(_size, inner))
 
 
 def _written_down(node: Any, rounds: int) -> str | None:

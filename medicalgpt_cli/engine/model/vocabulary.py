@@ -13,8 +13,11 @@ import torch
 from tokenizers import Tokenizer
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-from medicalgpt_cli.engine.data.formats import Counts, Document, iterate_texts
+from medicalgpt_cli.engine.data.counts import Counts
+from medicalgpt_cli.engine.data.formats import iterate_texts
+from medicalgpt_cli.engine.data.messages import Document
 from medicalgpt_cli.engine.data.readers import check_text_unit, expand_sources
+from medicalgpt_cli.engine.data.reading import counts_for
 from medicalgpt_cli.engine.model.loading import (
     DTYPES,
     load_base,
@@ -64,22 +67,28 @@ def extend(settings: VocabularySettings, observer: Observer) -> dict[str, Any]:
     output = Path(settings.output_dir or "")
     check_output(output, resolved)
     stored = _stored_dtype(settings, resolved)
-    expand_sources(settings.check_data)  # a missing file is said at once
-    check_text_unit([*settings.train_data, *settings.check_data], settings.text_unit)
+    sources = [*settings.train_data, *settings.check_data]
+    expand_sources(sources, with_documents=True)  # a missing file is said at once
+    check_text_unit(sources, settings.text_unit)
+    rules = counts_for(settings, sources)
     terms = read_terms(settings.terms)
     old = load_tokenizer(settings, resolved, observer, plain_template=False)
     _check_tokenizer(old)
 
-    corpus = _measured(settings, observer)
-    pieces, sentencepiece, left_out = _words(settings, corpus, old, observer)
+    corpus = _measured(settings, rules, observer)
+    pieces, sentencepiece, left_out = _words(settings, rules, corpus, old, observer)
     extension, new = _widened(old, pieces, settings.max_new, left_out)
     if not extension.pieces:
         raise DataError("no word of the corpus is worth a token", _why(left_out))
     with task(observer, "comparing"):
-        on_corpus = compare(_read(settings.train_data, settings, observer), old, new, extension.first_id)
+        on_corpus = compare(
+            _read(settings.train_data, settings, rules, observer), old, new, extension.first_id
+        )
         on_check = None
         if settings.check_data:
-            on_check = compare(_read(settings.check_data, settings, observer), old, new, extension.first_id)
+            on_check = compare(
+                _read(settings.check_data, settings, rules, observer), old, new, extension.first_id
+            )
 
     with staged(output) as folder:
         with task(observer, "loading weights"):
@@ -162,14 +171,16 @@ def _check_model(model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
 # -- corpus to tokens --------------------------------------------------------------------------------------
 
 
-def _read(sources: Sequence[str], settings: VocabularySettings, observer: Observer) -> Iterable[Document]:
-    return iterate_texts(sources, Counts(), observer, text_unit=settings.text_unit)
+def _read(
+    sources: Sequence[str], settings: VocabularySettings, rules: Counts, observer: Observer
+) -> Iterable[Document]:
+    return iterate_texts(sources, rules.fresh(), observer, text_unit=settings.text_unit)
 
 
-def _measured(settings: VocabularySettings, observer: Observer) -> Corpus:
-    counts = Counts()
+def _measured(settings: VocabularySettings, rules: Counts, observer: Observer) -> Corpus:
+    counts = rules.fresh()
     corpus = measure(iterate_texts(settings.train_data, counts, observer, text_unit=settings.text_unit))
-    for notice in counts.notices:
+    for notice in (*counts.notices, *counts.unused_lines()):
         observer.on_notice(notice)
     for reason, number in counts.skipped.items():
         observer.on_notice(f"skipped: {number:,} ({reason})")
@@ -177,12 +188,16 @@ def _measured(settings: VocabularySettings, observer: Observer) -> Corpus:
 
 
 def _words(
-    settings: VocabularySettings, corpus: Corpus, old: PreTrainedTokenizerBase, observer: Observer
+    settings: VocabularySettings,
+    rules: Counts,
+    corpus: Corpus,
+    old: PreTrainedTokenizerBase,
+    observer: Observer,
 ) -> tuple[list[Piece], dict[str, Any], Counter[str]]:
     """The words worth a token, what SentencePiece found, and what was left out."""
 
     def read() -> Iterable[Document]:
-        return _read(settings.train_data, settings, observer)
+        return _read(settings.train_data, settings, rules, observer)
 
     given = None
     if settings.sentencepiece_model:

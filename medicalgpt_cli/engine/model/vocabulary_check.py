@@ -11,8 +11,8 @@ from typing import Any
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
-from medicalgpt_cli.engine.data.formats import Document
 from medicalgpt_cli.engine.data.language import language_of
+from medicalgpt_cli.engine.data.messages import Document
 from medicalgpt_cli.engine.model.vocabulary_pieces import Spelling
 from medicalgpt_cli.errors import DataError, MedgptError, UsageError
 

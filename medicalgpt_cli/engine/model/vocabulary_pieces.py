@@ -17,7 +17,7 @@ from typing import Any
 
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 
-from medicalgpt_cli.engine.data.formats import Document
+from medicalgpt_cli.engine.data.messages import Document
 from medicalgpt_cli.engine.model.vocabulary_merge import Piece
 from medicalgpt_cli.engine.observer import Observer
 from medicalgpt_cli.errors import DataError, UsageError

@@ -10,7 +10,7 @@ from medicalgpt_cli.engine.generation.batching import batches_by_length
 from medicalgpt_cli.engine.generation.helpers import even_batch_size
 from medicalgpt_cli.engine.generation.infer import LocalModel, Refused
 from medicalgpt_cli.engine.generation.local import context_length
-from medicalgpt_cli.engine.generation.questions import read_questions
+from medicalgpt_cli.engine.generation.questions import counts_of_questions, read_questions
 from medicalgpt_cli.engine.model.loading import choose_device
 from medicalgpt_cli.engine.observer import Observer
 from medicalgpt_cli.engine.planning import device, plan, work
@@ -72,7 +72,10 @@ def plan_of_answers(settings: PlanInferSettings, observer: Observer) -> dict[str
         UsageError: no question can be answered, or the model's memory is not known from its shapes.
     """
     model = LocalModel(settings, observer)
-    prompts = [model.prompt(question) for question in read_questions(settings.data_file)]
+    prompts = [
+        model.prompt(question)
+        for question in read_questions(settings.data_file, counts_of_questions(settings))
+    ]
     here = choose_device(settings)
     on_gpu = device.for_gpu(settings, here)
     shapes = outline(

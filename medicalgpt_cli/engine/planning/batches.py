@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -52,7 +53,7 @@ def rows_of(items: Sequence[Item], padded: bool) -> Rows:
 
 def largest_possible(items: Sequence[Item], batch_size: int, padded: bool) -> Rows:
     """The batch in which the longest examples meet."""
-    return rows_of(sorted(items, key=lambda item: -item.tokens)[:batch_size], padded)
+    return rows_of(heapq.nlargest(batch_size, items, key=lambda item: item.tokens), padded)
 
 
 def over_the_run(

@@ -11,9 +11,11 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from medicalgpt_cli.engine.data.examples import render_answer
+from medicalgpt_cli.engine.data.messages import Message
 from medicalgpt_cli.engine.data.prompts import Prompt
 from medicalgpt_cli.engine.evaluation.preferences import score_rows
 from medicalgpt_cli.engine.evaluation.statistics import mean_interval, wilson_interval
+from medicalgpt_cli.engine.generation.wire import as_text
 from medicalgpt_cli.engine.rewards.rules import answer_format, length_rule, right_option
 from medicalgpt_cli.engine.training import together
 from medicalgpt_cli.engine.training.reward_data import laid_end_to_end, padded_right
@@ -23,8 +25,10 @@ from medicalgpt_cli.settings.stages import RlSettings
 # Rules that give 1 or 0 and nothing else.
 BINARY = ("right-option", "answer-format")
 
-# Prompts, the answers' texts and their token ids (the end token included), to one number each.
-Reward = Callable[[Sequence[Prompt], Sequence[str], Sequence[Sequence[int]]], list[float]]
+# An answer: an assistant's turn with what it thought and called, or its text alone.
+Said = Message | str
+# Prompts, the answers and their token ids (the end token included), to one number each.
+Reward = Callable[[Sequence[Prompt], Sequence[Said], Sequence[Sequence[int]]], list[float]]
 
 
 @dataclass(frozen=True)
@@ -38,7 +42,7 @@ class WeightedReward:
     last: dict[str, list[float]] = field(default_factory=dict)
 
     def __call__(
-        self, prompts: Sequence[Prompt], answers: Sequence[str], tokens: Sequence[Sequence[int]]
+        self, prompts: Sequence[Prompt], answers: Sequence[Said], tokens: Sequence[Sequence[int]]
     ) -> list[float]:
         total = [0.0] * len(answers)
         mine = [together.share(list(one)) for one in (prompts, answers, tokens)]
@@ -107,12 +111,12 @@ def rule_rewards(settings: RlSettings) -> dict[str, tuple[float, Reward]]:
 def _each(
     rule: Callable[[Prompt, str, int], float],
     prompts: Sequence[Prompt],
-    answers: Sequence[str],
+    answers: Sequence[Said],
     tokens: Sequence[Sequence[int]],
 ) -> list[float]:
-    return [
-        rule(prompt, answer, len(said)) for prompt, answer, said in zip(prompts, answers, tokens, strict=True)
-    ]
+    """A rule looks at the answer and its calls, not at what was thought before."""
+    texts = [one if isinstance(one, str) else as_text(one, reasoning=False) for one in answers]
+    return [rule(prompt, text, len(said)) for prompt, text, said in zip(prompts, texts, tokens, strict=True)]
 
 
 def check_keys(settings: RlSettings, prompts: Sequence[Prompt]) -> None:
@@ -142,11 +146,11 @@ def model_reward(
     """
 
     def reward(
-        prompts: Sequence[Prompt], answers: Sequence[str], tokens: Sequence[Sequence[int]]
+        prompts: Sequence[Prompt], answers: Sequence[Said], tokens: Sequence[Sequence[int]]
     ) -> list[float]:
         rows = []
         for prompt, answer in zip(prompts, answers, strict=True):
-            ids = render_answer(tokenizer, prompt.messages, answer, max_length)
+            ids = render_answer(tokenizer, prompt.messages, answer, max_length, prompt.tools)
             if ids is None:
                 raise UsageError(
                     f"{prompt.at}: prompt and answer exceed the reward model's {max_length} tokens",

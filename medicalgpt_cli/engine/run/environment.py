@@ -20,6 +20,7 @@ from medicalgpt_cli import __version__
 LIBRARIES = (
     "torch", "transformers", "peft", "trl", "datasets", "accelerate", "bitsandbytes", "tokenizers",
     "safetensors", "typer", "rich", "gradio", "deepspeed", "liger-kernel", "flash-attn", "torchao",
+    "markitdown", "pdfplumber", "python-calamine",
 )  # fmt: skip
 
 # Variables that change what medgpt does; their values are shown, so none may hold a secret or an address.

@@ -210,7 +210,7 @@ def _data(manifest: Mapping[str, Any]) -> str:
         (name, *((figure, "number") for figure in rest)) for name, *rest in source_rows(manifest["data"])
     ]
     if sources:
-        names = ("documents", "tokens", "of the blocks", "passes an epoch")
+        names = ("size", "tokens", "of an epoch", "passes an epoch")
         blocks.append(f"<h3>Mix</h3>{table(sources, ('source', *((name, 'number') for name in names)))}")
     return f"<section><h2>Data</h2>{''.join(blocks)}</section>"
 

@@ -88,12 +88,15 @@ def _part(name: str, report: Mapping[str, Any]) -> DataPart:
     )
 
 
+_UNITS = ("documents", "examples", "pairs", "prompts")
+
+
 def source_rows(report: Mapping[str, Any]) -> list[tuple[str, ...]]:
-    """The sources of a mix: name, documents, tokens, share of the blocks, passes an epoch."""
+    """The sources of a mix: name, what it has (documents, say), tokens, share of an epoch, passes an epoch."""
     return [
         (
             one["source"] + (" (replay)" if one["replay"] else ""),
-            f"{one['documents']:,}",
+            next(f"{one[unit]:,} {unit}" for unit in _UNITS if unit in one),
             f"{one['tokens']:,}",
             f"{100 * one['share']:.1f} %",
             f"{one['passes_an_epoch']:.2f}",

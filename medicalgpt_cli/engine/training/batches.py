@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
+from typing import Any
 
+import numpy as np
 import torch
 from torch.utils.data import Dataset, Sampler
 
 from medicalgpt_cli.engine.data.examples import Example
-from medicalgpt_cli.engine.data.packing import Block
+from medicalgpt_cli.engine.data.packing import Block, MixingSampler
 
 IGNORED = -100  # the label of a position without a loss
 
@@ -19,7 +21,6 @@ class ExampleDataset(Dataset):
 
     def __init__(self, examples: Sequence[Example]):
         self.examples = examples
-        self.lengths = [len(example.input_ids) for example in examples]
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -37,19 +38,36 @@ class EpochSampler(Sampler[int]):
 
     WINDOW = 64
 
-    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int, by_length: bool):
+    def __init__(
+        self,
+        lengths: Sequence[int] | np.ndarray,
+        batch_size: int,
+        seed: int,
+        by_length: bool,
+        draw: MixingSampler | None = None,
+    ):
+        """
+        Args:
+            draw: what an epoch takes of each source, in which order; without it, all examples once.
+        """
         self.lengths, self.batch_size, self.seed, self.by_length = lengths, batch_size, seed, by_length
+        self.draw = draw
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
+        if self.draw is not None:
+            self.draw.set_epoch(epoch)
 
     def __len__(self) -> int:
-        return len(self.lengths)
+        return len(self.lengths) if self.draw is None else len(self.draw)
 
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
-        order = torch.randperm(len(self.lengths), generator=generator).tolist()
+        if self.draw is None:
+            order = torch.randperm(len(self.lengths), generator=generator).tolist()
+        else:
+            order = list(self.draw)
         if not self.by_length:
             return iter(order)
         whole = len(order) - len(order) % self.batch_size  # the short batch stays last
@@ -67,11 +85,22 @@ def _next_token_labels(example: Example) -> list[int]:
     return [*example.labels[1:], IGNORED]
 
 
-def end_to_end(examples: Sequence[Example]) -> dict[str, torch.Tensor]:
+def _next_token_weights(example: Example) -> list[float]:
+    """What the loss at each position is multiplied by."""
+    if example.weights is None:
+        return [1.0] * len(example.labels)
+    return [*example.weights[1:], 1.0]
+
+
+def end_to_end(examples: Sequence[Example], *, weighted: bool = False) -> dict[str, torch.Tensor]:
     """A batch without padding.
 
+    Args:
+        weighted: whether the batch says what each loss is multiplied by. Either all batches of a run do, or none.
+
     Returns:
-        input_ids, position_ids, shift_labels and labels: (1, total); cu_seq_lens_q and _k: (examples + 1,).
+        input_ids, position_ids, shift_labels, labels and perhaps loss_weights: (1, total);
+        cu_seq_lens_q and _k: (examples + 1,).
     """
     input_ids = [token for example in examples for token in example.input_ids]
     positions = [position for example in examples for position in range(len(example.input_ids))]
@@ -79,7 +108,7 @@ def end_to_end(examples: Sequence[Example]) -> dict[str, torch.Tensor]:
     bounds = [0]
     for example in examples:
         bounds.append(bounds[-1] + len(example.input_ids))
-    return {
+    batch = {
         "input_ids": torch.tensor([input_ids]),
         "position_ids": torch.tensor([positions]),
         "labels": torch.tensor([labels]),
@@ -87,17 +116,29 @@ def end_to_end(examples: Sequence[Example]) -> dict[str, torch.Tensor]:
         "cu_seq_lens_q": torch.tensor(bounds, dtype=torch.int32),
         "cu_seq_lens_k": torch.tensor(bounds, dtype=torch.int32),
     }
+    if weighted:
+        weights = [weight for example in examples for weight in _next_token_weights(example)]
+        batch["loss_weights"] = torch.tensor([weights])
+    return batch
 
 
-def padded(examples: Sequence[Example], pad_id: int) -> dict[str, torch.Tensor]:
-    """A batch padded on the right: input_ids, attention_mask, shift_labels and labels, (batch, longest)."""
+def padded(examples: Sequence[Example], pad_id: int, *, weighted: bool = False) -> dict[str, torch.Tensor]:
+    """A batch padded on the right, (batch, longest): input_ids, attention_mask, shift_labels and labels.
+
+    Args:
+        weighted: whether there are loss_weights, too; as for `end_to_end`.
+    """
     longest = max(len(example.input_ids) for example in examples)
-    rows: dict[str, list[list[int]]] = {"input_ids": [], "attention_mask": [], "labels": []}
+    rows: dict[str, list[list[Any]]] = {"input_ids": [], "attention_mask": [], "labels": []}
+    if weighted:
+        rows["loss_weights"] = []
     for example in examples:
         missing = longest - len(example.input_ids)
         rows["input_ids"].append([*example.input_ids, *[pad_id] * missing])
         rows["attention_mask"].append([1] * len(example.input_ids) + [0] * missing)
         rows["labels"].append([*_next_token_labels(example), *[IGNORED] * missing])
+        if weighted:
+            rows["loss_weights"].append([*_next_token_weights(example), *[1.0] * missing])
     batch = {name: torch.tensor(values) for name, values in rows.items()}
     return {**batch, "shift_labels": batch["labels"]}
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import time
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, ClassVar
@@ -131,7 +132,7 @@ class Stage(ABC):
         """What the plan says about the data."""
 
     @abstractmethod
-    def batch_items(self) -> list[Item]:
+    def batch_items(self) -> Sequence[Item]:
         """What each example puts into a batch, for the plan of memory and time."""
 
     @abstractmethod

@@ -16,14 +16,19 @@ from medicalgpt_cli.engine.training import attention
 from medicalgpt_cli.engine.training.batches import IGNORED
 from medicalgpt_cli.engine.training.ppo import mathematics
 
+_NOT_INPUTS = ("labels", "shift_labels", "loss_weights")
+
 # Logits that exist at one time: 128 MiB in fp32. All logits of a batch at once are most of a small model's memory
 # (4 examples of 512 tokens over 49,152 words: 400 MB, four times over with their gradients).
 _LOGITS = 2**25
 
 
 def target_loss(model: torch.nn.Module, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """Sum of `target_nats`: a scalar with gradient."""
-    return target_nats(model, batch).sum()
+    """Sum of `target_nats`, each times its weight where the batch has `loss_weights`: a scalar with gradient."""
+    nats = target_nats(model, batch)
+    if "loss_weights" not in batch:
+        return nats.sum()
+    return (nats * batch["loss_weights"].flatten()[batch["shift_labels"].flatten() != IGNORED]).sum()
 
 
 def target_nats(model: torch.nn.Module, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
@@ -35,7 +40,7 @@ def target_nats(model: torch.nn.Module, batch: Mapping[str, torch.Tensor]) -> to
     Args:
         batch: input_ids and shift_labels, (rows, length), and what else the model's forward takes.
     """
-    inputs = {name: value for name, value in batch.items() if name not in ("labels", "shift_labels")}
+    inputs = {name: value for name, value in batch.items() if name not in _NOT_INPUTS}
     labels = batch["shift_labels"].flatten()
     positions = (labels != IGNORED).nonzero().squeeze(1)
     return -log_probabilities(model, inputs, positions, labels[positions])[0]

@@ -17,14 +17,12 @@ from transformers import PreTrainedTokenizerBase
 
 from medicalgpt_cli.engine.data.corpus import (
     Corpus,
-    Source,
-    check_weights,
     choose_held_out,
     measured_order,
-    parse_source,
     tokenise,
 )
 from medicalgpt_cli.engine.data.examples import IGNORED
+from medicalgpt_cli.engine.data.mixing import Source, check_weights, parse_source, share_out, shares_notice
 from medicalgpt_cli.engine.data.packing import (
     AllBlocks,
     HeldOut,
@@ -34,8 +32,9 @@ from medicalgpt_cli.engine.data.packing import (
     quotas,
 )
 from medicalgpt_cli.engine.data.readers import check_text_unit
+from medicalgpt_cli.engine.data.reading import counts_for
 from medicalgpt_cli.engine.data.rendering import document_marks
-from medicalgpt_cli.engine.data.report import histogram, percentiles
+from medicalgpt_cli.engine.data.report import histogram, merged_counts, percentiles
 from medicalgpt_cli.engine.observer import Observer
 from medicalgpt_cli.engine.run.environment import cache_folder
 from medicalgpt_cli.errors import DataError
@@ -65,7 +64,9 @@ def load_pretrain_data(
     sources += [parse_source(text, replay=True) for text in settings.replay_data]
     held_sources = [Source(name) for name in settings.eval_data]
     check_weights(sources)
-    check_text_unit([one.name for one in sources + held_sources], settings.text_unit)
+    names = [one.name for one in sources + held_sources]
+    check_text_unit(names, settings.text_unit)
+    rules = counts_for(settings, names)
     start, end, separate = document_marks(tokenizer)
     temporary = ExitStack()
     cache = cache_folder()
@@ -73,10 +74,10 @@ def load_pretrain_data(
         cache = Path(temporary.enter_context(tempfile.TemporaryDirectory()))
 
     def read(source: Source) -> Corpus:
-        return tokenise(source, tokenizer, settings.text_unit, cache, observer)
+        return tokenise(source, tokenizer, settings.text_unit, cache, observer, rules)
 
     corpora, held_corpora = [read(one) for one in sources], [read(one) for one in held_sources]
-    chosen, skipped = _choose(settings, corpora, held_corpora)
+    chosen, skipped, shared = _choose(settings, corpora, held_corpora)
     if held_corpora:
         held = [(corpus, np.ones(len(corpus), dtype=bool)) for corpus in held_corpora]
     else:
@@ -113,7 +114,7 @@ def load_pretrain_data(
             measured.bytes[group] = measured.bytes.get(group, 0) + size
         left_out += out
     report = {
-        "training": _training_report(settings, corpora, chosen, packed, drawn, skipped),
+        "training": _training_report(settings, corpora, chosen, packed, drawn, skipped, shared),
         "held_out": _held_out_report(held, measured, left_out, bool(held_corpora)),
         "sources": [
             {
@@ -146,10 +147,10 @@ def load_pretrain_data(
 
 def _choose(
     settings: PretrainSettings, corpora: Sequence[Corpus], held_corpora: Sequence[Corpus]
-) -> tuple[list[np.ndarray], Counter[str]]:
-    """The numbers of the documents to train on, by source, and why others are not among them."""
+) -> tuple[list[np.ndarray], Counter[str], list[str]]:
+    """The numbers of the documents to train on, by source, why others are not among them, and notices."""
     skipped: Counter[str] = Counter()
-    chosen, left = [], settings.max_samples
+    chosen, notices = [], []
     held = np.concatenate([one.hashes for one in held_corpora]) if held_corpora else None
     for corpus in corpora:
         if held is not None:
@@ -158,19 +159,25 @@ def _choose(
                 skipped["stands in the held-out data"] += int(out.sum())
         else:
             out = choose_held_out(corpus, settings.eval_fraction, settings.seed)
-        numbers = np.flatnonzero(~out)
-        if left is not None and not corpus.source.replay:
-            if len(numbers) > left:
-                skipped[f"behind --max-samples {settings.max_samples}"] += len(numbers) - left
-            numbers = numbers[:left]
-            left -= len(numbers)
-        chosen.append(numbers)
-    return chosen, skipped
+        chosen.append(np.flatnonzero(~out))
+    ours = [place for place, corpus in enumerate(corpora) if not corpus.source.replay]
+    sizes = [len(chosen[place]) for place in ours]
+    if settings.max_samples is not None and sum(sizes) > settings.max_samples:
+        shares = share_out(
+            settings.max_samples, sizes, [corpora[place].source.weight or 1.0 for place in ours]
+        )
+        skipped[f"behind --max-samples {settings.max_samples}"] = sum(sizes) - settings.max_samples
+        for place, share in zip(ours, shares, strict=True):
+            chosen[place] = chosen[place][:share]
+        if len(ours) > 1:
+            names = [corpora[place].source.name for place in ours]
+            notices.append(shares_notice(settings.max_samples, names, shares))
+    return chosen, skipped, notices
 
 
 def _why_none(settings: PretrainSettings) -> str:
     if settings.max_samples is not None:
-        return "--max-samples takes the first documents of the first sources: raise it"
+        return "--max-samples is shared over the sources: raise it"
     return "all of them stand in the held-out data"
 
 
@@ -181,6 +188,7 @@ def _training_report(
     packed: Sequence[PackedBlocks],
     drawn: Sequence[int],
     skipped: Counter[str],
+    shared: Sequence[str],
 ) -> dict[str, Any]:
     lengths = np.concatenate([c.ends[n] - c.starts[n] for c, n in zip(corpora, chosen, strict=True)])
     repeated = sum(len(corpus) - len(np.unique(corpus.hashes)) for corpus in corpora)
@@ -191,7 +199,7 @@ def _training_report(
     merged |= {"read": merged["read"] - held_out, "used": used}
     for reason, number in skipped.items():
         merged["skipped"][reason] = number
-    notices = [*merged["notices"]]
+    notices = [*merged["notices"], *shared]
     if repeated:
         notices.append(f"{repeated:,} of {sum(map(len, corpora)):,} documents repeat another one")
     notices += [f"the last block of {name} is shorter: {tail:,} tokens" for name, tail in short]
@@ -230,18 +238,7 @@ def _held_out_report(
 
 def _merged_counts(corpora: Sequence[Corpus]) -> dict[str, Any]:
     """The counts of several sources as one."""
-    found: dict[str, Any] = {"read": 0, "used": 0, "skipped": {}, "formats": {}, "notices": [], "places": {}}
-    for corpus in corpora:
-        counts = corpus.counts
-        found["read"] += counts["read"]
-        found["used"] += counts["used"]
-        for reason, number in counts["skipped"].items():
-            found["skipped"][reason] = found["skipped"].get(reason, 0) + number
-        found["formats"] |= counts["formats"]
-        found["notices"] += counts["notices"]
-        for reason, places in counts["places"].items():
-            found["places"][reason] = [*found["places"].get(reason, []), *places][:5]
-    return found
+    return merged_counts([corpus.counts for corpus in corpora])
 
 
 def _fingerprint(settings: PretrainSettings, corpora: Sequence[Corpus], chosen: Sequence[np.ndarray]) -> str:

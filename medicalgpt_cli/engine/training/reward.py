@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from medicalgpt_cli.engine.data.mixing import passes_over
 from medicalgpt_cli.engine.evaluation.preferences import judge, pair_items, score_pairs
 from medicalgpt_cli.engine.model.dropout import use_fast_dropout
 from medicalgpt_cli.engine.model.reward_model import new_reward_model, write_record
@@ -77,7 +78,7 @@ class RewardStage(Stage):
 
     @property
     def examples(self) -> int:
-        return len(self.data.training)
+        return len(self.data.mix)
 
     @property
     def has_held_out(self) -> bool:
@@ -89,7 +90,10 @@ class RewardStage(Stage):
         return {
             "pairs": len(self.data.training),
             "held_out_pairs": len(self.data.held_out),
-            "tokens": round(self.data.report["training"]["tokens"] * passes),
+            "tokens": round(
+                sum(one["tokens"] * one["passes_an_epoch"] for one in self.data.mix.rows) * passes
+            ),
+            **passes_over(self.data.mix.rows, passes),
         }
 
     def load(self, observer: Observer) -> Any:
@@ -116,6 +120,7 @@ class RewardStage(Stage):
             settings.batch_size * processes.size(),
             settings.seed,
             by_length=settings.batch_order == "by-length",
+            draw=self.data.mix.sampler(settings.seed),
         )
 
     def trainer_parts(self, model: Any, stop: StopOnSignal) -> dict[str, Any]:

@@ -13,18 +13,24 @@ import torch
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
+from medicalgpt_cli.engine.data.answer_targets import tool_notes
+from medicalgpt_cli.engine.data.counts import Counts
 from medicalgpt_cli.engine.data.examples import render_answer
-from medicalgpt_cli.engine.data.formats import Counts, load_prompts
+from medicalgpt_cli.engine.data.formats import load_prompts
+from medicalgpt_cli.engine.data.mixing import check_weights, parse_source, shares_of
+from medicalgpt_cli.engine.data.packing import Mix, mixed_items
 from medicalgpt_cli.engine.data.preferences import (
     Pair,
     audit,
     audit_notices,
     load_pairs,
     prompt_hash,
+    usable_pairs,
 )
+from medicalgpt_cli.engine.data.reading import counts_for
 from medicalgpt_cli.engine.data.rendering import encode_prompt
 from medicalgpt_cli.engine.data.report import histogram, percentiles
-from medicalgpt_cli.engine.data.splitting import split, without_held_out
+from medicalgpt_cli.engine.data.splitting import hold_out, without_held_out
 from medicalgpt_cli.engine.observer import Observer
 from medicalgpt_cli.engine.training import attention
 from medicalgpt_cli.errors import DataError, UsageError
@@ -71,6 +77,7 @@ class RewardData:
     prompts: list[str]  # hashes of the prompts that are trained on
     report: dict[str, Any]
     fingerprints: dict[str, str]
+    mix: Mix  # what an epoch takes of each source
 
 
 def load_reward_data(
@@ -80,19 +87,26 @@ def load_reward_data(
 
     Raises:
         DataError: a row is no pair, or nothing is left to train on.
+        UsageError: some sources have a weight and others none.
     """
-    counts, held_counts = Counts(), Counts()
+    sources = [parse_source(text) for text in settings.train_data]
+    check_weights(sources)
+    names = [one.name for one in sources]
+    counts = counts_for(settings, [*names, *settings.eval_data, *settings.exclude_prompts])
+    held_counts = counts.fresh()
     options = {"margin_column": settings.margin_column}
-    training = load_pairs(settings.train_data, counts, observer, max_samples=settings.max_samples, **options)
+    usable = partial(usable_pairs, rules=counts, margin_column=settings.margin_column)
+    shares = shares_of(settings.max_samples, sources, usable, counts.notices)
+    training = load_pairs(names, counts, observer, shares=shares, **options)
     if settings.eval_data:
         held = load_pairs(settings.eval_data, held_counts, observer, **options)
         training = without_held_out(training, held, counts)
     else:
-        training, held = split(training, settings.eval_fraction, settings.seed)
+        training, held = hold_out(training, settings.eval_fraction, settings.seed, counts, observer)
         held_counts.read, held_counts.formats = len(held), counts.formats
         counts.read -= len(held)
     if settings.exclude_prompts:
-        excluded = load_prompts(settings.exclude_prompts, Counts(), observer)
+        excluded = load_prompts(settings.exclude_prompts, counts.fresh(), observer)
         training = without_held_out(training, excluded, counts, "its prompt stands in --exclude-prompts")
     audits = {"training": audit(training), "held_out": audit(held)}
     kept = _rendered(training, tokenizer, settings, counts)
@@ -103,6 +117,9 @@ def load_reward_data(
     if held:
         held_counts.notices += audit_notices(audits["held_out"])
     trained = {pair.at for pair, _ in kept}
+    mix = mixed_items(
+        sources, [one for _, one in kept], [len(one.chosen) + len(one.rejected) for _, one in kept], "pairs"
+    )
     return RewardData(
         [one for _, one in kept],
         [one for _, one in kept_held],
@@ -110,8 +127,10 @@ def load_reward_data(
         {
             "training": _describe(kept, counts, settings) | {"audit": audits["training"]},
             "held_out": _describe(kept_held, held_counts, settings) | {"audit": audits["held_out"]},
+            "sources": mix.told,
         },
         {"training": _fingerprint(kept), "held_out": _fingerprint(kept_held)},
+        mix,
     )
 
 
@@ -134,7 +153,7 @@ def render_pair(
     """
 
     def render(answer: str, budget: int) -> tuple[list[int], list[int]] | None:
-        return render_answer(tokenizer, pair.messages, answer, budget)
+        return render_answer(tokenizer, pair.messages, answer, budget, pair.tools)
 
     try:
         chosen, rejected = render(pair.chosen, max_length), render(pair.rejected, max_length)
@@ -156,9 +175,11 @@ def render_pair(
         counts.add_skip("both answers are the same behind the chat template", pair.at)
         return None
     if sum(one["role"] == "user" for one in pair.messages) > 1:  # else there is nothing to drop
-        lost = len(encode_prompt(tokenizer, pair.messages)) - len(chosen[0])
+        lost = len(encode_prompt(tokenizer, pair.messages, pair.tools)) - len(chosen[0])
         if lost:
             counts.add_truncation("oldest exchanges dropped to fit --max-length", pair.at, lost)
+    for note in tool_notes(tokenizer, pair.messages, pair.tools):
+        counts.add_merge(note, pair.at)
     longer = None if len(pair.chosen) == len(pair.rejected) else len(pair.chosen) > len(pair.rejected)
     return RenderedPair(
         chosen[0] + chosen[1],

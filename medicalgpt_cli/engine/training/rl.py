@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from medicalgpt_cli.engine.data.mixing import passes_over
 from medicalgpt_cli.engine.evaluation.paired import per_answer
 from medicalgpt_cli.engine.evaluation.statistics import wilson_interval
 from medicalgpt_cli.engine.generation.local import LocalBackend
@@ -121,7 +122,7 @@ class RlStage(Stage):
 
     @property
     def examples(self) -> int:
-        return len(self.data.training)
+        return len(self.data.mix)
 
     @property
     def has_held_out(self) -> bool:
@@ -132,13 +133,14 @@ class RlStage(Stage):
         names = ("value_learning_rate", "gae_lambda") if self.settings.algorithm == "ppo" else ("group_size",)
         return {
             "prompts": len(self.data.training),
+            **passes_over(self.data.mix.rows, self.schedule.updates / self.schedule.updates_per_epoch),
             "held_out_prompts": len(self.data.held_out),
             "algorithm": self.settings.algorithm,
             "rollout_prompts": self.rollout_prompts,
             "minibatch": self.settings.minibatch_size,
             **{name: getattr(self.settings, name) for name in names},
             "answers": self.schedule.updates
-            * min(self.settings.batch_size * processes.size(), len(self.data.training))
+            * min(self.settings.batch_size * processes.size(), self.examples)
             * self.settings.answers_a_prompt,
             "reward": ", ".join(
                 [
@@ -247,6 +249,7 @@ class RlStage(Stage):
             max_new_tokens=self.settings.max_new_tokens,
             temperature=self.settings.temperature,
             seed=self.settings.seed,
+            thinking=self.settings.thinking,
         )
         return LocalBackend(roles.policy, self.tokenizer, sampling, self.observer)
 
@@ -258,11 +261,12 @@ class RlStage(Stage):
     def sampler(self) -> EpochSampler:
         lengths = [0] * len(self.data.training)
         whole = self.settings.batch_size * processes.size()
-        return EpochSampler(lengths, whole, self.settings.seed, by_length=False)
+        draw = self.data.mix.sampler(self.settings.seed)
+        return EpochSampler(lengths, whole, self.settings.seed, by_length=False, draw=draw)
 
     def trainer_parts(self, model: Roles, stop: StopOnSignal) -> dict[str, Any]:
         self.check_rewards(model)
-        dataset = _Prompts(self.data.training)
+        dataset = ExampleDataset(self.data.training)
         return {
             "train_dataset": dataset,
             "sampler": self.sampler(),
@@ -317,7 +321,7 @@ class RlStage(Stage):
                 temperature=self.settings.temperature,
                 batch_size=self.settings.answers_a_pass,
             )
-            rewards = self.rewards([one.prompt for one in held], rollout.texts, rollout.answers)
+            rewards = self.rewards([one.prompt for one in held], rollout.said, rollout.answers)
         if observer:
             observer.on_task_end(task)
         of_each = {
@@ -355,10 +359,3 @@ class RlStage(Stage):
     def save(self, model: Roles, folder: RunFolder, after: dict[str, Any]) -> None:
         """The policy alone: one ordinary adapter over the original base."""
         save_result(self.settings, self.resolved, model.policy, self.tokenizer, folder)
-
-
-class _Prompts(ExampleDataset):
-    """Prompts as the trainer wants them; their lengths do not matter for the order."""
-
-    def __init__(self, asked: list[Any]):
-        self.examples, self.lengths = asked, [len(one.ids) for one in asked]

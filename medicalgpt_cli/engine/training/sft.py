@@ -6,9 +6,12 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 
+from medicalgpt_cli.engine.data.example_table import ExampleTable
 from medicalgpt_cli.engine.data.examples import Example
+from medicalgpt_cli.engine.data.mixing import passes_over
 from medicalgpt_cli.engine.data.rendering import end_of_turn
 from medicalgpt_cli.engine.evaluation.heldout import example_figures, example_items, example_nats
 from medicalgpt_cli.engine.evaluation.samples import answer_questions, paired_samples
@@ -22,7 +25,6 @@ from medicalgpt_cli.engine.training.batches import (
     ExampleDataset,
     end_to_end,
     padded,
-    target_count,
 )
 from medicalgpt_cli.engine.training.callbacks import StopOnSignal
 from medicalgpt_cli.engine.training.loop import Stage
@@ -41,7 +43,7 @@ class SftStage(Stage):
 
     @property
     def examples(self) -> int:
-        return len(self.data.training)
+        return len(self.data.mix)
 
     @property
     def has_held_out(self) -> bool:
@@ -51,11 +53,13 @@ class SftStage(Stage):
         """Examples and tokens of the whole run."""
         training = self.data.training
         passes = self.schedule.updates / self.schedule.updates_per_epoch
+        taken = np.repeat([one["passes_an_epoch"] * passes for one in self.data.mix.rows], training.sizes)
         return {
             "examples": len(training),
             "held_out_examples": len(self.data.held_out),
-            "tokens": round(sum(len(example.input_ids) for example in training) * passes),
-            "target_tokens": round(target_count(training) * passes),
+            "tokens": round(float(training.lengths @ taken)),
+            "target_tokens": round(float(training.targets @ taken)),
+            **passes_over(self.data.mix.rows, passes),
         }
 
     def load(self, observer: Observer) -> Any:
@@ -70,16 +74,17 @@ class SftStage(Stage):
             )
         return model
 
-    def batch_items(self) -> list[Item]:
-        return [Item((len(one.input_ids),), target_count([one])) for one in self.data.training]
+    def batch_items(self) -> Sequence[Item]:
+        return ExampleItems(self.data.training)
 
     def sampler(self) -> EpochSampler:
         settings = self.settings
         return EpochSampler(
-            [len(one.input_ids) for one in self.data.training],
+            self.data.training.lengths,
             settings.batch_size * processes.size(),
             settings.seed,
             by_length=settings.batch_order == "by-length",
+            draw=self.data.mix.sampler(settings.seed),
         )
 
     def trainer_parts(self, model: Any, stop: StopOnSignal) -> dict[str, Any]:
@@ -93,9 +98,10 @@ class SftStage(Stage):
         }
 
     def _collate(self, examples: Sequence[Example]) -> dict[str, torch.Tensor]:
+        weighted = self.data.training.is_weighted
         if self.padding_free:
-            return end_to_end(examples)
-        return padded(examples, pad_id=self.tokenizer.pad_token_id)
+            return end_to_end(examples, weighted=weighted)
+        return padded(examples, pad_id=self.tokenizer.pad_token_id, weighted=weighted)
 
     def _held_out(self, model: Any, **options: Any) -> dict[str, Any] | None:
         with attention.for_batches(model, self.padding_free):
@@ -120,9 +126,29 @@ class SftStage(Stage):
             return {"metrics": {}, "answers": []}
         figures = known or self._held_out(model, observer=observer)
         answers = answer_questions(
-            model, self.tokenizer, self.data.questions, self.settings.eval_answer_tokens, observer
+            model,
+            self.tokenizer,
+            self.data.questions,
+            self.settings.eval_answer_tokens,
+            observer,
+            self.settings.thinking,
         )
         return {"metrics": figures, "answers": answers}
 
     def compare(self, before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
         return {"samples": paired_samples(before["answers"], after["answers"])}
+
+
+class ExampleItems(Sequence[Item]):
+    """What the examples of a table put into a batch, for the plan of memory and time."""
+
+    def __init__(self, table: ExampleTable):
+        self._lengths, self._targets = table.lengths, table.targets
+
+    def __len__(self) -> int:
+        return len(self._lengths)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[one] for one in range(*index.indices(len(self)))]
+        return Item((int(self._lengths[index]),), int(self._targets[index]))

@@ -26,7 +26,8 @@ from medicalgpt_cli.settings.stages import TrainSettings
 class MedgptTrainer(Trainer):
     """Trainer for next-token prediction; other stages give their own `batch_loss`.
 
-    The loss of an update is the mean over all its target tokens, across accumulated batches and devices.
+    The loss of an update is the mean over all its target tokens, across accumulated batches and devices; where these
+    have weights, sum(weight · loss) / sum(weight).
     Checkpoints are written beside, hashed, synced and renamed, so that a name that exists is complete.
     """
 
@@ -145,12 +146,21 @@ class MedgptTrainer(Trainer):
             total = total * 0
         count = num_items_in_batch
         if count is None:
-            count = (inputs["labels"] != IGNORED).sum()
+            count = _total_weight(inputs)
         loss = total / count
         if self.args.average_tokens_across_devices:
             # The count is of all devices, and the gradient will be averaged over them.
             loss = loss * self.accelerator.num_processes
         return (loss, None) if return_outputs else loss
+
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
+        """What the summed loss of an update is divided by: its items, or the sum of their weights."""
+        if not batch_samples or "loss_weights" not in batch_samples[0]:
+            return super()._get_num_items_in_batch(batch_samples, device)
+        total = sum(_total_weight(batch) for batch in batch_samples).to(device)
+        if self.args.average_tokens_across_devices and self.args.world_size > 1:
+            total = self.accelerator.gather(total).sum()
+        return total
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         self.seen += int((inputs["labels"] != IGNORED).sum())
@@ -279,3 +289,9 @@ class MedgptTrainer(Trainer):
             shares.restore_learning(self.model, self.optimizer, checkpoint, moments=False)
         else:
             self._load_from_checkpoint(str(checkpoint))
+
+
+def _total_weight(batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """How many items a batch has; the sum of their weights where it has `loss_weights`."""
+    items = batch["labels"] != IGNORED
+    return batch["loss_weights"][items].sum() if "loss_weights" in batch else items.sum()

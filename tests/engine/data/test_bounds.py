@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from medicalgpt_cli.engine.data import readers
+from medicalgpt_cli.engine.data import limits
 from medicalgpt_cli.engine.data.readers import read_rows
 from medicalgpt_cli.engine.generation.questions import read_questions
 from medicalgpt_cli.errors import DataError, MedgptError, UnsafeRefused
@@ -28,9 +28,9 @@ def refused(path: Path, kind: type[MedgptError], *words: str, unit: str = "line"
 @pytest.fixture
 def narrow(monkeypatch):
     """Bounds that a small file reaches."""
-    monkeypatch.setattr(readers, "_UNPACKED", 1 << 20)
-    monkeypatch.setattr(readers, "_LONGEST", 1 << 17)
-    monkeypatch.setattr(readers, "_LARGEST_WHOLE", 1 << 18)
+    monkeypatch.setattr(limits, "UNPACKED", 1 << 20)
+    monkeypatch.setattr(limits, "LONGEST_RECORD", 1 << 17)
+    monkeypatch.setattr(limits, "LARGEST_WHOLE", 1 << 18)
 
 
 @pytest.mark.parametrize("name", ["bomb.csv.gz", "bomb.jsonl.gz", "bomb.txt.gz", "bomb.json.gz"])
@@ -71,9 +71,9 @@ def test_packed_text_passes(narrow, tmp_path):
 def test_a_table_without_line_ends_and_one_without_a_closing_quote(narrow, tmp_path):
     path = tmp_path / "a.csv"
     path.write_text("question,answer\n" + "a" * 2**18)
-    refused(path, DataError, "record of more than")
+    refused(path, DataError, ":2:", "line of more than")
     path.write_text('question,answer\n"' + "a,b\n" * 2**16)
-    refused(path, DataError, "more than")
+    refused(path, DataError, "record of more than")
 
 
 def test_documents_and_objects_in_one_piece(narrow, tmp_path):

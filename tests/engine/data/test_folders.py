@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from medicalgpt_cli.engine.data.formats import Counts, rows_of
+from medicalgpt_cli.engine.data.counts import Counts
+from medicalgpt_cli.engine.data.formats import rows_of
 from medicalgpt_cli.engine.data.readers import expand_sources
 from medicalgpt_cli.engine.observer import Observer
 from medicalgpt_cli.errors import DataError

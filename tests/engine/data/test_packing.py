@@ -15,7 +15,8 @@ import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from medicalgpt_cli.engine.data.corpus import Source, choose_held_out, measured_order, parse_source, tokenise
+from medicalgpt_cli.engine.data.corpus import choose_held_out, measured_order, tokenise
+from medicalgpt_cli.engine.data.mixing import Source, parse_source
 from medicalgpt_cli.engine.data.packing import (
     AllBlocks,
     MixingSampler,

@@ -10,8 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from medicalgpt_cli.engine.data.counts import Counts
 from medicalgpt_cli.engine.data.examples import render_answer
-from medicalgpt_cli.engine.data.formats import Counts, load_conversations
+from medicalgpt_cli.engine.data.formats import load_conversations
 from medicalgpt_cli.engine.data.preferences import Pair, audit, audit_notices, load_pairs, prompt_hash
 from medicalgpt_cli.engine.data.rendering import encode_prompt
 from medicalgpt_cli.engine.observer import Observer
@@ -134,15 +135,15 @@ def test_a_table(tmp_path: Path) -> None:
     [
         ({"prompt": "Fever?", "chosen": "Drink."}, "without rejected"),
         ({"prompt": "Fever?", "rejected": "Drink."}, "without chosen"),
-        ({"prompt": "Fever?", "response_rejected": "Drink."}, "without response_chosen"),
+        ({"prompt": "Fever?", "response_rejected": "Drink."}, "without chosen"),
         ({"prompt": "Fever?", "answer": "Drink."}, "no preference pair"),
-        ({**ANSWERS}, "no known format"),
+        ({**ANSWERS}, "without a question"),
         ({"messages": turns("Fever?", "Drink."), **ANSWERS}, "ends with an answer"),
         ({"prompt": 7, **ANSWERS}, "prompt is a number"),
-        ({"prompt": "Fever?", "chosen": 7, "rejected": "x"}, "chosen is not text"),
+        ({"prompt": "Fever?", "chosen": 7, "rejected": "x"}, "chosen is a number, not text"),
         ({"prompt": "Fever?", **answered(turns("Cough?"), ANSWERS)}, "have different prompts"),
         ({"prompt": "Fever?", "chosen": turns("Fever?"), "rejected": "x"}, "does not end with an answer"),
-        ({"prompt": "Fever?", "chosen": [], "rejected": "x"}, "chosen is not text"),
+        ({"prompt": "Fever?", "chosen": [], "rejected": "x"}, "chosen is a list, not text"),
         ({"messages": [{"role": "nurse", "content": "Fever?"}], **ANSWERS}, "unknown role"),
     ],
 )

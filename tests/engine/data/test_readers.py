@@ -8,7 +8,8 @@ import tracemalloc
 
 import pytest
 
-from medicalgpt_cli.engine.data.formats import Counts, load_conversations
+from medicalgpt_cli.engine.data.counts import Counts
+from medicalgpt_cli.engine.data.formats import load_conversations
 from medicalgpt_cli.engine.data.readers import HubDataset, expand_sources, read_rows
 from medicalgpt_cli.engine.observer import Observer
 from medicalgpt_cli.errors import DataError
@@ -80,7 +81,7 @@ def test_every_container_gives_the_same_records(tmp_path, how, name):
         ("a.jsonl", b'{"a": ' + b"9" * 5000 + b"}\n", "too many digits"),
         ("a.csv", b"question,answer\na,b\nc\n", "columns"),
         ("a.csv", b'question,answer\na,"b\n', "not a valid table"),
-        ("a.csv", "question,answer\ncafé,naïve\n".encode() + b"\xff\xfe\n", "neither UTF-8 nor GB18030"),
+        ("a.csv", "question,answer\ncafé,naïve\n".encode() + b"\xff\xfe\n", ":3: not UTF-8"),
     ],
 )
 def test_damage_is_named(tmp_path, name, content, words):

@@ -11,8 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from medicalgpt_cli.engine.data import rendering
+from medicalgpt_cli.engine.data.counts import Counts
 from medicalgpt_cli.engine.data.examples import IGNORED, render_conversation
-from medicalgpt_cli.engine.data.formats import Conversation, Counts, load_conversations
+from medicalgpt_cli.engine.data.formats import load_conversations
+from medicalgpt_cli.engine.data.messages import Conversation
 from medicalgpt_cli.engine.data.rendering import (
     encode_prompt,
     encode_raw,
@@ -161,7 +163,11 @@ def test_without_a_template_the_flag_is_named():
 
 @pytest.mark.parametrize(
     ("answer", "target"),
-    [("<think>\nfever\n</think>\n\nDrink.", "fever\n</think>\n\nDrink.<|im_end|>"), ("Drink.", None)],
+    [
+        ("<think>\nfever\n</think>\n\nDrink.", "fever\n</think>\n\nDrink.<|im_end|>"),
+        ("<think>fever</think>Drink.", "fever\n</think>\n\nDrink.<|im_end|>"),
+        ("Drink.", "\n</think>\n\nDrink.<|im_end|>"),  # with the prompt an empty block
+    ],
 )
 def test_a_header_that_opens_a_reasoning_block(answer, target):
     """The generation prompt writes `<think>`, the history leaves reasoning out (DeepSeek-R1's manner)."""
@@ -175,9 +181,6 @@ def test_a_header_that_opens_a_reasoning_block(answer, target):
     messages = [TURNS[0], {"role": "assistant", "content": answer}]
     counts = Counts()
     examples = render_conversation(tokenizer, conversation(*messages), 512, counts)
-    if target is None:  # an answer without reasoning is not what this model writes there
-        assert examples == [] and sum(counts.skipped.values()) == 1
-        return
     ((start, ids),) = spans(examples[0])
     assert examples[0].input_ids[:start] == encode_prompt(tokenizer, messages[:1])
     assert tokenizer.decode(ids) == target

@@ -14,16 +14,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from medicalgpt_cli.engine.data import formats, naming
-from medicalgpt_cli.engine.data.formats import Counts
+from medicalgpt_cli.engine.data import formats
+from medicalgpt_cli.engine.data.counts import Counts
+from medicalgpt_cli.engine.data.known_keys import KEYS, is_known
 from medicalgpt_cli.engine.data.naming import keys_found, looks_like_a_name, role_name
 from medicalgpt_cli.engine.data.preferences import load_pairs
 from medicalgpt_cli.engine.data.prompts import load_rl_prompts
+from medicalgpt_cli.engine.data.records import ANSWERS, QUESTIONS
 from medicalgpt_cli.engine.generation.questions import read_questions
 from medicalgpt_cli.engine.observer import Observer
 from medicalgpt_cli.errors import MedgptError
 from tests.cli import medgpt
 from tests.conftest import DATA
+from tests.engine.data import office
 from tests.tiny import tiny_model, write_jsonl
 
 # No names by their looks; the last one looks like one, and stands in too few records.
@@ -163,6 +166,27 @@ def test_tables_and_arrays(secret, tmp_path):
         check(path, (secret,))
 
 
+@pytest.mark.parametrize("secret", SECRETS[:3])
+def test_workbooks_and_documents(secret, tmp_path):
+    """As a header, twice, beside a cell without a header, as a sheet's name, and in a document that is damaged."""
+    sheet = secret[:31]
+    for number, rows in enumerate(
+        (
+            [[secret, "b"], ["a", "b"]],
+            [[secret, secret], ["a", "b"]],
+            [["question", ""], ["a", secret]],
+            [[], [secret]],
+        )
+    ):
+        check(
+            office.xlsx(tmp_path / f"{number}.xlsx", {sheet: rows, f"{sheet[:30]}2": rows}), (secret, sheet)
+        )
+    (tmp_path / "a.docx").write_text(secret)
+    (tmp_path / "b.pdf").write_text(secret)
+    for name in ("a.docx", "b.pdf"):
+        check(tmp_path / name, (secret,))
+
+
 def test_parquet(tmp_path):
     import pyarrow
     import pyarrow.parquet
@@ -177,11 +201,11 @@ def test_parquet(tmp_path):
 
 
 def test_a_key_of_many_records_is_named_and_a_rare_one_is_not(tmp_path):
-    rows = [{"question": "a", "completion": "b"}] * 19 + [{"question": "a", "completion": "b", "rare": "c"}]
+    rows = [{"question": "a", "outcome": "b"}] * 19 + [{"question": "a", "outcome": "b", "rare": "c"}]
     path = write_jsonl(tmp_path / "data.jsonl", rows)
-    assert keys_found(rows[-1], f"{path}:20") == "question, completion, rare"  # 1 of 20 is 5 %
+    assert keys_found(rows[-1], f"{path}:20") == "question, outcome, rare"  # 1 of 20 is 5 %
     path = write_jsonl(tmp_path / "more.jsonl", [rows[0]] * 20 + rows[-1:])
-    assert keys_found(rows[-1], f"{path}:21") == "question, completion, key 3"
+    assert keys_found(rows[-1], f"{path}:21") == "question, outcome, key 3"
     assert keys_found(rows[-1], "<stdin>:1") == "question, key 2, key 3"  # of a stream nothing is counted
 
 
@@ -201,14 +225,14 @@ def test_looks_of_a_name():
 
 def test_every_key_that_a_format_is_read_by_is_known():
     for record in FORMATS.values():
-        assert set(record) <= naming.KEYS
-    assert {*formats._QUESTIONS, *formats._ANSWERS, "response_rejected", "system_prompt", "id"} <= naming.KEYS
+        assert set(record) <= KEYS
+    assert {*QUESTIONS, *ANSWERS, "response_rejected", "system_prompt", "id"} <= KEYS
 
 
 @settings(max_examples=50, deadline=None)
 @given(st.text(min_size=1, max_size=40), st.sampled_from(string.ascii_letters))
 def test_no_key_of_a_single_record_of_a_stream_is_named(key, _):
-    if key not in naming.KEYS:
+    if not is_known(key):
         assert keys_found({key: 1}, "<stdin>:7") == "key 1"
 
 

@@ -10,11 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from medicalgpt_cli.engine.data.formats import Conversation
+from medicalgpt_cli.engine.data.messages import Conversation
 from medicalgpt_cli.engine.data.prompts import Prompt
 from medicalgpt_cli.engine.data.rendering import encode_prompt, stop_token_ids
 from medicalgpt_cli.engine.evaluation.samples import answer_questions
-from medicalgpt_cli.engine.generation.decoding import Row, Sampler, answer_of, text_of
+from medicalgpt_cli.engine.generation.answer_reader import content_of
+from medicalgpt_cli.engine.generation.decoding import Row, Sampler, answer_of
 from medicalgpt_cli.engine.generation.local import LocalBackend
 from medicalgpt_cli.engine.generation.scheduler import Limits, Scheduler
 from medicalgpt_cli.engine.observer import Observer
@@ -76,7 +77,7 @@ FINAL = "<|channel|>final<|message|>"
         (CHANNELS, "Rest, said without a channel.", "Rest, said without a channel."),
         (CHANNELS, "final", "final"),
         (THOUGHT, "Rest.", "Rest."),
-        (THOUGHT, "<think>\n\n</think>\n\nRest.", "<think>\n\n</think>\n\nRest."),
+        (THOUGHT, "<think>\n\n</think>\n\nRest.", "Rest."),  # the block a second time is as empty
         (NAMED, "Doctor: Rest.", "Rest."),
         (NAMED, "Doctor", "Doctor"),
         (NAMED, "Doctors rest.", "Doctors rest."),
@@ -95,7 +96,8 @@ def test_reasoning_that_the_template_leaves_empty_is_no_part_of_an_answer():
     row = said(tokenizer, "<think>\n\n</think>\n\nRest.")
     assert answer_of(tokenizer, row, "stop").text == "Rest."
     row = said(tokenizer, "<think>\nWhy?\n</think>\n\nRest.")
-    assert answer_of(tokenizer, row, "stop").text == "<think>\nWhy?\n</think>\n\nRest."
+    answer = answer_of(tokenizer, row, "stop")
+    assert (answer.reasoning, answer.text) == ("Why?", "Rest.")
 
 
 def test_raw_text_that_is_continued_has_no_header():
@@ -118,10 +120,10 @@ def test_what_is_shown_only_grows(whole):
     shown = [""]
     for token in ids:
         row.said.append(token)
-        text = text_of(tokenizer, row)
-        assert text.startswith(shown[-1])
-        shown.append(text)
-    assert shown[-1] == "Rest and drink."
+        reader = row.reader(tokenizer)
+        reader.read(row.said)
+        shown.append(shown[-1] + content_of(reader.take()))
+    assert shown[-1] == "Rest and drink." and len(set(shown)) > 2
 
 
 @pytest.fixture(scope="module")
@@ -182,7 +184,9 @@ def test_chat_the_server_and_training_see_the_answer_alone(speaker, backend):
     scheduler = Scheduler(backend, Limits())
     try:
         scheduler.submit(
-            prompt, backend.sampling, lambda piece, answer: (pieces.append(piece), answer and done.set())
+            prompt,
+            backend.sampling,
+            lambda deltas, answer: (pieces.append(content_of(deltas)), answer and done.set()),
         )
         assert done.wait(60)
     finally:

@@ -142,7 +142,7 @@ def served(backend: LocalBackend, prompts: list[list[int]], limits: list[int]) -
     try:
         for n, (prompt, limit) in enumerate(zip(prompts, limits, strict=True)):
 
-            def deliver(_: str, answer, n: int = n) -> None:
+            def deliver(_, answer, n: int = n) -> None:
                 if answer is not None:
                     found[n] = answer.token_ids
                     done[n].set()

@@ -9,6 +9,7 @@ import time
 import pytest
 import torch
 
+from medicalgpt_cli.engine.generation.answer_reader import content_of
 from medicalgpt_cli.engine.generation.local import LocalBackend
 from medicalgpt_cli.engine.generation.scheduler import Busy, Limits, Scheduler
 from medicalgpt_cli.settings.groups import SamplingSettings
@@ -34,7 +35,8 @@ class Asker:
         self.answer = None
         self.done = threading.Event()
 
-    def __call__(self, piece, answer):
+    def __call__(self, deltas, answer):
+        piece = content_of(deltas)
         self.pieces.append(piece)
         self.events.put(piece)
         if answer is not None:

@@ -26,6 +26,11 @@ BOMBS = {
         "{% set n = namespace(s='abcdefgh') %}{% for a in range(40) %}{% set n.s = n.s ~ n.s %}{% endfor %}",
         "512 MiB",
     ),
+    "padding of tools": ("{% if tools is defined %}{{ 'a' | center(30000000) }}{% endif %}", "writes"),
+    "padding of reasoning": (
+        "{% if enable_thinking is false %}{{ 'a' | center(30000000) }}{% endif %}",
+        "writes",
+    ),
     "product": ("{{ 'a' * 10000000000 }}", "multiplies"),
     "padding": ("{{ 'a' | center(30000000) }}", "writes"),
     "format": ("{{ '%3000000000d' % 1 }}", "512 MiB"),

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from sentencepiece import SentencePieceProcessor
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from medicalgpt_cli.engine.data.formats import Document
+from medicalgpt_cli.engine.data.messages import Document
 from medicalgpt_cli.engine.model import vocabulary_pieces
 from medicalgpt_cli.engine.model.vocabulary import extend, new_token_ids
 from medicalgpt_cli.engine.model.vocabulary_check import compare, read_terms

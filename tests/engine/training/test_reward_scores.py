@@ -9,8 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from medicalgpt_cli.engine.data.counts import Counts
 from medicalgpt_cli.engine.data.examples import render_answer
-from medicalgpt_cli.engine.data.formats import Counts
 from medicalgpt_cli.engine.data.preferences import audit, load_pairs
 from medicalgpt_cli.engine.evaluation.preferences import judge
 from medicalgpt_cli.engine.evaluation.statistics import wilson_interval

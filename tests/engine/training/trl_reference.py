@@ -56,8 +56,9 @@ def trl_losses(
 
 def rows_of_run(data: Path, run: Path) -> tuple[list[dict], Any, Any, Any]:
     """Token ids and labels of a run in the order of its updates; its settings, tokenizer and schedule."""
+    from medicalgpt_cli.engine.data.counts import Counts
     from medicalgpt_cli.engine.data.examples import render_conversation
-    from medicalgpt_cli.engine.data.formats import Counts, load_conversations
+    from medicalgpt_cli.engine.data.formats import load_conversations
     from medicalgpt_cli.engine.model.loading import load_tokenizer
     from medicalgpt_cli.engine.model.references import resolve_models
     from medicalgpt_cli.engine.observer import Observer

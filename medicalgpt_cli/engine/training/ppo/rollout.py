@@ -9,10 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from medicalgpt_cli.engine.data.messages import Message
 from medicalgpt_cli.engine.data.prompts import Prompt
+from medicalgpt_cli.engine.generation.answer_reader import EncodedPrompt
 from medicalgpt_cli.engine.generation.batching import batches_by_length
 from medicalgpt_cli.engine.generation.decoding import Answer
 from medicalgpt_cli.engine.generation.local import LocalBackend
+from medicalgpt_cli.engine.generation.wire import as_text
 from medicalgpt_cli.engine.run import processes
 from medicalgpt_cli.engine.training import together
 from medicalgpt_cli.engine.training.ppo import mathematics
@@ -32,7 +35,7 @@ class Rollout:
     """Answers to a batch of prompts. Tensors are (answers, longest answer) unless said; `mask` marks tokens."""
 
     asked: list[Asked]
-    texts: list[str]
+    said: list[Message]  # the answers as turns: text, and what was thought and called
     answers: list[list[int]]  # token ids, with the token that ended the answer where there is one
     ended: Tensor  # (answers,) of bool
     mask: Tensor
@@ -40,6 +43,11 @@ class Rollout:
     ref_logp: Tensor
     values: Tensor | None  # where there is a value function
     entropy: Tensor
+
+    @property
+    def texts(self) -> list[str]:
+        """All that each answer says, its thoughts and calls as well."""
+        return [as_text(one) for one in self.said]
 
     @property
     def lengths(self) -> list[int]:
@@ -68,9 +76,15 @@ def draw(
             found[piece[place]] = answer
 
         backend.answer_batch(
-            [asked[index].ids for index in piece], keep, numbers=[numbers[index] for index in piece]
+            [_encoded(asked[index], backend) for index in piece],
+            keep,
+            numbers=[numbers[index] for index in piece],
         )
     return [found[index] for index in range(len(asked))]
+
+
+def _encoded(asked: Asked, backend: LocalBackend) -> EncodedPrompt:
+    return EncodedPrompt(asked.ids, asked.prompt.tools, backend.sampling.thinking)
 
 
 def token_ids(answer: Answer) -> list[int]:
@@ -132,14 +146,14 @@ def look_back(
         if roles.value_head is not None:
             parts["values"].append(roles.values(batch, positions))
     drawn = together.in_turn(
-        [(answer.text, ids, answer.end is not None) for answer, ids in zip(answers, said, strict=True)]
+        [(answer.message, ids, answer.end is not None) for answer, ids in zip(answers, said, strict=True)]
     )
     everything = [ids for _, ids, _ in drawn]
     mask = mask_of(everything, device)
     tensors = {name: spread(_of_all(found, said, device), mask) for name, found in parts.items()}
     return Rollout(
         list(asked),
-        [text for text, _, _ in drawn],
+        [message for message, _, _ in drawn],
         everything,
         torch.tensor([ended for _, _, ended in drawn], device=device),
         mask,

@@ -105,7 +105,7 @@ class PPOTrainer(MedgptTrainer):
         rollout = self.roll_out(roles, inputs["asked"])
         # On the processor: not every accelerator has float64.
         scores = torch.tensor(
-            self.reward([one.prompt for one in rollout.asked], rollout.texts, rollout.answers),
+            self.reward([one.prompt for one in rollout.asked], rollout.said, rollout.answers),
             dtype=torch.float64,
         )
         self._check(scores, rollout)

@@ -1,0 +1,274 @@
+"""Conversations to a part of examples: rendered in several processes where there are many, kept in the user's cache.
+
+<cache>/examples/<key>/
+  tokens.bin, examples.bin, stretches.bin, conversations.bin, events.bin    (`example_table`)
+  meta.json       what was counted, and what the numbers in the tables stand for
+  complete.json   size and SHA-256 of these, proved whenever the folder is opened
+
+The key covers the files' content, the tokenizer with its template, and the settings that decide how a record is read
+and cut. A folder that does not hold what was written into it is thrown away and written again. Of what patients and
+doctors say it holds token ids, and hashes of questions and turns; these ids spell the text, so that the folder is as
+confidential as the data, and only its owner may read it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from dataclasses import dataclass
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from filelock import FileLock
+from transformers import PreTrainedTokenizerBase
+
+from medicalgpt_cli import __version__
+from medicalgpt_cli.engine.data.counts import Counts
+from medicalgpt_cli.engine.data.example_table import (
+    CONVERSATION,
+    EVENT,
+    EXAMPLE,
+    META,
+    STRETCH,
+    TABLES,
+    Chunk,
+    Part,
+    PartWriter,
+    digest_of,
+    stretches_of,
+    targets_of,
+)
+from medicalgpt_cli.engine.data.examples import render_conversation
+from medicalgpt_cli.engine.data.messages import Conversation
+from medicalgpt_cli.engine.data.readers import COMPRESSIONS, HubDataset, expand_sources
+from medicalgpt_cli.engine.data.reasoning import Thinking
+from medicalgpt_cli.engine.data.splitting import group_hash, question_hash
+from medicalgpt_cli.engine.model.tokenizer import fingerprint
+from medicalgpt_cli.engine.observer import Observer
+from medicalgpt_cli.engine.run import checkpoints
+from medicalgpt_cli.engine.run.files import PRIVATE, private_folder, remove_tree, sha256_file, staged
+from medicalgpt_cli.errors import DataError
+
+FORMAT = 1
+SMALL = 16 * 2**20  # bytes of text up to which a source is read anew each time, and nothing of it is written
+_PACKED = 8  # times its size that a packed file may unpack to
+_CHUNK = 256  # conversations that a process is given at once
+_FEW = 4096  # conversations that are rendered before other processes are started
+
+
+@dataclass(frozen=True)
+class Rendering:
+    """How conversations become examples."""
+
+    tokenizer: PreTrainedTokenizerBase
+    max_length: int
+    thinking: Thinking = "auto"
+
+    @property
+    def dtype(self) -> np.dtype:
+        return np.dtype("<u2" if len(self.tokenizer) <= 2**16 else "<u4")
+
+
+def tokenised(
+    name: str,
+    rendering: Rendering,
+    conversations: Iterable[Conversation],
+    counts: Counts,
+    options: Mapping[str, Any],
+    cache: Path,
+    observer: Observer,
+) -> Part:
+    """The examples of a source: from the cache where they stand there, else made, and kept where they are many.
+
+    Args:
+        name: a file, a folder or a hub name. conversations: of it; nothing is read where the cache has them.
+        counts: what is counted while they are read. options: what they depend on beside the files.
+
+    Raises:
+        DataError: a file is missing or broken.
+    """
+    files, _ = expand_sources([name])
+    if _size(files) <= SMALL:
+        return _write(None, rendering, conversations, counts)
+    place = cache / "examples"
+    private_folder(place)
+    try:
+        folder = place / _key(files, rendering, options)
+    except OSError as problem:
+        raise DataError(
+            f"{problem.strerror or type(problem).__name__}", "check the path", at=str(problem.filename)
+        ) from None
+    damage = _damage(folder) if folder.is_dir() else None  # outside the lock: several processes look at once
+    with FileLock(f"{folder}.lock", mode=0o600):
+        if damage and (damage := _damage(folder)):  # unless another process has mended it
+            observer.on_warning(f"the token cache of {name} is made anew: {damage}")
+            remove_tree(folder)
+        if any(isinstance(file, HubDataset) for file in files):  # which can change without its name
+            remove_tree(folder)
+        if not folder.is_dir():
+            with staged(folder, PRIVATE) as new:
+                _write(new, rendering, conversations, counts, key=folder.name)
+        return Part.open(folder)
+
+
+def _size(files: Sequence[Path | HubDataset]) -> float:
+    """Bytes of text, roughly; a hub data set may have any number."""
+    packed = (*COMPRESSIONS, ".parquet", ".xlsx", ".ods")
+    size = 0.0
+    for file in files:
+        if isinstance(file, HubDataset):
+            return float("inf")
+        size += file.stat().st_size * (_PACKED if file.suffix.lower() in packed else 1)
+    return size
+
+
+def _damage(folder: Path) -> str | None:
+    """Why a folder of the cache is not what was written under its key, in a few words; None where it is."""
+    found = checkpoints.problem(folder, (META, "tokens.bin", *(f"{name}.bin" for name in TABLES)))
+    if found is None and json.loads((folder / META).read_text(encoding="utf-8"))["key"] != folder.name:
+        return "it belongs to other data"
+    return found
+
+
+def _key(files: Sequence[Path | HubDataset], rendering: Rendering, options: Mapping[str, Any]) -> str:
+    content = [
+        [str(file), sha256_file(file)] if isinstance(file, Path) else [file.name, file.split]
+        for file in files
+    ]
+    how = [FORMAT, __version__, fingerprint(rendering.tokenizer), rendering.max_length, rendering.thinking]
+    parts = [how, sorted(options.items()), content]
+    return hashlib.sha256(json.dumps(parts).encode("utf-8", "surrogateescape")).hexdigest()[:32]
+
+
+def _write(
+    folder: Path | None,
+    rendering: Rendering,
+    conversations: Iterable[Conversation],
+    counts: Counts,
+    **more: Any,
+) -> Part:
+    writer = PartWriter(folder)
+    for chunk in _rendered(conversations, rendering):
+        writer.add(chunk)
+    return writer.finish(rendering.dtype, counts.as_dict(), **more)
+
+
+# -- several processes -------------------------------------------------------------------------------------
+
+
+def _rendered(conversations: Iterable[Conversation], rendering: Rendering) -> Iterator[Chunk]:
+    """The chunks of all conversations in order. Of many, the later ones are rendered by other processes."""
+    conversations = iter(conversations)
+    chunks = iter(lambda: list(islice(conversations, _CHUNK)), [])
+    for number, chunk in enumerate(chunks, 1):
+        yield render_chunk(chunk, rendering)
+        if number * _CHUNK >= _FEW:
+            break
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    first = next(chunks, None)
+    if first is None:
+        return
+    if cores == 1:
+        yield render_chunk(first, rendering)
+        yield from (render_chunk(chunk, rendering) for chunk in chunks)
+        return
+    yield from _by_others(chain([first], chunks), rendering, cores)
+
+
+def _by_others(
+    chunks: Iterable[Sequence[Conversation]], rendering: Rendering, processes: int
+) -> Iterator[Chunk]:
+    """Rendered by `processes` others. No more are under way than these need, so that memory stays bounded."""
+    pool = ProcessPoolExecutor(
+        processes,
+        mp_context=multiprocessing.get_context("spawn"),
+        initializer=_begin,
+        initargs=(rendering, os.getpid()),
+    )
+    under_way: deque[Future[Chunk]] = deque()
+    try:
+        for chunk in chunks:
+            under_way.append(pool.submit(_render_there, chunk))
+            if len(under_way) >= 3 * processes:
+                yield under_way.popleft().result()
+        while under_way:
+            yield under_way.popleft().result()
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+_here: Rendering  # of a process that renders for another one
+
+
+def _begin(rendering: Rendering, parent: int) -> None:
+    """Get ready to render. Ctrl-C is for the process that asked; where that has gone, so does this one."""
+    global _here
+    _here = rendering
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _render_there(conversations: Sequence[Conversation]) -> Chunk:
+    return render_chunk(conversations, _here)
+
+
+def render_chunk(conversations: Sequence[Conversation], rendering: Rendering) -> Chunk:
+    """The examples of some conversations, and what was counted on the way."""
+    tokens, stretches, examples, table, events = [], [], [], [], []
+    files: dict[str, int] = {}
+    kinds: dict[tuple[str, str], int] = {}
+    for number, conversation in enumerate(conversations):
+        counts = Counts()
+        for one in render_conversation(
+            rendering.tokenizer, conversation, rendering.max_length, counts, rendering.thinking
+        ):
+            ids, learnt = np.asarray(one.input_ids, dtype=rendering.dtype), stretches_of(one)
+            tokens.append(ids)
+            stretches.append(learnt)
+            examples.append((len(ids), len(learnt), targets_of(learnt), number, digest_of(ids, learnt)))
+        file, _, line = conversation.at.rpartition(":")
+        place = files.setdefault(file, len(files))
+        hashes = question_hash(conversation), group_hash(conversation), content_hash(conversation)
+        table.append((place, int(line), *hashes))
+        cut = counts.tokens_cut
+        for kind in ("skipped", "merged", "truncated"):
+            for reason, times in getattr(counts, kind).items():
+                which = kinds.setdefault((kind, reason), len(kinds))
+                events.append((number, which, times, cut if kind == "truncated" else 0))
+                cut = 0 if kind == "truncated" else cut
+    return Chunk(
+        np.concatenate([np.zeros(0, dtype=rendering.dtype), *tokens]),
+        {
+            "examples": np.array(examples, dtype=EXAMPLE),
+            "stretches": np.concatenate([np.zeros(0, dtype=STRETCH), *stretches]),
+            "conversations": np.array(table, dtype=CONVERSATION),
+            "events": np.array(events, dtype=EVENT),
+        },
+        list(files),
+        list(kinds),
+    )
+
+
+def content_hash(conversation: Conversation) -> int:
+    """64 bits that stand for the turns of a conversation."""
+    said = [[one["role"], one["content"]] for one in conversation.messages]
+    return int.from_bytes(
+        hashlib.blake2b(repr(said).encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little"
+    )
