@@ -219,6 +219,7 @@ class _Child:
             [sys.executable, "-P", render_child.__file__, str(package)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,  # a foreign error may quote a record
         )
         self.ask(rendering)
 
