@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from medicalgpt_cli.engine.data.messages import Message
+from medicalgpt_cli.engine.data.normalised import turn_of
 from medicalgpt_cli.errors import UsageError
 
 _MANY = 2000  # conversations whose thumbs are remembered while the server runs
@@ -39,11 +40,9 @@ class FeedbackFile:
 
     def prefer(self, messages: Sequence[Message], chosen: str, rejected: str) -> bool:
         """Write a pair; False where there is nothing to learn from it."""
-        from medicalgpt_cli.engine.generation.wire import conversation_to_wire
-
         if not chosen.strip() or not rejected.strip() or chosen.strip() == rejected.strip():
             return False
-        pair = {"messages": conversation_to_wire(messages), "chosen": chosen, "rejected": rejected}
+        pair = {"messages": [turn_of(one) for one in messages], "chosen": chosen, "rejected": rejected}
         line = json.dumps(pair, ensure_ascii=False) + "\n"
         with self._lock:
             descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)

@@ -12,6 +12,7 @@ from typing import Any
 from fastapi import FastAPI
 from fastapi.staticfiles import StaticFiles
 
+from medicalgpt_cli.engine.data.normalised import turn_of
 from medicalgpt_cli.serving import emergency, page_texts
 from medicalgpt_cli.serving.feedback import FeedbackFile
 from medicalgpt_cli.serving.turns import Turn, chosen_sampling, drawn, exact, place_of, plain, with_system
@@ -316,6 +317,4 @@ class _Page:
 
 def _kept(messages: list[Any]) -> str:
     """The conversation as `medgpt chat --load` and `medgpt sft` read it."""
-    from medicalgpt_cli.engine.generation.wire import conversation_to_wire
-
-    return json.dumps({"messages": conversation_to_wire(messages)}, ensure_ascii=False)
+    return json.dumps({"messages": [turn_of(one) for one in messages]}, ensure_ascii=False)

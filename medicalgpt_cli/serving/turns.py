@@ -9,8 +9,11 @@ import time
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
+from medicalgpt_cli.engine.data.counts import Counts
 from medicalgpt_cli.engine.data.messages import Message
-from medicalgpt_cli.errors import UsageError
+from medicalgpt_cli.engine.data.readers import Row
+from medicalgpt_cli.engine.data.records import read_record
+from medicalgpt_cli.errors import DataError, UsageError
 from medicalgpt_cli.serving import page_texts
 from medicalgpt_cli.serving.answers import Answers, Asked, Listening
 from medicalgpt_cli.settings.groups import SamplingSettings
@@ -37,8 +40,6 @@ def plain(history: Sequence[Any] | None) -> list[Message]:
             thoughts = content
             continue
         said: Message = {"role": role, "content": content}
-        kept = one.get("reasoning_content")
-        thoughts = kept if isinstance(kept, str) else thoughts
         if role == "assistant" and thoughts:
             said["reasoning"] = thoughts
         found.append(said)
@@ -77,9 +78,10 @@ def exact(history: Sequence[Any] | None, kept: str) -> list[Message]:
     """The conversation word for word. gradio trims what its chatbot shows; the text kept for download is as it was."""
     shown = plain(history)
     try:
-        messages = [one for one in plain(json.loads(kept)["messages"]) if one["role"] != "system"]
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        record = read_record(Row("the page", 1, json.loads(kept)), Counts())
+    except (ValueError, RecursionError, DataError):
         return shown
+    messages = [one for one in record.messages if one["role"] != "system"] if record else []
     return messages if len(messages) == len(shown) else shown
 
 

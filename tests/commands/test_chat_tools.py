@@ -15,7 +15,8 @@ from medicalgpt_cli.engine.generation.conversation import Conversation
 from medicalgpt_cli.engine.observer import Observer
 from medicalgpt_cli.errors import DataError, UsageError
 from medicalgpt_cli.settings.stages import ChatSettings
-from tests.cli import medgpt
+from tests.cli import command, medgpt
+from tests.commands.test_chat import Terminal
 from tests.talker import ANSWER, CALL, PLAIN, QUESTION, RESULT, THOUGHT, TOOLS, talker
 from tests.tiny import text, tiny_model
 
@@ -112,3 +113,35 @@ def test_what_is_no_conversation_is_not_taken_up(conversation, tmp_path: Path):
     (tmp_path / "late.json").write_text(json.dumps({"messages": turns}))
     conversation.load(tmp_path / "late.json")
     assert [one["role"] for one in conversation.messages] == ["user", "assistant", "system"]
+
+
+def test_a_mark_in_an_answer_is_no_reasoning_when_it_is_taken_up(conversation, tmp_path: Path):
+    """A saved conversation is read as what was said, whatever the model wrote."""
+    conversation.reset()
+    said = [*PLAIN, QUESTION, {"role": "assistant", "content": "Hm? </think> Yes."}]
+    said += [THOUGHT[0], {**THOUGHT[1], "content": "<think>a</think> b"}]
+    conversation.turns = list(said)
+    conversation.save(tmp_path / "kept.json")
+    conversation.reset()
+    conversation.load(tmp_path / "kept.json")
+    assert conversation.turns == said
+
+
+def test_thoughts_at_a_terminal_are_one_line(place: Path):
+    options = ("--max-new-tokens", "120", "--dtype", "fp32", "--use-cpu")
+    terminal = Terminal(command("chat", "--base-model", "model", *options), place)
+    try:
+        terminal.expect("/help for commands")
+        terminal.expect("›")
+        terminal.type(f"{THOUGHT[0]['content']}\r")
+        terminal.expect("tokens/s")
+        terminal.read(0.3)
+        shown = "\n".join(terminal.lines)
+        assert "thought · " in shown and "thinking" not in shown  # the second took the place of the first
+        assert THOUGHT[1]["content"] in shown and THOUGHT[1]["reasoning"] not in shown
+        terminal.type("/thoughts\r")
+        terminal.expect(THOUGHT[1]["reasoning"])
+        terminal.type("\x04")
+        assert terminal.process.wait(timeout=30) == 0
+    finally:
+        terminal.process.kill()

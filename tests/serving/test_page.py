@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from medicalgpt_cli.engine.data import messages
 from medicalgpt_cli.engine.data.counts import Counts
 from medicalgpt_cli.engine.data.preferences import load_pairs
 from medicalgpt_cli.engine.generation.conversation import Conversation
@@ -17,6 +18,7 @@ from medicalgpt_cli.engine.observer import Observer
 from medicalgpt_cli.settings.stages import ChatSettings
 from tests.serving.running import running
 from tests.serving.test_api import until
+from tests.talker import PLAIN, THOUGHT, talker
 from tests.tiny import text, tiny_model
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -261,3 +263,36 @@ def test_what_a_model_says_cannot_run_or_fetch_anything(browser, server):
     assert one.page.evaluate("window.reached") is False
     assert not [url for url in one.fetched if "192.0.2.1" in url]
     one.close()
+
+
+def test_thoughts_are_folded_kept_and_no_message_of_their_own(browser, tmp_path):
+    learnt = messages.Conversation((*THOUGHT, *PLAIN), "a:1")
+    with running(talker(tmp_path / "tiny", "qwen3", [learnt]), page=True, max_new_tokens=120) as server:
+        one = Page(browser, server)
+        said = [*THOUGHT, *PLAIN]
+        one.ask(THOUGHT[0]["content"])
+        turn = {"role": "assistant", "content": THOUGHT[1]["content"]}
+        first = [THOUGHT[0], {**turn, "reasoning_content": THOUGHT[1]["reasoning"]}]
+        assert one.kept == first
+        one.page.locator("#medgpt-chat", has_text="Thoughts 思考过程").wait_for()
+        assert not one.page.get_by_text(THOUGHT[1]["reasoning"]).is_visible()  # folded
+        one.page.get_by_text("Thoughts 思考过程").click()
+        one.page.get_by_text(THOUGHT[1]["reasoning"]).wait_for(state="visible")
+        shoot(one.page, "thoughts")
+        one.ask(PLAIN[0]["content"])
+        whole = one.kept
+        assert whole[:3] == [*first, PLAIN[0]] and len(whole) == len(said)
+
+        before = server.scheduler.counters.finished
+        one.page.locator("#medgpt-chat button[aria-label=Retry]").last.click()
+        until(lambda: server.scheduler.counters.finished == before + 1)
+        one.page.wait_for_timeout(1000)
+        assert one.kept == whole  # the same question with the same history
+
+        one.page.locator("#medgpt-chat button[aria-label=Edit]").last.click()  # the second question
+        one.page.locator("#medgpt-chat textarea").last.fill(THOUGHT[0]["content"])
+        one.page.locator("#medgpt-chat button[aria-label=Submit]").first.click()
+        one.wait_for(THOUGHT[0]["content"])
+        assert one.kept[:3] == [*first, THOUGHT[0]]
+        assert one.wrong == []
+        one.close()

@@ -15,17 +15,18 @@ from medicalgpt_cli.serving.turns import Turn, drawn, exact, is_thought, place_o
 from tests.serving.running import running
 from tests.talker import ANSWER, PLAIN, QUESTION, THOUGHT, talker
 
-SAID = [*THOUGHT, *PLAIN, QUESTION, {**ANSWER, "content": " Take 400 mg.\n"}]
+MARKED = {"role": "assistant", "content": "Not closed? </think> Yes."}
+SAID = [*THOUGHT, PLAIN[0], MARKED, *PLAIN, QUESTION, {**ANSWER, "content": " Take 400 mg.\n"}]
 
 
 def test_a_conversation_comes_back_as_it_was():
     shown = drawn(SAID)
-    assert [is_thought(one) for one in shown] == [False, True, False, False, False, False, True, False]
+    assert [is_thought(one) for one in shown] == [False, True, *[False] * 5, False, True, False]
     assert plain(shown) == SAID
     trimmed = [{**one, "content": [{"type": "text", "text": one["content"].strip()}]} for one in shown]
     assert exact(trimmed, _kept(SAID)) == SAID  # word for word, whatever the chatbot trims
     assert plain(trimmed)[0] == SAID[0] and plain(trimmed)[-1]["reasoning"] == ANSWER["reasoning"]
-    assert [place_of(shown, index) for index in (0, 2, 3, 5, 7)] == [0, 1, 2, 4, 5]
+    assert [place_of(shown, index) for index in (0, 2, 3, 5, 7, 9)] == [0, 1, 2, 4, 6, 7]
     record = read_record(Row("kept", 1, json.loads(_kept(SAID))), Counts())
     assert list(record.messages) == SAID
 
@@ -36,7 +37,7 @@ def test_thoughts_without_an_answer_yet():
     assert plain(running_) == [QUESTION]  # stopped there, nothing was answered
 
 
-@pytest.mark.parametrize("odd", [{"metadata": "x"}, {"metadata": {"title": ""}}, {"reasoning_content": 5}])
+@pytest.mark.parametrize("odd", [{"metadata": "x"}, {"metadata": {"title": ""}}])
 def test_what_a_browser_sends_may_be_anything(odd):
     assert plain([{"role": "assistant", "content": "a", **odd}]) == [{"role": "assistant", "content": "a"}]
 

@@ -64,7 +64,7 @@ def _written(record: Record) -> dict[str, Any]:
         return _exam(record)
     if record.variants:
         return _phrasings(record)
-    messages = [_message(one) for one in record.messages]
+    messages = [turn_of(one) for one in record.messages]
     if record.kind == "preference":
         return {"prompt": messages, "chosen": record.answers[0], "rejected": record.answers[1]}
     if record.kind == "ranking":
@@ -109,7 +109,7 @@ def _around_the_question(record: Record) -> tuple[dict[str, Any], str, Message |
         before["system"] = messages.pop(0)["content"]
     if messages:
         weight = answer.get("weight", 1) if answer else 1  # of the record, by which these were multiplied
-        before["history"] = [_message(_without_weight(one, weight)) for one in messages]
+        before["history"] = [turn_of(_without_weight(one, weight)) for one in messages]
     return before, question, answer
 
 
@@ -132,7 +132,8 @@ def _of_the_answer(answer: Message | None) -> dict[str, Any]:
     return value
 
 
-def _message(message: Message) -> dict[str, Any]:
+def turn_of(message: Message) -> dict[str, Any]:
+    """A message as a turn of `messages`, which is read back as this message."""
     value: dict[str, Any] = {"role": message["role"], "content": _content(message)}
     if "reasoning" in message and not _stays_inline(message):
         value["reasoning_content"] = message["reasoning"]

@@ -9,16 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from medicalgpt_cli.engine.data.calls import (
-    CHECKS,
-    PLAIN,
-    PROBES,
-    CallFormat,
-    find_call_format,
-    function_of,
-    gives_back,
-    plain_call,
-)
+from medicalgpt_cli.engine.data.call_formats import CHECKS, PROBES, find_call_format, gives_back
+from medicalgpt_cli.engine.data.calls import PLAIN, CallFormat, function_of, plain_call
 from medicalgpt_cli.engine.data.messages import Message, ToolCall
 
 _RESULT = ("<tool_response>", "</tool_response>")

@@ -14,17 +14,18 @@ from typing import Any
 
 from medicalgpt_cli.engine.data.counts import Counts
 from medicalgpt_cli.engine.data.messages import Message, ToolCall
+from medicalgpt_cli.engine.data.normalised import line_of, normalised
 from medicalgpt_cli.engine.data.readers import Row
-from medicalgpt_cli.engine.data.records import read_record
+from medicalgpt_cli.engine.data.records import Record, read_record
 from medicalgpt_cli.engine.data.rendering import check_thinking
-from medicalgpt_cli.engine.data.tool_messages import as_functions
+from medicalgpt_cli.engine.data.tool_messages import with_ids
 from medicalgpt_cli.engine.data.tools import Delta
 from medicalgpt_cli.engine.generation.answer_reader import content_of
 from medicalgpt_cli.engine.generation.decoding import Answer
 from medicalgpt_cli.engine.generation.endpoint import EndpointBackend
 from medicalgpt_cli.engine.generation.infer import uses_template
 from medicalgpt_cli.engine.generation.local import LocalBackend, load_to_answer
-from medicalgpt_cli.engine.generation.wire import conversation_to_wire, with_call_ids
+from medicalgpt_cli.engine.generation.wire import with_call_ids
 from medicalgpt_cli.engine.model.loading import load_tokenizer
 from medicalgpt_cli.engine.model.references import resolve_models
 from medicalgpt_cli.engine.observer import Observer
@@ -190,17 +191,17 @@ class Conversation:
         """Write the conversation as a line that `medgpt sft` reads.
 
         Raises:
-            UsageError: nothing was said yet, the file exists, or it cannot be written.
+            UsageError: nothing was said yet, the file exists, or it cannot be written. DataError: it would be read as
+                something else.
         """
         if not self.turns:
             raise UsageError("there is nothing to save yet", "ask a question first")
         if path.exists():
             raise UsageError(f"{path} exists already", "name another file")
+        messages = with_ids(self.messages, short=False)
+        record = Record("messages", str(path), str(path), tuple(messages), self.tools)
         try:
-            record: dict[str, Any] = {"messages": conversation_to_wire(self.messages)}
-            if self.tools:
-                record["tools"] = as_functions(self.tools)
-            atomic_write(path, json.dumps(record, ensure_ascii=False) + "\n")
+            atomic_write(path, line_of(normalised(record)) + "\n")
         except OSError as problem:
             raise UsageError(f"{path}: {problem.strerror}", "name another file") from None
 

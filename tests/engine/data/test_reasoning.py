@@ -19,7 +19,9 @@ from medicalgpt_cli.engine.data.rendering import encode_prompt, render_text
 from medicalgpt_cli.engine.data.template_facts import template_facts
 from medicalgpt_cli.engine.data.tools import ParsedAnswer, decode_answer, parse_answer
 from medicalgpt_cli.engine.observer import Observer
+from medicalgpt_cli.engine.training.rl_data import load_rl_data
 from medicalgpt_cli.errors import UsageError
+from medicalgpt_cli.settings.stages import RlSettings
 from tests.cli import medgpt
 from tests.engine.data.test_tools import ANSWER, CALL, QUESTION, TOOLS, calling, learnt, plain, streamed
 from tests.engine.data.tool_templates import TEMPLATES, tokenizer_for, tokenizer_of
@@ -88,11 +90,11 @@ def test_reasoning_is_learnt_as_the_template_writes_it(style, target, inline):
 @pytest.mark.parametrize(
     ("style", "thinking", "target"),
     [
-        ("qwen3", "auto", "Take 400 mg.<|im_end|>"),  # behind the prompt that closes an empty block
+        ("qwen3", "auto", "<think>\n\n</think>\n\nTake 400 mg.<|im_end|>"),
         ("qwen3", "off", "Take 400 mg.<|im_end|>"),
         ("qwen3", "on", "<think>\n\n</think>\n\nTake 400 mg.<|im_end|>"),
         ("deepseek", "auto", "\n</think>\n\nTake 400 mg.</s>"),
-        ("glm4.5", "auto", "\nTake 400 mg.</s>"),
+        ("glm4.5", "auto", "\n<think></think>\nTake 400 mg.</s>"),
         ("glm4.5", "on", "\n<think></think>\nTake 400 mg.</s>"),
         ("gpt-oss", "auto", "<|channel|>final<|message|>Take 400 mg.<|return|>"),
         ("plain", "auto", "Take 400 mg.<|im_end|>"),
@@ -104,11 +106,11 @@ def test_an_answer_without_reasoning_has_the_templates_empty_block(style, thinki
     (example,) = render_conversation(tokenizer, conversation, 4096, counts, thinking)
     ids = [one for one in example.labels if one >= 0]
     assert tokenizer.decode(ids) == target
-    switched = template_facts(tokenizer).reasoning.switch is not None and thinking == "auto"
-    setting = "off" if switched else thinking
-    assert example.input_ids[: -len(ids)] == encode_prompt(tokenizer, [QUESTION], (), setting)
-    named = counts.merged["answer without reasoning learnt behind the prompt of --thinking off"]
-    assert named == switched and not counts.skipped
+    assert example.input_ids[: -len(ids)] == encode_prompt(tokenizer, [QUESTION], (), thinking)
+    named = counts.merged[
+        "answer without reasoning learnt as one, in a template that has a place for reasoning"
+    ]
+    assert named == (style != "plain" and thinking != "off") and not counts.skipped
 
 
 def test_reasoning_that_the_prompt_has_closed_is_left_out_and_named():
@@ -247,6 +249,30 @@ def test_answers_with_and_without_reasoning_under_a_template_that_opens_it(tmp_p
     targets = [tokenizer.decode([one for one in example.labels if one >= 0]) for example in examples]
     reasoned = "Loss.\n</think>\n\nBy loss.</s>"
     assert targets == [reasoned, reasoned, "\n</think>\n\nToo little.</s>"] and not counts.skipped
+
+
+@pytest.mark.parametrize("thinking", ["auto", "on", "off"])
+def test_a_policy_is_asked_under_the_setting_that_is_given(tmp_path, thinking):
+    rows = [{"prompt": f"Dose for {number} kg?", "tools": [dict(TOOLS[0])]} for number in range(4)]
+    data = write_jsonl(tmp_path / "prompts.jsonl", rows)
+    asked = RlSettings(
+        train_data=(str(data),),
+        reward_rule=("length",),
+        algorithm="grpo",
+        eval_fraction=0.0,
+        thinking=thinking,
+    )
+    tokenizer = tokenizer_of("qwen3")
+    found = load_rl_data(asked, tokenizer, frozenset(), 2048, Observer())
+    for one in found.training:
+        assert one.ids == encode_prompt(tokenizer, one.prompt.messages, one.prompt.tools, thinking)
+        assert "The dose for a weight." in tokenizer.decode(one.ids)
+
+
+def test_the_setting_needs_a_tokenizer_to_look_at_data(tmp_path):
+    data = write_jsonl(tmp_path / "a.jsonl", [{"messages": [QUESTION, ANSWER]}])
+    refused = medgpt("data", data, "--thinking", "off")
+    assert refused.returncode == 2 and "--thinking goes with a tokenizer" in refused.stderr
 
 
 def test_none_is_skipped_on_the_command_line(tmp_path):

@@ -255,6 +255,17 @@ def test_a_long_conversation_with_tools_is_what_it_is_turn_by_turn(style, monkey
     assert windows[0] == whole[0] and windows[1].merged == whole[1].merged and len(whole[0]) >= 20
 
 
+def test_calls_that_cannot_be_read_back_are_named():
+    found, counts = learnt(tokenizer_of("qwen2.5"), QUESTION, calling({"name": "the dose", "arguments": {}}))
+    assert len(found) == 1 and [reason for reason in counts.merged if "a name is more than" in reason]
+    template = TEMPLATES["qwen2.5"].replace("c.arguments | tojson", "c.arguments | items | list | string")
+    tokenizer = tokenizer_for(template)
+    found, counts = learnt(tokenizer, QUESTION, calling(CALL))
+    assert len(found) == 1 and [reason for reason in counts.merged if "is unknown" in reason]
+    text = decode_answer(tokenizer, found[0])
+    assert "<tool_call>" in text and parse_answer(tokenizer, text, tools=TOOLS) == ParsedAnswer(text.rstrip())
+
+
 def test_prompts_that_differ_in_a_call_are_two():
     one, other = (
         [QUESTION, calling({"name": "dose", "arguments": {"kg": kg}}), RESULT, QUESTION] for kg in (4, 5)
