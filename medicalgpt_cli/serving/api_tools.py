@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator
 from pydantic_core import PydanticCustomError
 
+from medicalgpt_cli.engine.data.fields import object_of
 from medicalgpt_cli.engine.data.messages import ToolCall
+from medicalgpt_cli.engine.data.readers import parse_json
+from medicalgpt_cli.errors import DataError
 from medicalgpt_cli.serving.api_base import Strict, Text
 
 MOST_TOOLS = 128
-_DEEPEST = 32  # objects and lists inside each other, in a schema or in the arguments of a call
 _LARGEST = 1 << 16  # characters of one tool as JSON
 _Name = Annotated[str, Field(min_length=1, max_length=128)]
 
@@ -27,9 +27,7 @@ class Function(Strict):
     @field_validator("parameters")
     @classmethod
     def _bounded(cls, parameters: dict[str, Any] | None) -> dict[str, Any] | None:
-        if parameters is not None:
-            _check_depth(parameters)
-        return parameters
+        return parameters if parameters is None else _checked(parameters, "it")
 
 
 class Tool(Strict):
@@ -61,12 +59,14 @@ class CalledFunction(Strict):
     @classmethod
     def _is_an_object(cls, arguments: str) -> str:
         try:
-            value = json.loads(arguments) if arguments.strip() else {}
-        except (ValueError, RecursionError):
-            value = None
+            value = parse_json(arguments) if arguments.strip() else {}
+        except DataError as problem:
+            raise PydanticCustomError(
+                "json", f"the text of a JSON object is expected: {problem.message}"
+            ) from None
         if not isinstance(value, dict):
-            raise PydanticCustomError("json", "the arguments of a call are the text of a JSON object")
-        _check_depth(value)
+            raise PydanticCustomError("json", "the text of a JSON object is expected")
+        _checked(value, "it")
         return arguments
 
 
@@ -80,7 +80,7 @@ class MadeCall(Strict):
 
     @property
     def plain(self) -> ToolCall:
-        arguments = json.loads(self.function.arguments) if self.function.arguments.strip() else {}
+        arguments = parse_json(self.function.arguments) if self.function.arguments.strip() else {}
         return {"id": self.id, "name": self.function.name, "arguments": arguments}
 
 
@@ -98,17 +98,12 @@ class TemplateSwitches(Strict):
         return None if not named else "on" if named.pop() else "off"
 
 
-def _check_depth(value: Any) -> None:
-    layer = [value]
-    for _ in range(_DEEPEST):
-        layer = [inner for one in layer for inner in _inside(one)]
-        if not layer:
-            return
-    raise PydanticCustomError("depth", f"objects and lists are more than {_DEEPEST} deep inside each other")
-
-
-def _inside(value: Any) -> Iterator[Any]:
-    if isinstance(value, Mapping):
-        yield from value.values()
-    elif isinstance(value, list):
-        yield from value
+def _checked(value: Any, name: str) -> dict[str, Any]:
+    """
+    Raises:
+        PydanticCustomError: the object cannot be rendered.
+    """
+    try:
+        return object_of(value, name, "")
+    except DataError as problem:
+        raise PydanticCustomError("json", problem.message) from None

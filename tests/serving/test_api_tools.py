@@ -150,6 +150,10 @@ def tool(**more) -> dict:
     return {"type": "function", "function": {"name": "CANARY", **more}}
 
 
+def called(arguments: str) -> dict:
+    return {"role": "assistant", "tool_calls": [{**MADE, "function": {"name": "f", "arguments": arguments}}]}
+
+
 MADE = {"id": "a", "type": "function", "function": {"name": "f", "arguments": "{}"}}
 
 
@@ -160,17 +164,20 @@ MADE = {"id": "a", "type": "function", "function": {"name": "f", "arguments": "{
         ({"tool_choice": {"type": "function", "function": {"name": "CANARY"}}}, "not forced"),
         ({"parallel_tool_calls": False}, "parallel_tool_calls: how many tools are called"),
         ({"tools": [tool(strict=True)]}, "cannot be promised"),
-        ({"tools": [tool(parameters=nested(20))]}, "more than 32 deep"),
+        ({"tools": [tool(parameters=nested(40))]}, "more than 64 deep"),
         ({"tools": [tool(description="x" * 70_000)]}, "a tool may have 65536 characters"),
         ({"tools": [tool(name=f"f{number}") for number in range(129)]}, "tools: List should have at most 128"),
         ({"tools": [tool(), tool()]}, "two functions have one name"),
         ({"tools": [tool(name="")]}, "tools.0.function.name"),
         ({"tools": [tool(CANARY_is_no_field=1)]}, "tools.0.function"),
         ({"messages": [QUESTION, {"role": "tool", "tool_call_id": "CANARY", "content": "x"}]}, "no call before it"),
-        ({"messages": [QUESTION, {"role": "assistant", "tool_calls": [
-            {**MADE, "function": {"name": "f", "arguments": "CANARY"}}]}]}, "text of a JSON object"),
-        ({"messages": [QUESTION, {"role": "assistant", "tool_calls": [
-            {**MADE, "function": {"name": "f", "arguments": json.dumps(nested(20))}}]}]}, "more than 32 deep"),
+        ({"messages": [QUESTION, called("CANARY")]}, "the text of a JSON object is expected: not valid JSON"),
+        ({"messages": [QUESTION, called(json.dumps(nested(40)))]}, "more than 64 deep"),
+        ({"messages": [QUESTION, called('{"a": 1, "a": 2}')]}, "stood there before"),
+        ({"messages": [QUESTION, called('{"a": NaN}')]}, "NaN"),
+        ({"messages": [QUESTION, called('{"a": 1e999}')]}, "not finite"),
+        ({"messages": [QUESTION, called('{"a": "\\ud800"}')]}, "half a character"),
+        ({"messages": [QUESTION, called("[]")]}, "the text of a JSON object is expected"),
         ({"messages": [QUESTION, {"role": "assistant", "content": "a", "reasoning": "CANARY",
                                   "reasoning_content": "b"}]}, "contradict each other"),
         ({"messages": [{**QUESTION, "tool_calls": [MADE]}]}, "tool_calls: it belongs to the role assistant"),
@@ -187,6 +194,15 @@ def test_what_is_not_taken_is_refused_in_plain_words(server, body, words):
         "CANARY_is_no_field", ""
     )
     assert reply.json()["error"]["type"] == "invalid_request_error"
+
+
+@pytest.mark.parametrize("parameters", [{"a": "\ud800"}, {"\ud800": 1}, {"a": [{"b": "\udfff"}]}])
+def test_half_a_character_is_refused(server, parameters):
+    body = json.dumps({"model": "tiny", "messages": [QUESTION], "tools": [tool(parameters=parameters)]})
+    with server.client() as client:
+        headers = {"content-type": "application/json"}
+        reply = client.post("/v1/chat/completions", content=body, headers=headers)
+    assert reply.status_code == 400 and "half a character" in reply.json()["error"]["message"]
 
 
 def test_deep_json_is_refused_and_the_server_goes_on(server):

@@ -11,7 +11,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from medicalgpt_cli.engine.data.fields import object_of
 from medicalgpt_cli.engine.data.messages import ToolCall
+from medicalgpt_cli.engine.data.readers import parse_json
+from medicalgpt_cli.errors import DataError
 
 NAME = re.compile(r"[\w.:/-]{1,128}")  # of a tool
 _NAME_KEYS, _ARGUMENT_KEYS = ("name",), ("arguments", "parameters")
@@ -264,7 +267,7 @@ class CallReader:
             except ValueError:
                 raise NotACall(looks=True) from None
         call = self._checked(name, arguments)
-        if isinstance(value.get("id"), str):
+        if isinstance(value.get("id"), str) and value["id"].isprintable():
             call["id"] = value["id"]
         return call
 
@@ -273,7 +276,10 @@ class CallReader:
             raise NotACall(looks=True)
         if self._tools is not None and name not in self._tools:
             raise NotACall(looks=True)
-        return {"name": name, "arguments": arguments}
+        try:
+            return {"name": name, "arguments": object_of(arguments, "arguments", "")}
+        except DataError:  # nothing that can be written as JSON, or rendered again
+            raise NotACall(looks=True) from None
 
 
 def function_of(tool: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -322,16 +328,12 @@ def _flexible(literal: str) -> str:
 def _loads(text: str) -> Any:
     """
     Raises:
-        ValueError: this is no JSON; NaN and the infinities are none.
+        ValueError: this is no JSON, or none that can be trusted: a key stands twice, a number is NaN.
     """
-
-    def refuse(constant: str) -> Any:
-        raise ValueError(constant)
-
     try:
-        return json.loads(text, parse_constant=refuse)
-    except RecursionError:
-        raise ValueError("nested too deeply") from None
+        return parse_json(text)
+    except DataError as problem:
+        raise ValueError(problem.message) from None
 
 
 def _typed(text: str, kind: Any) -> Any:

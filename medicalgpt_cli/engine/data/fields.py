@@ -12,6 +12,8 @@ from medicalgpt_cli.engine.data.naming import key_name
 from medicalgpt_cli.engine.data.readers import parse_json
 from medicalgpt_cli.errors import DataError
 
+DEEPEST = 64  # objects and lists inside each other, in the parameters of a tool or the arguments of a call
+
 
 class Fields:
     """An object of a record: `take` gives a value and marks its key as used, `left` are the keys that are not.
@@ -195,6 +197,35 @@ def text_of(value: Any, name: str, at: str) -> str:
             f"{name} holds half a character (a lone surrogate)", "mend or remove this record", at=at
         ) from None
     return value
+
+
+def object_of(value: dict[str, Any], name: str, at: str) -> dict[str, Any]:
+    """An object of any keys, as the parameters of a tool and the arguments of a call are: it can be written as JSON.
+
+    Raises:
+        DataError: a text in it holds half a character, a number is infinite, or it is nested too deeply.
+    """
+    layer: list[Any] = [value]
+    for _ in range(DEEPEST):
+        inside: list[Any] = []
+        for one in layer:
+            if isinstance(one, dict):
+                inside += [text_of(key, f"a key in {name}", at) for key in one]
+                inside += one.values()
+            elif isinstance(one, list | tuple):
+                inside += one
+            elif isinstance(one, str):
+                text_of(one, f"a text in {name}", at)
+            elif isinstance(one, float) and not math.isfinite(one):
+                raise DataError(f"a number in {name} is not finite", "mend or remove this record", at=at)
+        if not inside:
+            return value
+        layer = inside
+    raise DataError(
+        f"objects and lists in {name} are more than {DEEPEST} deep inside each other",
+        "mend or remove this record",
+        at=at,
+    )
 
 
 def kind_of(value: Any) -> str:

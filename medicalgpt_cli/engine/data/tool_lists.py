@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from medicalgpt_cli.engine.data.counts import Place
-from medicalgpt_cli.engine.data.fields import EMPTY, Fields, kind_of, text_of
+from medicalgpt_cli.engine.data.fields import EMPTY, Fields, kind_of, object_of, text_of
 from medicalgpt_cli.engine.data.turns import unused_of_function
 from medicalgpt_cli.errors import DataError
 
@@ -43,7 +43,11 @@ def tools_of(
         description = inner.get("description")
         described = "" if description is None else text_of(description, "description", at)
         found.append(
-            {"name": text_of(inner["name"], "name", at), "description": described, "parameters": parameters}
+            {
+                "name": text_of(inner["name"], "name", at),
+                "description": described,
+                "parameters": object_of(parameters, "parameters", at),
+            }
         )
         if left is not None:
             inside = {"name", "description", "parameters" if "parameters" in inner else "input_schema"}

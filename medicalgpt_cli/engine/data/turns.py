@@ -7,7 +7,7 @@ from collections.abc import Collection
 from typing import Any
 
 from medicalgpt_cli.engine.data.counts import Place
-from medicalgpt_cli.engine.data.fields import EMPTY, Fields, kind_of, text_of
+from medicalgpt_cli.engine.data.fields import EMPTY, Fields, kind_of, object_of, text_of
 from medicalgpt_cli.engine.data.messages import Message, Role, ToolCall
 from medicalgpt_cli.engine.data.naming import keys_found, role_name
 from medicalgpt_cli.engine.data.readers import parse_json
@@ -230,11 +230,13 @@ class Turns:
             raise DataError(
                 f"a call of turn {number} has no name with an object of arguments", _CALL, at=self.at
             )
-        found: ToolCall = {"name": text_of(name, "name", self.at), "arguments": arguments or {}}
+        found: ToolCall = {"name": text_of(name, "name", self.at), "arguments": {}}
+        if arguments:
+            found["arguments"] = object_of(arguments, f"the arguments of a call of turn {number}", self.at)
         inside = {"name", "arguments" if "arguments" in inner else "parameters"}
         around = {"function", "id"} if isinstance(call.get("id"), str) else {"function"}
         if "id" in around:
-            found["id"] = call["id"]
+            found["id"] = text_of(call["id"], "id", self.at)
         self.left += unused_of_function(call, inner, around, inside)
         return found
 
