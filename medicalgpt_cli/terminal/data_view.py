@@ -305,6 +305,16 @@ def _table(console: Console, title: str, rows: Sequence[tuple[str, str]]) -> Non
         return
     console.print(Text(title, style="bold"))
     width = max(len(label) for label, _ in rows) + 2
+    if console.is_terminal:  # a long value goes on below itself, not below its label
+        from rich.table import Table
+
+        grid = Table.grid()
+        grid.add_column(width=width, style="cyan", no_wrap=True)
+        grid.add_column(overflow="fold", ratio=1)
+        for label, value in rows:
+            grid.add_row(Text(label), Text(value))
+        console.print(grid)
+        return
     for label, value in rows:
         console.print(Text.assemble((f"{label:<{width}}", "cyan"), value), soft_wrap=True)
 

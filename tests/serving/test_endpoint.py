@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import queue
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
@@ -125,3 +128,41 @@ def test_what_is_wrong_is_said(server, tmp_path):
     with pytest.raises(EnvironmentFailure, match="cannot be reached"):
         Conversation.open(ChatSettings(endpoint=f"http://127.0.0.1:{free_port()}"), Observer())
     assert ServeSettings(endpoint=server.url).endpoint
+
+
+class _Endless(BaseHTTPRequestHandler):
+    """Says which model it has, and then never stops."""
+
+    def do_GET(self) -> None:
+        self._send(b'{"data": [{"id": "m"}]}')
+
+    def do_POST(self) -> None:
+        length = int(self.headers["Content-Length"])
+        streams = json.loads(self.rfile.read(length)).get("stream")
+        part = b"data: " + b"x" * 2**20 if streams else b" " * 2**20
+        self.send_response(200)
+        self.end_headers()
+        with contextlib.suppress(OSError):  # the other side hangs up
+            while True:
+                self.wfile.write(part)
+
+    def _send(self, content: bytes) -> None:
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def test_a_server_that_never_stops_is_left():
+    with ThreadingHTTPServer(("127.0.0.1", 0), _Endless) as endless:
+        threading.Thread(target=endless.serve_forever, daemon=True).start()
+        settings = ChatSettings(endpoint=f"http://127.0.0.1:{endless.server_port}/v1", max_new_tokens=4)
+        talk = Conversation.open(settings, Observer())
+        with pytest.raises(EnvironmentFailure, match="does not end within 64 MiB"):
+            "".join(talk.ask("What helps?"))
+        with pytest.raises(EnvironmentFailure, match="does not end within 64 MiB"):
+            talk.backend.answer_batch([talk.backend.prompt("What helps?")], lambda *_: None)
+        endless.shutdown()

@@ -21,8 +21,8 @@ from medicalgpt_cli.engine.data.template_facts import template_facts
 class AnswerRenderer:
     """Renders the answers of one conversation.
 
-    tools: that its assistant may call. thinking: with "auto", an answer with reasoning stands behind the prompt that
-    asks for it, and one without behind the prompt that does not, where the template has both.
+    tools: that its assistant may call. thinking: with "auto", answers stand behind the prompt that inference has by
+    itself; only where that one has closed the reasoning, those with reasoning stand behind the prompt that asks for it.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -46,15 +46,12 @@ class AnswerRenderer:
         facts = template_facts(self.tokenizer).reasoning
         if self.thinking != "auto" or facts.switch is None or facts.way is None:
             return self.thinking
-        if reasoning_of(answer):
-            return "on"
-        return "off" if "off" in facts.closed else "auto"
+        return "on" if reasoning_of(answer) and "auto" in facts.closed else "auto"
 
     def notes(self, messages: Sequence[Message]) -> list[str]:
         """What happens to reasoning and tools of a conversation beside being written where the template has them."""
         facts = template_facts(self.tokenizer)
         answers = [one for one in messages if one["role"] == "assistant"]
-        settings = {self._setting(one) for one in answers if not reasoning_of(one)}
         reasoning = [one for one in answers if reasoning_of(one)]
         said = {
             "reasoning written as <think>…</think> in front of the answer: the template has no place for it": (
@@ -63,8 +60,16 @@ class AnswerRenderer:
             "reasoning left out: the prompt for an answer has closed it already": any(
                 self._setting(one) in facts.reasoning.closed for one in reasoning
             ),
-            "answer without reasoning learnt behind the prompt of --thinking off": (
-                self.thinking == "auto" and "off" in settings and "auto" not in facts.reasoning.closed
+            "answer without reasoning learnt as one, in a template that has a place for reasoning": (
+                facts.reasoning.way is not None
+                and any(
+                    self._setting(one) not in facts.reasoning.closed
+                    for one in answers
+                    if not reasoning_of(one)
+                )
+            ),
+            "reasoning learnt behind the prompt of --thinking on, which is not the default": (
+                self.thinking == "auto" and any(self._setting(one) == "on" for one in reasoning)
             ),
         }
         others = [note for note, holds in said.items() if holds]

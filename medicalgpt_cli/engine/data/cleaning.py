@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from medicalgpt_cli.engine.data.inspection import Inspection, Item
-from medicalgpt_cli.engine.data.messages import Message
+from medicalgpt_cli.engine.data.messages import Conversation, Message
 from medicalgpt_cli.engine.data.normalised import line_of
+from medicalgpt_cli.engine.data.preferences import Pair
 from medicalgpt_cli.engine.data.splitting import split
 from medicalgpt_cli.engine.run.files import TEMPORARY, fsync_path, open_private
 from medicalgpt_cli.errors import UsageError
@@ -99,7 +100,7 @@ def write_clean(
 
 def _unit(item: Item) -> _Unit:
     """What is made of a record has its question as training knows it."""
-    made = [*item.conversations, *item.pairs]
+    made: list[Conversation | Pair] = [*item.conversations, *item.pairs]
     messages = made[0].messages if made else item.record.messages
     if item.record.text is not None:
         messages = ({"role": "user", "content": item.record.text},)

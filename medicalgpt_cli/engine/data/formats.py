@@ -61,8 +61,9 @@ def read_all(
     def has_enough(path: str) -> bool:
         return shares is not None and made_of[path] >= shares.get(path, 0)
 
-    how = {"text_unit": text_unit, "with_documents": with_documents, "has_enough": has_enough}
-    for row in rows_of(sources, counts, observer, **how):
+    for row in rows_of(
+        sources, counts, observer, text_unit=text_unit, with_documents=with_documents, has_enough=has_enough
+    ):
         if most is not None and made >= most:
             break
         counts.read += 1

@@ -108,8 +108,8 @@ def inspect(
         record = read_record(row, counts, used=used)
         return [] if record is None else [(record, row)]
 
-    options = {"text_unit": text_unit, "with_documents": _is_text(sources, counts)}
-    found = list(read_all(sources, counts, observer, make, **options))
+    is_text = _is_text(sources, counts)
+    found = list(read_all(sources, counts, observer, make, text_unit=text_unit, with_documents=is_text))
     uses = Counter(_use_of(record) for record, _ in found)
     use: Use = uses.most_common(1)[0][0] if uses else "conversations"
     items = []

@@ -114,10 +114,11 @@ def _around_the_question(record: Record) -> tuple[dict[str, Any], str, Message |
 
 
 def _without_weight(message: Message, weight: float) -> Message:
-    found = {**message}
-    own = found.pop("weight", None)
-    if own is not None and weight and own != weight:
-        found["weight"] = own / weight
+    found: Message = {**message}
+    if "weight" in found:
+        own = found.pop("weight")
+        if weight and own != weight:
+            found["weight"] = own / weight
     return found
 
 

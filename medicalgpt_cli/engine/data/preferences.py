@@ -123,7 +123,7 @@ def margin_of(row: Row, column: str | None) -> float | None:
     """
     if column is None:
         return None
-    margin, at = row.value.get(column) if isinstance(row.value, dict) else None, row.at
+    margin: Any = row.value.get(column) if isinstance(row.value, dict) else None
     if isinstance(margin, str):  # of a table
         try:
             margin = float(margin)
@@ -134,7 +134,7 @@ def margin_of(row: Row, column: str | None) -> float | None:
         raise DataError(
             f"{column} is no number of at least 0",
             "--margin-column names the column with each pair's margin",
-            at=at,
+            at=row.at,
         )
     return float(margin)
 

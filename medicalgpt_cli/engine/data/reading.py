@@ -25,11 +25,20 @@ from medicalgpt_cli.settings.fields import did_you_mean
 
 
 class _Asked(Protocol):
-    encoding: str | None
-    sheet: str | None
-    columns: tuple[str, ...]
-    strict: bool
-    ignore: tuple[str, ...]
+    @property
+    def encoding(self) -> str | None: ...
+
+    @property
+    def sheet(self) -> str | None: ...
+
+    @property
+    def columns(self) -> tuple[str, ...]: ...
+
+    @property
+    def strict(self) -> bool: ...
+
+    @property
+    def ignore(self) -> tuple[str, ...]: ...
 
 
 def counts_for(asked: _Asked, sources: Sequence[str]) -> Counts:

@@ -145,7 +145,9 @@ class _Reading:
         read = {"preference": self._preference, "ranking": self._ranking, "mcq": self._exam}.get(kind)
         record = read(base) if read else replace(base, messages=tuple(self._conversation(kind)))
         if kind == "qa" and "questions" in fields:
-            record = replace(record, variants=tuple(self._phrasings()[1:]))
+            asked = next((one["content"] for one in reversed(record.messages) if one["role"] == "user"), "")
+            others = dict.fromkeys(one for one in self._phrasings() if one != asked)
+            record = replace(record, variants=tuple(others))
         record = replace(record, tools=read_tools(fields, self.left))
         if any(one["role"] == "assistant" for one in record.messages) or record.answers:
             record = self._marked(record)

@@ -15,14 +15,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import multiprocessing
 import os
-import signal
-import threading
-import time
+import pickle
+import subprocess
+import sys
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
@@ -32,7 +31,8 @@ import numpy as np
 from filelock import FileLock
 from transformers import PreTrainedTokenizerBase
 
-from medicalgpt_cli import __version__
+import medicalgpt_cli
+from medicalgpt_cli.engine.data import render_child
 from medicalgpt_cli.engine.data.counts import Counts
 from medicalgpt_cli.engine.data.example_table import (
     CONVERSATION,
@@ -57,7 +57,7 @@ from medicalgpt_cli.engine.model.tokenizer import fingerprint
 from medicalgpt_cli.engine.observer import Observer
 from medicalgpt_cli.engine.run import checkpoints
 from medicalgpt_cli.engine.run.files import PRIVATE, private_folder, remove_tree, sha256_file, staged
-from medicalgpt_cli.errors import DataError
+from medicalgpt_cli.errors import DataError, EnvironmentFailure
 
 FORMAT = 1
 SMALL = 16 * 2**20  # bytes of text up to which a source is read anew each time, and nothing of it is written
@@ -145,7 +145,13 @@ def _key(files: Sequence[Path | HubDataset], rendering: Rendering, options: Mapp
         [str(file), sha256_file(file)] if isinstance(file, Path) else [file.name, file.split]
         for file in files
     ]
-    how = [FORMAT, __version__, fingerprint(rendering.tokenizer), rendering.max_length, rendering.thinking]
+    how = [
+        FORMAT,
+        medicalgpt_cli.__version__,
+        fingerprint(rendering.tokenizer),
+        rendering.max_length,
+        rendering.thinking,
+    ]
     parts = [how, sorted(options.items()), content]
     return hashlib.sha256(json.dumps(parts).encode("utf-8", "surrogateescape")).hexdigest()[:32]
 
@@ -188,45 +194,68 @@ def _rendered(conversations: Iterable[Conversation], rendering: Rendering) -> It
 def _by_others(
     chunks: Iterable[Sequence[Conversation]], rendering: Rendering, processes: int
 ) -> Iterator[Chunk]:
-    """Rendered by `processes` others. No more are under way than these need, so that memory stays bounded."""
-    pool = ProcessPoolExecutor(
-        processes,
-        mp_context=multiprocessing.get_context("spawn"),
-        initializer=_begin,
-        initargs=(rendering, os.getpid()),
-    )
-    under_way: deque[Future[Chunk]] = deque()
-    try:
+    """Rendered by `processes` others, each of which has one chunk at a time, so that memory stays bounded."""
+    with ExitStack() as open_ones:
+        children = [open_ones.enter_context(_Child(rendering)) for _ in range(processes)]
+        busy: deque[_Child] = deque()  # in the order of their chunks
         for chunk in chunks:
-            under_way.append(pool.submit(_render_there, chunk))
-            if len(under_way) >= 3 * processes:
-                yield under_way.popleft().result()
-        while under_way:
-            yield under_way.popleft().result()
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+            if len(busy) < processes:
+                child = children[len(busy)]
+            else:
+                child = busy.popleft()
+                yield child.answer()
+            child.ask(chunk)
+            busy.append(child)
+        while busy:
+            yield busy.popleft().answer()
 
 
-_here: Rendering  # of a process that renders for another one
+class _Child:
+    """A process that renders (`render_child`)."""
 
+    def __init__(self, rendering: Rendering):
+        package = Path(medicalgpt_cli.__file__).parents[1]
+        self._process = subprocess.Popen(
+            [sys.executable, "-P", render_child.__file__, str(package)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,  # a foreign error may quote a record
+        )
+        self.ask(rendering)
 
-def _begin(rendering: Rendering, parent: int) -> None:
-    """Get ready to render. Ctrl-C is for the process that asked; where that has gone, so does this one."""
-    global _here
-    _here = rendering
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    def __enter__(self) -> _Child:
+        return self
 
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(1)
-        os._exit(1)
+    def __exit__(self, *_: object) -> None:
+        self._process.kill()
+        self._process.communicate()
 
-    threading.Thread(target=watch, daemon=True).start()
+    def ask(self, said: Any) -> None:
+        try:
+            pickle.dump(said, self._process.stdin, protocol=pickle.HIGHEST_PROTOCOL)
+            self._process.stdin.flush()
+        except BrokenPipeError:
+            raise self._lost() from None
 
+    def answer(self) -> Chunk:
+        """
+        Raises:
+            EnvironmentFailure: the process has ended. MedgptError: what rendering raised there.
+        """
+        try:
+            kind, found = pickle.load(self._process.stdout)
+        except EOFError:
+            raise self._lost() from None
+        if kind == "problem":
+            raise found
+        return found
 
-def _render_there(conversations: Sequence[Conversation]) -> Chunk:
-    return render_chunk(conversations, _here)
+    def _lost(self) -> EnvironmentFailure:
+        code = self._process.wait()
+        return EnvironmentFailure(
+            f"a process that tokenised ended by itself (code {code})",
+            "was memory short? `medgpt env` shows it",
+        )
 
 
 def render_chunk(conversations: Sequence[Conversation], rendering: Rendering) -> Chunk:

@@ -33,6 +33,8 @@ from medicalgpt_cli.settings.groups import EndpointSettings, SamplingSettings
 KEY_VARIABLE = "MEDGPT_ENDPOINT_KEY"
 _ATTEMPTS = 6  # at a server that is busy
 _LONGEST_WAIT = 30.0
+# Bytes of one reply: an event for each of 100,000 tokens takes 30 MB.
+_LONGEST_REPLY = 64 * 2**20
 _TIMEOUT = httpx.Timeout(600.0, connect=10.0)
 
 # Deltas as they come; the answer comes with the last ones.
@@ -332,7 +334,7 @@ def _refusal(url: str, status: int, path: str) -> MedgptError:
 
 def _json(reply: httpx.Response) -> dict[str, Any]:
     try:
-        found = json.loads(reply.read())
+        found = json.loads(b"".join(_bounded(reply)))
     except (ValueError, RecursionError):
         found = None
     except httpx.HTTPError as problem:
@@ -362,10 +364,27 @@ def _events(reply: httpx.Response) -> Iterator[dict[str, Any]]:
         raise EnvironmentFailure(f"the server broke off ({type(problem).__name__})", "ask again") from None
 
 
+def _bounded(reply: httpx.Response) -> Iterator[bytes]:
+    """The parts of a reply, unpacked, up to the bound.
+
+    Raises:
+        EnvironmentFailure: there is more.
+    """
+    count = 0
+    for chunk in reply.iter_bytes():
+        count += len(chunk)
+        if count > _LONGEST_REPLY:
+            raise EnvironmentFailure(
+                f"the server's answer does not end within {_LONGEST_REPLY // 2**20} MiB",
+                "is the address that of an API?",
+            )
+        yield chunk
+
+
 def _lines(reply: httpx.Response) -> Iterator[bytes]:
     """httpx's own lines also end at characters that may stand inside a JSON text."""
     left = b""
-    for chunk in reply.iter_bytes():
+    for chunk in _bounded(reply):
         *whole, left = (left + chunk).split(b"\n")
         yield from whole
     yield left

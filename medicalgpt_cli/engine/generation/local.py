@@ -34,6 +34,7 @@ from medicalgpt_cli.engine.generation.decoding import (
 )
 from medicalgpt_cli.engine.model.base_record import known_base
 from medicalgpt_cli.engine.model.loading import load_model
+from medicalgpt_cli.engine.model.positions import positions
 from medicalgpt_cli.engine.model.references import ResolvedModel
 from medicalgpt_cli.engine.observer import Observer
 from medicalgpt_cli.engine.planning.weights import must_fit
@@ -252,6 +253,5 @@ class LocalBackend:
 
 def context_length(model: Any, sampling: SamplingSettings) -> int:
     """Tokens of prompt and answer together that the model was made for, or fewer if asked."""
-    config = model.config.get_text_config()
-    own = getattr(config, "max_position_embeddings", None) or 1 << 20
+    own = positions(model) or 1 << 20
     return min(own, sampling.max_context or own)

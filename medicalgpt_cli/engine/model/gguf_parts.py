@@ -24,6 +24,7 @@ import transformers
 from filelock import FileLock
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
+from medicalgpt_cli.engine.model.gguf_header import check_header
 from medicalgpt_cli.engine.model.tokenizer import fingerprint
 from medicalgpt_cli.engine.run.environment import cache_folder
 from medicalgpt_cli.engine.run.files import remove_tree, sha256_file, staged
@@ -37,7 +38,9 @@ def gguf_tokenizer(path: Path) -> PreTrainedTokenizerBase:
 
     Raises:
         OSError, ValueError, KeyError: the file cannot be read, or holds none.
+        UnsafeRefused, UsageError: what `check_header` raises.
     """
+    check_header(path)
     kept = _kept(path)
     return AutoTokenizer.from_pretrained(kept / "tokenizer") if kept else _convert_tokenizer(path)
 
@@ -47,7 +50,9 @@ def gguf_config(path: Path) -> Any:
 
     Raises:
         OSError, ValueError, KeyError: the file cannot be read.
+        UnsafeRefused, UsageError: what `check_header` raises.
     """
+    check_header(path)
     kept = _kept(path)
     return AutoConfig.from_pretrained(kept / "config") if kept else _convert_config(path)
 

@@ -21,6 +21,7 @@ from medicalgpt_cli.engine.model.loading import (
     must_be_loadable_alone,
 )
 from medicalgpt_cli.engine.model.merged_weights import adapted_layers, fold
+from medicalgpt_cli.engine.model.positions import positions
 from medicalgpt_cli.engine.model.references import ModelReference, ResolvedModel, resolve_models
 from medicalgpt_cli.engine.model.tokenizer import save_tokenizer
 from medicalgpt_cli.engine.observer import Observer
@@ -72,7 +73,7 @@ def merge(settings: MergeLoraSettings, observer: Observer) -> dict[str, Any]:
         ):
             model = _together(resolved, adapter, device)
         _check_vocabulary(model, tokenizer)
-        ids = _sample(tokenizer, device)
+        ids = _sample(tokenizer, device)[:, : positions(model)]
         expected = _logits(model, ids)
         noise = _noise(model, ids, expected)
         with task(observer, "merging"):

@@ -106,5 +106,9 @@ def _of_ours(language: Any) -> Any:
             "__doc__": f"{language.__name__} with a scalar head.",
             "get_output_embeddings": lambda self: None,
             "can_generate": classmethod(lambda cls: False),
+            # What some classes draw for themselves is their output head (ModernBERT's decoder).
+            "_init_weights": lambda self, module: (
+                None if module is self else language._init_weights(self, module)
+            ),
         },
     )

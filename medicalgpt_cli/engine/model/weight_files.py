@@ -9,14 +9,16 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 
+from medicalgpt_cli.engine.model.gguf_header import check_header
 from medicalgpt_cli.engine.model.references import ModelReference
+from medicalgpt_cli.engine.model.spread import is_spread
 from medicalgpt_cli.engine.observer import Observer
 from medicalgpt_cli.errors import UnsafeRefused, UsageError
 
@@ -116,11 +118,16 @@ def check_all_used(
     """Refuse weights that the model has no place for; those that are known to be beside it are named.
 
     Args:
-        unexpected: names of weights that the library has not used.
+        unexpected: names of weights that the library has not used; under ZeRO-3 it names none.
 
     Raises:
-        UsageError: some are none of the known ones, as where the configuration has fewer layers than the files.
+        UsageError: some are none of the known ones, as where the configuration has fewer layers than the files; or one
+            stands in two files.
     """
+    files = list(files)
+    _must_stand_once(name, files)
+    if is_spread(model):
+        unexpected = {*unexpected, *_beyond_the_layers(files, model)}
     strange = sorted(key for key in unexpected if _harmless(key) is None)
     if strange:
         raise UsageError(
@@ -135,6 +142,38 @@ def check_all_used(
     if beside:
         listed = ", ".join(f"{kind} ({count})" for kind, count in sorted(beside.items()))
         observer.on_notice(f"{name}: weights that are not used: {listed}")
+
+
+def _must_stand_once(name: str, files: Sequence[Path]) -> None:
+    """The library reads all files, and takes of two weights of one name whichever comes last."""
+    found: dict[str, Path] = {}
+    for file in files if len(files) > 1 else ():
+        for key in _keys(file):
+            if key in found:
+                raise UsageError(
+                    f"{name}: {_short(key)} stands in {found[key].name} and in {file.name}",
+                    "files of two copies of a model were mixed: take them anew from one",
+                )
+            found[key] = file
+
+
+_NUMBERED = re.compile(r"([A-Za-z_]\w*)\.(\d+)(?=\.)")  # "layers.12"
+
+
+def _beyond_the_layers(files: Iterable[Path], model: Any) -> list[str]:
+    """Weights of layers whose number the model does not have; other names may be older ones that are converted."""
+    own = [found for key in model.state_dict() if (found := _NUMBERED.search(key))]
+    places, kinds = {found.group() for found in own}, {found.group(1) for found in own}
+    ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
+    return [
+        key
+        for file in files
+        for key in _keys(file)
+        if (found := _NUMBERED.search(key))
+        and found.group(1) in kinds
+        and found.group() not in places
+        and not any(re.search(pattern, key) for pattern in ignored)
+    ]
 
 
 def _harmless(key: str) -> str | None:
@@ -167,6 +206,7 @@ def check_gguf_blocks(name: str, file: Path) -> None:
     """
     from gguf import GGUFReader
 
+    check_header(file)
     reader = GGUFReader(file)
     architecture = reader.get_field("general.architecture")
     counted = architecture and reader.get_field(f"{architecture.contents()}.block_count")

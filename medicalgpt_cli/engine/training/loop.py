@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainingArgum
 from medicalgpt_cli.engine.evaluation.paired import PerItem, paired_differences
 from medicalgpt_cli.engine.model.experts import expert_weights
 from medicalgpt_cli.engine.model.loading import choose_device, choose_dtype, load_tokenizer
+from medicalgpt_cli.engine.model.positions import must_reach
 from medicalgpt_cli.engine.model.quantization import check_quantization, count_parameters
 from medicalgpt_cli.engine.model.references import ResolvedModel, resolve_models
 from medicalgpt_cli.engine.model.tokenizer import fingerprint
@@ -299,6 +300,10 @@ def _say_who_can_read(folder: RunFolder, observer: Observer) -> None:
         observer.on_warning(f"--group-readable: {closed[0]} lets nobody else through to the model")
 
 
+# What bounds the texts of a stage, where it is not --max-length.
+_BOUNDS = {"pretrain": "--block-size", "rl": "--max-prompt-length with --max-new-tokens"}
+
+
 def _train_in(folder: RunFolder, stage: Stage, observer: Observer) -> dict[str, Any]:
     settings, updates = stage.settings, stage.schedule.updates
     # Before the model: from them the library knows that it is to be spread.
@@ -308,6 +313,8 @@ def _train_in(folder: RunFolder, stage: Stage, observer: Observer) -> dict[str, 
     if processes.rank() == 0:  # a hub model is here now, if it was not before
         accept = settings.accept_other_base
         folder.update(**origins.go_on(folder.read(), stage.models(), observer, folder.path, accept=accept))
+    longest = max((tokens for item in stage.batch_items() for tokens in item.rows), default=0)
+    must_reach(getattr(model, "policy", model), longest, observer, _BOUNDS.get(stage.name, "--max-length"))
     experts = expert_weights(model).values()
     if experts and not any(weight.requires_grad for weight in experts):
         observer.on_notice("experts and their router stay as they are: the adapter lies over attention")

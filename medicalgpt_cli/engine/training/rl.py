@@ -13,6 +13,7 @@ from medicalgpt_cli.engine.evaluation.paired import per_answer
 from medicalgpt_cli.engine.evaluation.statistics import wilson_interval
 from medicalgpt_cli.engine.generation.local import LocalBackend
 from medicalgpt_cli.engine.model.loading import choose_device, choose_dtype, load_tokenizer
+from medicalgpt_cli.engine.model.positions import positions
 from medicalgpt_cli.engine.model.quantization import check_quantization
 from medicalgpt_cli.engine.model.references import ResolvedModel, resolve_models
 from medicalgpt_cli.engine.model.reward_model import check_head, load_reward_model, read_record
@@ -191,8 +192,12 @@ class RlStage(Stage):
     def _rewards(self, roles: Roles, shared: bool, observer: Observer) -> Reward:
         parts = rule_rewards(self.settings)
         if self.reward_resolved is not None:
-            scorer = self._shared_scorer(roles) if shared else self._separate_scorer(observer)
-            reward = model_reward(scorer, self.reward_tokenizer, self._context())
+            if shared:
+                scorer, most = self._shared_scorer(roles), positions(roles.policy)
+            else:
+                scorer, most = self._separate_scorer()
+            context = min(self._context(), most or self._context())
+            reward = model_reward(scorer, self.reward_tokenizer, context)
             parts = {"reward model": (self.settings.reward_weight, reward), **parts}
             observer.on_notice(
                 "all roles share one copy of the base weights"
@@ -218,13 +223,15 @@ class RlStage(Stage):
 
         return score
 
-    def _separate_scorer(self, observer: Observer) -> Any:
+    def _separate_scorer(self) -> tuple[Any, int | None]:
+        """What scores, and how many tokens it can read."""
         device = choose_device(self.settings)
         dtype = choose_dtype(self.settings, device)
         model = load_reward_model(self.reward_resolved, dtype, device, self.settings.quantization)
-        return separate_scorer(
+        scorer = separate_scorer(
             model, attention.is_exact(model), self.reward_tokenizer.pad_token_id, self.settings.answers_a_pass
         )
+        return scorer, positions(model)
 
     def keeps_apart(self, model: Roles, observer: Observer) -> bool:
         return super().keeps_apart(model.policy, observer)

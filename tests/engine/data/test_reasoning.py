@@ -90,11 +90,11 @@ def test_reasoning_is_learnt_as_the_template_writes_it(style, target, inline):
 @pytest.mark.parametrize(
     ("style", "thinking", "target"),
     [
-        ("qwen3", "auto", "Take 400 mg.<|im_end|>"),  # behind the prompt that closes an empty block
+        ("qwen3", "auto", "<think>\n\n</think>\n\nTake 400 mg.<|im_end|>"),
         ("qwen3", "off", "Take 400 mg.<|im_end|>"),
         ("qwen3", "on", "<think>\n\n</think>\n\nTake 400 mg.<|im_end|>"),
         ("deepseek", "auto", "\n</think>\n\nTake 400 mg.</s>"),
-        ("glm4.5", "auto", "\nTake 400 mg.</s>"),
+        ("glm4.5", "auto", "\n<think></think>\nTake 400 mg.</s>"),
         ("glm4.5", "on", "\n<think></think>\nTake 400 mg.</s>"),
         ("gpt-oss", "auto", "<|channel|>final<|message|>Take 400 mg.<|return|>"),
         ("plain", "auto", "Take 400 mg.<|im_end|>"),
@@ -106,11 +106,11 @@ def test_an_answer_without_reasoning_has_the_templates_empty_block(style, thinki
     (example,) = render_conversation(tokenizer, conversation, 4096, counts, thinking)
     ids = [one for one in example.labels if one >= 0]
     assert tokenizer.decode(ids) == target
-    switched = template_facts(tokenizer).reasoning.switch is not None and thinking == "auto"
-    setting = "off" if switched else thinking
-    assert example.input_ids[: -len(ids)] == encode_prompt(tokenizer, [QUESTION], (), setting)
-    named = counts.merged["answer without reasoning learnt behind the prompt of --thinking off"]
-    assert named == switched and not counts.skipped
+    assert example.input_ids[: -len(ids)] == encode_prompt(tokenizer, [QUESTION], (), thinking)
+    named = counts.merged[
+        "answer without reasoning learnt as one, in a template that has a place for reasoning"
+    ]
+    assert named == (style != "plain" and thinking != "off") and not counts.skipped
 
 
 def test_reasoning_that_the_prompt_has_closed_is_left_out_and_named():

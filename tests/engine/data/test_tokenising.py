@@ -177,3 +177,43 @@ def test_memory_does_not_grow_with_the_file(tmp_path):
         assert done.returncode == 0, done.stderr
         peaks[rows] = int(json.loads(done.stdout)) / 1024
     assert peaks[240_000] - peaks[60_000] < 180  # MiB: less than a KiB a row
+
+
+def test_what_another_process_raises_is_raised_here_and_a_lost_one_is_said(tmp_path, on_disk, monkeypatch):
+    from medicalgpt_cli.engine.data.messages import Conversation
+    from medicalgpt_cli.errors import EnvironmentFailure, UsageError
+
+    said = ({"role": "user", "content": "Fever?"}, {"role": "assistant", "content": "Rest."})
+    rows = [Conversation(said, f"made.jsonl:{number}") for number in range(1, 9)]
+    no_template = tiny_tokenizer("none")
+    with pytest.raises(UsageError, match="no chat template"):
+        list(tokenising._by_others(iter([rows]), Rendering(no_template, 64), 2))
+    with tokenising._Child(Rendering(tiny_tokenizer(), 64)) as child:
+        child._process.kill()
+        with pytest.raises(EnvironmentFailure, match="ended by itself"):
+            for _ in range(2):
+                child.ask(rows)
+                child.answer()
+
+
+def test_the_program_itself_is_not_run_again_by_the_others(tmp_path):
+    """Whatever it was started as: a script without a guard, too."""
+    script = tmp_path / "program.py"
+    path = write_jsonl(tmp_path / "a.jsonl", [{"question": f"q {n}", "answer": "a"} for n in range(40)])
+    script.write_text(f"""
+import pathlib, sys
+with open({str(tmp_path / "runs")!r}, "a") as file: file.write("x")
+from medicalgpt_cli.engine.data import tokenising
+from tests.engine.data.test_tokenising import make
+tokenising.SMALL, tokenising._CHUNK, tokenising._FEW = 0, 4, 4
+print(len(make(pathlib.Path({str(path)!r}), pathlib.Path({str(tmp_path)!r})).examples))
+""")
+    done = subprocess.run(
+        [sys.executable, str(script)],
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[3])},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "40" and (tmp_path / "runs").read_text() == "x"

@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from medicalgpt_cli.engine.model.loading import load_base, load_model
 from medicalgpt_cli.engine.model.references import ModelReference, resolve_models
 from medicalgpt_cli.engine.model.reward_model import check_head, load_reward_model
-from medicalgpt_cli.engine.model.weight_files import weight_files
+from medicalgpt_cli.engine.model.weight_files import _beyond_the_layers, weight_files
 from medicalgpt_cli.engine.observer import Observer
 from medicalgpt_cli.errors import UnsafeRefused, UsageError
 from medicalgpt_cli.settings.groups import ModelSettings
@@ -259,3 +260,29 @@ def test_a_shard_that_is_missing_is_named(tmp_path: Path) -> None:
     (model / shard).unlink()
     with pytest.raises(UsageError, match=r"other\.safetensors is missing"):
         load(model)
+
+
+def test_a_weight_that_stands_in_two_files_is_refused(tmp_path: Path) -> None:
+    """The library would take whichever comes last."""
+    model = tiny_model(tmp_path / "m")
+    weights = load_file(model / "model.safetensors")
+    first, second = sorted(weights)[:6], sorted(weights)[5:]
+    for number, names in enumerate((first, second)):
+        save_file({name: weights[name] for name in names}, model / f"{number}.safetensors", {"format": "pt"})
+    index = dict.fromkeys(first, "0.safetensors") | dict.fromkeys(second, "1.safetensors")
+    (model / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+    (model / "model.safetensors").unlink()
+    with pytest.raises(UsageError, match=rf"m: {first[-1]} stands in 0\.safetensors and in 1\.safetensors"):
+        load(model)
+
+
+def test_layers_beyond_the_model_are_found_without_the_librarys_word(tmp_path: Path) -> None:
+    """ZeRO-3 loads without saying what it did not use."""
+    model = tiny_model(tmp_path / "m")
+    loaded, _ = load(model)
+    files = [model / "model.safetensors"]
+    assert _beyond_the_layers(files, loaded) == []
+    change_config(model, num_hidden_layers=1)
+    shorter = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model))
+    beyond = _beyond_the_layers(files, shorter)
+    assert len(beyond) == 9 and all(name.startswith("model.layers.1.") for name in beyond)

@@ -114,6 +114,33 @@ def test_shares_of_two_processes_are_one_run(place: Path, alone, stage: str, par
 
 @needs_deepspeed
 @pytest.mark.slow
+@pytest.mark.parametrize("parallel", ["zero3", "fsdp"])
+def test_weights_beyond_the_layers_of_the_configuration_are_refused(tmp_path: Path, parallel: str) -> None:
+    """DeepSpeed loads what it has places for, and says nothing of the rest."""
+    tiny_model(tmp_path / "model")
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    (tmp_path / "model" / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 1}))
+    (tmp_path / "text.txt").write_text("\n\n".join(["Tea helps against thirst. " * 9] * 9))
+    done = medgpt(
+        *(
+            "pretrain",
+            "--base-model",
+            "model",
+            "--train-data",
+            "text.txt",
+            "--eval-fraction",
+            "0",
+            "--use-cpu",
+        ),
+        *("--block-size", "32", "--max-steps", "1", "--processes", "2", "--parallel", parallel),
+        cwd=tmp_path,
+    )
+    assert done.returncode == 2, done.stderr
+    assert "9 weights of the files have no place in the model" in done.stderr
+
+
+@needs_deepspeed
+@pytest.mark.slow
 def test_rl_learns_from_the_same_answers(place: Path, alone) -> None:
     """The same rollouts at equal seeds: rewards are those of the same answers, to the last digit."""
     one = alone("rl")
