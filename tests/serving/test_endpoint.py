@@ -162,7 +162,7 @@ def test_a_server_that_never_stops_is_left():
         settings = ChatSettings(endpoint=f"http://127.0.0.1:{endless.server_port}/v1", max_new_tokens=4)
         talk = Conversation.open(settings, Observer())
         with pytest.raises(EnvironmentFailure, match="does not end within 64 MiB"):
-            "".join(talk.ask("What helps?"))
+            text(talk.ask("What helps?"))
         with pytest.raises(EnvironmentFailure, match="does not end within 64 MiB"):
-            talk.backend.answer_batch([talk.backend.prompt("What helps?")], lambda *_: None)
+            talk.backend.answer_batch([talk.backend.prompt(asked("What helps?"))], lambda *_: None)
         endless.shutdown()

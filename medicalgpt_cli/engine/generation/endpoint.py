@@ -7,7 +7,6 @@ environment is used, and no message of the server is shown, since it may quote w
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import threading
 import time
@@ -25,7 +24,15 @@ from medicalgpt_cli.engine.data.tool_messages import as_functions
 from medicalgpt_cli.engine.data.tools import Delta
 from medicalgpt_cli.engine.generation.answer_reader import content_of
 from medicalgpt_cli.engine.generation.decoding import Answer
-from medicalgpt_cli.engine.generation.wire import call_from_wire, conversation_to_wire
+from medicalgpt_cli.engine.generation.endpoint_replies import (
+    add_calls,
+    deltas_of,
+    deltas_of_calls,
+    events_of,
+    json_of,
+    put_together,
+)
+from medicalgpt_cli.engine.generation.wire import conversation_to_wire
 from medicalgpt_cli.engine.observer import Observer
 from medicalgpt_cli.errors import EnvironmentFailure, MedgptError, UsageError
 from medicalgpt_cli.settings.groups import EndpointSettings, SamplingSettings
@@ -33,8 +40,6 @@ from medicalgpt_cli.settings.groups import EndpointSettings, SamplingSettings
 KEY_VARIABLE = "MEDGPT_ENDPOINT_KEY"
 _ATTEMPTS = 6  # at a server that is busy
 _LONGEST_WAIT = 30.0
-# Bytes of one reply: an event for each of 100,000 tokens takes 30 MB.
-_LONGEST_REPLY = 64 * 2**20
 _TIMEOUT = httpx.Timeout(600.0, connect=10.0)
 
 # Deltas as they come; the answer comes with the last ones.
@@ -199,18 +204,18 @@ class EndpointBackend:
         calls: dict[int, dict[str, Any]] = {}
         reason, usage = "stop", {}
         with contextlib.closing(self._open("POST", self._path(prompt), body)) as reply:
-            for event in _events(reply):
+            for event in events_of(reply):
                 if "error" in event:
                     raise EnvironmentFailure(f"{self.url} broke off its answer", "ask again")
                 usage = event.get("usage") or usage
                 for choice in event.get("choices") or []:
                     reason = choice.get("finish_reason") or reason
                     delta = choice.get("delta") or choice
-                    _add_calls(calls, delta.get("tool_calls"))
-                    deltas = _texts(delta)
+                    add_calls(calls, delta.get("tool_calls"))
+                    deltas = deltas_of(delta)
                     said += deltas
                     yield deltas, None
-        last = _call_deltas([calls[index] for index in sorted(calls)])
+        last = deltas_of_calls([calls[index] for index in sorted(calls)])
         said += last
         yield last, put_together(said, reason, usage, len(said))
 
@@ -221,13 +226,13 @@ class EndpointBackend:
             with contextlib.closing(
                 self._open("POST", self._path(prompt), self.body(prompt, self.sampling, number))
             ) as reply:
-                found = _json(reply)
+                found = json_of(reply)
         except _Refused as problem:  # this question; the others may be fine
             return Answer("", [], "error", 0, 0, problem.message)
         choice = (found.get("choices") or [{}])[0]
         message = choice.get("message") or choice
         calls = message.get("tool_calls")
-        deltas = [*_texts(message), *_call_deltas(calls if isinstance(calls, list) else [])]
+        deltas = [*deltas_of(message), *deltas_of_calls(calls if isinstance(calls, list) else [])]
         return put_together(deltas, choice.get("finish_reason") or "stop", found.get("usage") or {})
 
     # -- the wire ------------------------------------------------------------------------------------------------
@@ -269,7 +274,7 @@ class EndpointBackend:
 
     def _models(self) -> list[str]:
         with contextlib.closing(self._open("GET", "/models")) as reply:
-            found = _json(reply).get("data")
+            found = json_of(reply).get("data")
         names = [one.get("id") for one in found] if isinstance(found, list) else []
         return [name for name in names if isinstance(name, str)]
 
@@ -330,122 +335,3 @@ def _refusal(url: str, status: int, path: str) -> MedgptError:
         )
     word = "is busy" if status in (429, 503) else "failed"
     return EnvironmentFailure(f"{url} {word} ({status})", "try again later")
-
-
-def _json(reply: httpx.Response) -> dict[str, Any]:
-    try:
-        found = json.loads(b"".join(_bounded(reply)))
-    except (ValueError, RecursionError):
-        found = None
-    except httpx.HTTPError as problem:
-        raise EnvironmentFailure(f"the server broke off ({type(problem).__name__})", "ask again") from None
-    if not isinstance(found, dict):
-        raise EnvironmentFailure("the server's answer is no JSON object", "is the address that of an API?")
-    return found
-
-
-def _events(reply: httpx.Response) -> Iterator[dict[str, Any]]:
-    """The objects of server-sent events up to `[DONE]`."""
-    try:
-        for line in _lines(reply):
-            if not line.startswith(b"data:"):
-                continue
-            data = line.removeprefix(b"data:").strip()
-            if data == b"[DONE]":
-                return
-            event = json.loads(data)
-            if isinstance(event, dict):
-                yield event
-    except ValueError:
-        raise EnvironmentFailure(
-            "the server's answer is not JSON", "is the address that of an API?"
-        ) from None
-    except httpx.HTTPError as problem:
-        raise EnvironmentFailure(f"the server broke off ({type(problem).__name__})", "ask again") from None
-
-
-def _bounded(reply: httpx.Response) -> Iterator[bytes]:
-    """The parts of a reply, unpacked, up to the bound.
-
-    Raises:
-        EnvironmentFailure: there is more.
-    """
-    count = 0
-    for chunk in reply.iter_bytes():
-        count += len(chunk)
-        if count > _LONGEST_REPLY:
-            raise EnvironmentFailure(
-                f"the server's answer does not end within {_LONGEST_REPLY // 2**20} MiB",
-                "is the address that of an API?",
-            )
-        yield chunk
-
-
-def _lines(reply: httpx.Response) -> Iterator[bytes]:
-    """httpx's own lines also end at characters that may stand inside a JSON text."""
-    left = b""
-    for chunk in _bounded(reply):
-        *whole, left = (left + chunk).split(b"\n")
-        yield from whole
-    yield left
-
-
-def _texts(message: dict[str, Any]) -> list[Delta]:
-    """Reasoning and text of a message, or of a piece of one. Servers call the former by one of two names."""
-    reasoning = message.get("reasoning_content") or message.get("reasoning")
-    text = message.get("content") if "content" in message else message.get("text")
-    found: list[Delta] = []
-    if isinstance(reasoning, str) and reasoning:
-        found.append(Delta("reasoning", _whole_characters(reasoning)))
-    if isinstance(text, str) and text:
-        found.append(Delta("content", _whole_characters(text)))
-    return found
-
-
-def _whole_characters(text: str) -> str:
-    """JSON can spell half a character, which no file and no client takes."""
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-
-
-def _add_calls(calls: dict[int, dict[str, Any]], pieces: Any) -> None:
-    """Put the pieces of calls to those that came before."""
-    for place, piece in enumerate(pieces if isinstance(pieces, list) else ()):
-        if not isinstance(piece, dict):
-            continue
-        index = piece.get("index") if isinstance(piece.get("index"), int) else place
-        call = calls.setdefault(index, {"function": {"name": "", "arguments": ""}})
-        if isinstance(piece.get("id"), str):
-            call["id"] = piece["id"]
-        function = piece.get("function")
-        for key in ("name", "arguments"):
-            if isinstance(function, dict) and isinstance(function.get(key), str):
-                call["function"][key] += function[key]
-
-
-def _call_deltas(calls: Sequence[Any]) -> list[Delta]:
-    """Calls of a server; one that is none stays as text, so that nothing is lost."""
-    found: list[Delta] = []
-    for value in calls:
-        call = call_from_wire(value)
-        if call is None:
-            found.append(Delta("content", _whole_characters(json.dumps(value, ensure_ascii=False))))
-        else:
-            found.append(Delta("tool_call", call=call))
-    return found
-
-
-def put_together(deltas: Sequence[Delta], reason: str, usage: dict[str, Any], counted: int = 0) -> Answer:
-    """The answer that came in pieces.
-
-    Args:
-        counted: its tokens, where the server does not count them.
-    """
-    return Answer(
-        content_of(deltas),
-        [],
-        "length" if reason == "length" else "stop",
-        usage.get("prompt_tokens") or 0,
-        usage.get("completion_tokens") or counted,
-        reasoning="".join(one.text for one in deltas if one.kind == "reasoning") or None,
-        tool_calls=tuple(one.call for one in deltas if one.call is not None),
-    )

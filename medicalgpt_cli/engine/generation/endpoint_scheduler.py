@@ -10,7 +10,8 @@ from dataclasses import dataclass
 
 from medicalgpt_cli.engine.data.tools import Delta
 from medicalgpt_cli.engine.generation.decoding import Answer
-from medicalgpt_cli.engine.generation.endpoint import EndpointBackend, Events, RemotePrompt, put_together
+from medicalgpt_cli.engine.generation.endpoint import EndpointBackend, Events, RemotePrompt
+from medicalgpt_cli.engine.generation.endpoint_replies import put_together
 from medicalgpt_cli.engine.generation.scheduler import Busy, Counters, Limits
 from medicalgpt_cli.errors import MedgptError
 from medicalgpt_cli.settings.groups import SamplingSettings
