@@ -280,7 +280,9 @@ def _nothing_to_learn(messages: Sequence[Message]) -> str | None:
 
 
 def _rephrased(messages: Sequence[Message], question: str) -> tuple[Message, ...]:
-    return tuple({**one, "content": question} if one["role"] == "user" else one for one in messages)
+    """The messages with another last question; what was said before it stays."""
+    last = max(place for place, one in enumerate(messages) if one["role"] == "user")
+    return (*messages[:last], {**messages[last], "content": question}, *messages[last + 1 :])
 
 
 def _conversation(record: Record, messages: tuple[Message, ...]) -> Conversation:

@@ -152,8 +152,18 @@ def test_several_phrasings_of_one_question_share_their_answer(tmp_path):
 
 
 def test_phrasings_beside_a_question_are_learnt_too(tmp_path):
-    found, _ = sft(tmp_path, {"question": "发烧？", "questions": ["发热？", "发烧？"], "answer": "喝水。"})
-    assert [said(one) for one in found] == [qa("发烧？", "喝水。"), qa("发热？", "喝水。")]
+    row = {
+        "question": "发烧？",
+        "questions": ["发热？", "发烧？"],
+        "answer": "喝水。",
+        "history": [["Hi", "Yes?"]],
+    }
+    found, _ = sft(tmp_path, row)
+    before = qa("Hi", "Yes?")
+    assert [said(one) for one in found] == [
+        [*before, *qa("发烧？", "喝水。")],
+        [*before, *qa("发热？", "喝水。")],
+    ]
 
 
 # -- what is learnt and what is not -------------------------------------------------------------------------
