@@ -102,7 +102,7 @@ def test_version() -> None:
         (("merge-lora",), "--lora-model is missing", "adapter"),
         # An option that would have no effect is refused.
         (("plan", "sft", "--train-data", "x", "--accept-other-base"), "--accept-other-base", "--help"),
-        (("plan", "sft", "--train-data", "x", "--group-readable"), "--group-readable", "--help"),
+        (("plan", "sft", "--train-data", "x", "--group-readable"), "--group-readable", "hint"),
         (("plan", "infer", "--data-file", "x", "--accept-other-base"), "--accept-other-base", "--help"),
         (("data", "x", "--dtype", "bf16"), "--dtype", "--help"),
         (("data", "x", "--template", "chatml"), "--template", "--base-model"),
