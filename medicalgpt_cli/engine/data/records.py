@@ -368,7 +368,8 @@ class _Reading:
     def _side(self, value: Any, name: str) -> tuple[list[Message] | None, str]:
         """(turns in front of it, the answer) of one side of a pair."""
         if value is None or isinstance(value, str):
-            return None, "" if value is None else text_of(value, name, self.at)
+            inline, text = split_reasoning("" if value is None else text_of(value, name, self.at))
+            return None, self._judged(text, inline)
         listed = [value] if isinstance(value, dict) else value
         if not isinstance(listed, list) or not any(isinstance(one, dict) for one in listed):
             raise DataError(f"{name} is {kind_of(value)}, not text", "mend or remove this record", at=self.at)
@@ -380,13 +381,18 @@ class _Reading:
             )
         if last.get("tool_calls"):
             raise DataError(f"{name} calls a tool", "answers that are compared are texts", at=self.at)
-        if last.get("reasoning"):
+        return turns[:-1] or None, self._judged(last["content"], last.get("reasoning"))
+
+    def _judged(self, answer: str, reasoning: str | None) -> str:
+        """What is compared of an answer: what it says, without the reasoning in front."""
+        if reasoning:
             self.counts.add_merge("reasoning in front of a compared answer is left out", self.at)
-        return turns[:-1] or None, last["content"]
+        return answer
 
     def _ranking(self, base: Record) -> Record:
         """Several answers with scores or ranks, or in the order of their worth."""
-        answers, ranks = _ranked(self.fields, self.at)
+        said, ranks = _ranked(self.fields, self.at)
+        answers = [self._judged(text, inline) for inline, text in map(split_reasoning, said)]
         messages = self._prompt()
         if not messages:
             raise DataError(*_unknown_keys(self.fields.value, self.at), at=self.at)

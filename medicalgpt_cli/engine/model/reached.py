@@ -29,10 +29,13 @@ def unreached(model: Any) -> frozenset[str]:
     share the weights, and where the model cannot be asked in this way.
     """
     if "_medgpt_unreached" not in vars(model):
+        heads = (model.get_output_embeddings(), getattr(model, HEAD, None))
         layers = [
             name
             for name, module in text_modules(model)
-            if isinstance(module, torch.nn.Linear | Conv1D) and "expert" not in name
+            if isinstance(module, torch.nn.Linear | Conv1D)
+            and all(module is not head for head in heads)
+            and "expert" not in name
         ]
         left = frozenset() if is_spread(model) else _left_out(model, layers, _SHORT)
         if len(left) == len(layers):  # Reformer computes its layers out of autograd's sight

@@ -141,6 +141,8 @@ def model_reward(
 ) -> Reward:
     """The reward model's score of each answer, rendered by the reward model's own template.
 
+    It judges the answer and its calls, not the reasoning in front: that is what it was trained on (`records._side`).
+
     Args:
         score: token rows to scores.
     """
@@ -150,7 +152,7 @@ def model_reward(
     ) -> list[float]:
         rows = []
         for prompt, answer in zip(prompts, answers, strict=True):
-            ids = render_answer(tokenizer, prompt.messages, answer, max_length, prompt.tools)
+            ids = render_answer(tokenizer, prompt.messages, _judged(answer), max_length, prompt.tools)
             if ids is None:
                 raise UsageError(
                     f"{prompt.at}: prompt and answer exceed the reward model's {max_length} tokens",
@@ -160,6 +162,12 @@ def model_reward(
         return score(rows)
 
     return reward
+
+
+def _judged(answer: Said) -> Said:
+    return (
+        answer if isinstance(answer, str) else {key: one for key, one in answer.items() if key != "reasoning"}
+    )
 
 
 def separate_scorer(model: Any, apart: bool, pad_id: int, batch_size: int) -> Callable[..., list[float]]:

@@ -22,6 +22,7 @@ from medicalgpt_cli.engine.model.experts import expert_weights
 from medicalgpt_cli.engine.model.loading import choose_device, choose_dtype, load_tokenizer
 from medicalgpt_cli.engine.model.positions import must_reach
 from medicalgpt_cli.engine.model.quantization import check_quantization, count_parameters
+from medicalgpt_cli.engine.model.reached import unreached
 from medicalgpt_cli.engine.model.references import ResolvedModel, resolve_models
 from medicalgpt_cli.engine.model.tokenizer import fingerprint
 from medicalgpt_cli.engine.observer import Observer
@@ -315,6 +316,8 @@ def _train_in(folder: RunFolder, stage: Stage, observer: Observer) -> dict[str, 
         folder.update(**origins.go_on(folder.read(), stage.models(), observer, folder.path, accept=accept))
     longest = max((tokens for item in stage.batch_items() for tokens in item.rows), default=0)
     must_reach(getattr(model, "policy", model), longest, observer, _BOUNDS.get(stage.name, "--max-length"))
+    if settings.tuning == "full" and unreached(model):  # else the processes wait for these gradients
+        arguments.ddp_find_unused_parameters = True
     experts = expert_weights(model).values()
     if experts and not any(weight.requires_grad for weight in experts):
         observer.on_notice("experts and their router stay as they are: the adapter lies over attention")

@@ -420,6 +420,20 @@ def test_comparisons(row, prompt, tmp_path):
     assert said(learnt) == [*prompt, ("assistant", "Drink.")]
 
 
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "Fever?", "chosen": "<think>Hm.</think>Drink.", "rejected": "No."},
+        {"prompt": "Fever?", "responses": ["No.", "<think>Hm.</think>Drink."], "scores": [1, 2]},
+        {**ULTRA, "messages": None, "chosen": [FEVER[0], {**FEVER[1], "reasoning_content": "Hm."}]},
+    ],
+)
+def test_answers_are_compared_without_their_reasoning(row, tmp_path):
+    (found,), counts = pairs(tmp_path, {key: value for key, value in row.items() if value is not None})
+    assert (found.chosen, found.rejected) == ("Drink.", "No.")
+    assert counts.merged == {"reasoning in front of a compared answer is left out": 1}
+
+
 def test_a_ranking_is_a_pair_for_each_two_answers_of_different_rank(tmp_path):
     row = {"prompt": "Fever?", "responses": ["a", "b", "c", "d"], "scores": [1, 3, 3, 2]}
     found, counts = pairs(tmp_path, row)

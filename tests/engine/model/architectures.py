@@ -605,19 +605,28 @@ def table(rows: dict[str, dict[str, str]]) -> str:
     lines = ["| architectures | " + " | ".join(_COLUMNS) + " |", "|---" * (1 + len(_COLUMNS)) + "|"]
     for marks, names in sorted(groups.items(), key=lambda group: -len(group[1])):
         lines.append(f"| {', '.join(names)} | " + " | ".join(marks) + " |")
-    said: dict[str, list[str]] = {}
-    for name, row in rows.items():
-        for check in CHECKS:
-            word = row.get(check, "")
-            if word.startswith(("said", "wrong")):
-                said.setdefault(f"{check}, {word}", []).append(name)
-    lines += ["", *(f"- {', '.join(names)}: {word}" for word, names in said.items())]
+    lines += ["", *_words(rows)]
     alone = [name for name, row in rows.items() if row.get("generate")]
     if alone:
         lines += ["", f"Answers held against the likeliest tokens without a cache: {', '.join(alone)}."]
     lines += ["", "No tiny model could be made of:", ""]
     lines += [f"- {name}: {row['made']}" for name, row in rows.items() if "made" in row]
     return "\n".join(lines)
+
+
+def _words(rows: dict[str, dict[str, str]]) -> list[str]:
+    """What was said or is wrong, a line each, with the checks and the architectures; what only follows is left out."""
+    said: dict[str, dict[str, list[str]]] = {}
+    for name, row in rows.items():
+        for check in CHECKS:
+            word = row.get(check, "")
+            if word.startswith(("said", "wrong")) and not re.search(r"has no model yet|no model named", word):
+                said.setdefault(word.removeprefix("said: "), {}).setdefault(name, []).append(check)
+    lines: dict[tuple[str, str], list[str]] = {}
+    for word, by_name in said.items():
+        for name, checks in by_name.items():
+            lines.setdefault((word, ", ".join(checks)), []).append(name)
+    return [f"- {', '.join(names)} ({checks}): {word}" for (word, checks), names in lines.items()]
 
 
 def _mark(row: dict[str, str], checks: Sequence[str]) -> str:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.cli import medgpt, start
+from tests.engine.model.architectures import make_model, write_data
 from tests.engine.training.several import (
     STAGES,
     arguments,
@@ -106,3 +107,18 @@ def test_what_does_not_go_together_is_said(place: Path) -> None:
     assert done.returncode == 2 and "inside a pipeline" in done.stderr, done.stderr
     done = medgpt("sft", *data, "--processes", "2", "--output-dir", "model", "--use-cpu", cwd=place)
     assert done.returncode == 2 and done.stderr.count("error:") == 1, done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("more", [(), ("--tuning", "full")])
+def test_layers_that_no_gradient_reaches_hold_up_nobody(tmp_path: Path, more: tuple[str, ...]) -> None:
+    """BART as a decoder has attention to an encoder that is not there; the second update waited for its gradient."""
+    make_model("bart", tmp_path / "model")
+    write_data(tmp_path)
+    done = medgpt(
+        *("sft", "--base-model", "model", "--train-data", "sft.jsonl", "--eval-fraction", "0", "--use-cpu"),
+        *("--max-steps", "3", "--batch-size", "1", "--processes", "2", "--json", *more),
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["steps"] == 3

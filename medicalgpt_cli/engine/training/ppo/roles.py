@@ -47,7 +47,7 @@ class Roles(torch.nn.Module):
         self.policy = policy
         self.has_reference = has_reference
         config = policy.peft_config[POLICY]
-        width = policy.config.get_text_config().hidden_size
+        width = policy.get_output_embeddings().in_features  # BLT's configuration does not say
         device = policy.get_input_embeddings().weight.device
         own = _adapter_weights(policy, POLICY)
         if has_reference:
