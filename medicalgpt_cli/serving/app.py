@@ -91,7 +91,7 @@ def open_model(settings: ServeSettings, observer: Observer) -> Served:
 
     With `--endpoint` it is another server's.
     """
-    from medicalgpt_cli.engine.data.rendering import check_thinking
+    from medicalgpt_cli.engine.data.rendering import check_template
     from medicalgpt_cli.engine.generation.endpoint import EndpointBackend
     from medicalgpt_cli.engine.generation.endpoint_scheduler import EndpointScheduler
     from medicalgpt_cli.engine.generation.local import LocalBackend, load_to_answer
@@ -112,7 +112,7 @@ def open_model(settings: ServeSettings, observer: Observer) -> Served:
         return Served(answers, remote.model, f"at {remote.url}", remote=True)
     resolved = resolve_models(settings)
     tokenizer = load_tokenizer(settings, resolved, observer)
-    check_thinking(tokenizer, settings.thinking)
+    check_template(tokenizer, settings.thinking)
     model = load_to_answer(settings, resolved, observer)
     variants: dict[str, Any] = {"tuned": contextlib.nullcontext}
     models = {resolved.label: "tuned"}

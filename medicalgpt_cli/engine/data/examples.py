@@ -23,7 +23,7 @@ from medicalgpt_cli.engine.data.answer_windows import (
 from medicalgpt_cli.engine.data.counts import Counts
 from medicalgpt_cli.engine.data.messages import Conversation, Message
 from medicalgpt_cli.engine.data.reasoning import Thinking
-from medicalgpt_cli.engine.data.rendering import TemplateRefuses, check_thinking, fit_history, folds_system
+from medicalgpt_cli.engine.data.rendering import TemplateRefuses, check_template, fit_history, folds_system
 from medicalgpt_cli.errors import UsageError
 
 IGNORED = -100
@@ -61,7 +61,7 @@ def render_conversation(
     Raises:
         UsageError: there is no chat template, or it has no switch for `thinking`.
     """
-    check_thinking(tokenizer, thinking)
+    check_template(tokenizer, thinking)
     try:
         renderer = AnswerRenderer(tokenizer, conversation.tools, thinking)
         found = _examples(renderer, conversation, max_length, counts)

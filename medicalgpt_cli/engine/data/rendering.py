@@ -231,12 +231,7 @@ def render_text(
             "the model has no chat template", "give one: --template chatml, alpaca, plain or a file"
         )
     facts = template_facts(tokenizer)
-    if not facts.writes:
-        raise UsageError(
-            "the chat template leaves out what is said in plain text",
-            "it may be made for images; another model or --template takes text",
-        )
-    check_thinking(tokenizer, thinking)
+    check_template(tokenizer, thinking)
     calls = [len(one.get("tool_calls", ())) for one in messages]
     if max(calls, default=0) > 1 and not facts.tools.several:
         raise TemplateRefuses(
@@ -287,12 +282,20 @@ class NoSwitch(UsageError):
     """The chat template does not turn reasoning on or off."""
 
 
-def check_thinking(tokenizer: PreTrainedTokenizerBase, thinking: Thinking) -> None:
-    """
+def check_template(tokenizer: PreTrainedTokenizerBase, thinking: Thinking) -> None:
+    """Whether conversations of texts can be rendered at all, before the first one is.
+
     Raises:
+        UsageError: the chat template leaves out what is said.
         NoSwitch: reasoning is to be turned on or off, and the template cannot do that.
     """
-    if thinking != "auto" and template_facts(tokenizer).reasoning.switch is None:
+    facts = template_facts(tokenizer)
+    if tokenizer.chat_template and not facts.writes:
+        raise UsageError(
+            "the chat template leaves out what is said in plain text",
+            "it may be made for images; another model or --template takes text",
+        )
+    if thinking != "auto" and facts.reasoning.switch is None:
         raise NoSwitch(
             f"--thinking {thinking}: the chat template has no switch for reasoning",
             "leave --thinking out: it asks for reasoning or not as it was made",

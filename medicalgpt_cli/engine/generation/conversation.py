@@ -17,7 +17,7 @@ from medicalgpt_cli.engine.data.messages import Message, ToolCall
 from medicalgpt_cli.engine.data.normalised import line_of, normalised
 from medicalgpt_cli.engine.data.readers import Row
 from medicalgpt_cli.engine.data.records import Record, read_record
-from medicalgpt_cli.engine.data.rendering import check_thinking
+from medicalgpt_cli.engine.data.rendering import check_template
 from medicalgpt_cli.engine.data.tool_messages import with_ids
 from medicalgpt_cli.engine.data.tools import Delta
 from medicalgpt_cli.engine.generation.answer_reader import content_of
@@ -67,8 +67,8 @@ class Conversation:
         opened = cls(backend, resolved.label, settings.system_prompt)
         if single and not uses_template(tokenizer, settings):
             opened.raw = True
-        elif settings.thinking != "auto":
-            check_thinking(tokenizer, settings.thinking)
+        else:
+            check_template(tokenizer, settings.thinking)
         if opened.raw and settings.thinking != "auto":
             raise UsageError("--thinking goes with the chat template", "add --with-prompt")
         return opened

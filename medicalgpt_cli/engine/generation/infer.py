@@ -15,7 +15,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from medicalgpt_cli.engine.data.answer_targets import tool_notes
-from medicalgpt_cli.engine.data.rendering import check_thinking, encode_prompt, encode_raw
+from medicalgpt_cli.engine.data.rendering import check_template, encode_prompt, encode_raw
 from medicalgpt_cli.engine.data.template_facts import template_facts
 from medicalgpt_cli.engine.generation.answer_reader import EncodedPrompt
 from medicalgpt_cli.engine.generation.batching import batches_by_length
@@ -183,7 +183,7 @@ class LocalModel:
         plain = settings.with_prompt is True
         self.tokenizer = load_tokenizer(settings, self.resolved, observer, plain_template=plain)
         if uses_template(self.tokenizer, settings):
-            check_thinking(self.tokenizer, settings.thinking)
+            check_template(self.tokenizer, settings.thinking)
 
     def prompt(self, question: Question) -> EncodedPrompt | Refused:
         """A question in the chat template, or the raw text with `--no-prompt`.
