@@ -142,7 +142,7 @@ def test_training_that_starts_itself_anew_loses_no_signal(place):
 
 
 def test_what_nohup_ignores_stays_ignored(place):
-    script = ["sh", "-c", 'trap "" HUP; exec "$@"', "sh", *command(*_arguments("pull"), "--list", "--json")]
+    script = ["sh", "-c", 'trap "" HUP; exec "$@"', "sh", *command("pull", "--list", "--json")]
     process = subprocess.Popen(script, env=environment(), stdout=subprocess.PIPE, text=True, cwd=place)
     time.sleep(0.2)
     process.send_signal(signal.SIGHUP)

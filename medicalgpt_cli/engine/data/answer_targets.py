@@ -35,7 +35,20 @@ class AnswerRenderer:
         Raises:
             UsageError: the template refuses the conversation. NotLearnable: it is no target.
         """
-        return answer_turn(self.tokenizer, messages, self.tools, self._setting(messages[-1]))
+        turn = answer_turn(self.tokenizer, messages, self.tools, self._setting(messages[-1]))
+        if not self._closes_by_itself(messages[-1]):
+            return turn
+        closed = answer_turn(self.tokenizer, messages, self.tools, "off")
+        if closed.prompt[: len(turn.prompt)] != turn.prompt:
+            return turn
+        # The empty block in the tokens of the prompt of "off": asked in either way, a model meets what it has learnt.
+        return Turn(turn.prompt, closed.prompt[len(turn.prompt) :] + closed.target, turn.other_header)
+
+    def _closes_by_itself(self, answer: Message) -> bool:
+        """Whether an answer begins with an empty block which another prompt would hold already."""
+        facts = template_facts(self.tokenizer).reasoning
+        default = self._setting(answer) == "auto" and facts.way is not None
+        return default and "off" in facts.closed and "auto" not in facts.closed and not reasoning_of(answer)
 
     def history(self, messages: Sequence[Message], answer: Message, budget: int) -> list[Message]:
         """What of the messages in front of an answer fits, without the oldest exchanges (`fit_history`)."""

@@ -122,7 +122,8 @@ def test_the_rendering_is_the_librarys(style):
         ("gpt-oss", ' to=functions.dose<|channel|>commentary json<|message|>{"kg": 40}<|call|>'),
         (
             "glm4.5",
-            "\n<tool_call>dose\n<arg_key>kg</arg_key>\n<arg_value>40</arg_value>\n</tool_call><|observation|>",
+            "\n<think></think>\n<tool_call>dose\n<arg_key>kg</arg_key>\n<arg_value>40</arg_value>\n</tool_call>"
+            "<|observation|>",
         ),
         ("plain", '<tool_call>{"name": "dose", "arguments": {"kg": 40}}</tool_call><|im_end|>'),
     ],
@@ -236,9 +237,8 @@ def test_each_target_stands_behind_what_inference_renders(style):
         edges = zip([IGNORED, *example.labels], example.labels, strict=False)
         places = [at for at, (one, other) in enumerate(edges) if one == IGNORED != other]
         begins += [example.input_ids[:at] for at in places]
-    setting = "off" if template_facts(tokenizer).reasoning.switch else "auto"
     asked = [messages[:at] for at, one in enumerate(messages) if one["role"] == "assistant"]
-    assert begins == [encode_prompt(tokenizer, one, TOOLS, setting) for one in asked]
+    assert begins == [encode_prompt(tokenizer, one, TOOLS) for one in asked]
 
 
 @pytest.mark.parametrize("style", ALL)

@@ -107,8 +107,8 @@ def test_samples_show_thoughts_and_calls(backend):
     assert off[0]["answer"] == PLAIN[1]["content"]
 
 
-def test_a_reward_sees_all_that_was_said_and_a_rule_the_answer(backend):
-    """The policy's turn, with its thoughts and calls, is what the reward model's own template renders."""
+def test_a_reward_sees_answers_and_calls_without_their_thoughts(backend):
+    """The reward model's own template renders the policy's turn: as in its training, without the reasoning."""
     prompts = [Prompt((QUESTION,), "a:1", "a", tools=TOOLS), Prompt(THOUGHT[:1], "a:2", "a")]
     asked = [Asked(one, backend.prompt(one.messages, one.tools).ids) for one in prompts]
     answers = draw(backend, asked, 2, [0, 1])
@@ -118,8 +118,9 @@ def test_a_reward_sees_all_that_was_said_and_a_rule_the_answer(backend):
     reward = model_reward(lambda rows: seen.extend(rows) or [0.0] * len(rows), judge, 2000)
     reward(prompts, [one.message for one in answers], [one.token_ids for one in answers])
     texts = [judge.decode(ids) for ids in seen]
-    assert all(one in texts[0] for one in ("The dose for a weight.", "look it up", "扑热息痛"))
-    assert THOUGHT[1]["reasoning"] in texts[1] and THOUGHT[1]["content"] in texts[1]
+    assert all(one in texts[0] for one in ("The dose for a weight.", "扑热息痛"))
+    assert THOUGHT[1]["content"] in texts[1]
+    assert not any(one in text for one in ("look it up", THOUGHT[1]["reasoning"]) for text in texts)
     settings = RlSettings(train_data=("x",), base_model="x", reward_rule=("right-option",))
     [(_, rule)] = rule_rewards(settings).values()
     question = Prompt((QUESTION,), "a:1", "a", options={"A": "x", "B": "y"}, key=("B",))
