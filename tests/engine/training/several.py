@@ -24,6 +24,8 @@ STAGES = {
     "rl": (
         *("--reward-model", "rm", "--train-data", "prompts.jsonl", "--eval-fraction", "0.2"),
         *("--minibatch-size", "4", "--max-new-tokens", "6", "--ppo-epochs", "2", "--kl-target", "3"),
+        # Ten times the rate of the policy makes differences of rounding grow a hundredfold in five steps here.
+        *("--value-learning-rate", "0.005"),
     ),
 }
 
@@ -74,8 +76,10 @@ def assert_the_same(one: Path, two: Path) -> None:
         assert a.keys() == b.keys()
         assert a["loss"] == pytest.approx(b["loss"], rel=0, abs=1e-5)
         for name in a:
-            # Sums over other shares are other roundings; clipped shares and correlations jump with them.
-            assert a[name] == pytest.approx(b[name], rel=1e-3, abs=2e-3), name
+            # Sums over other shares are other roundings; correlations jump with them, and one token of 48 at the very
+            # border of a clip range may be counted on either side.
+            spread = 0.03 if name.endswith("clip_fraction") else 2e-3
+            assert a[name] == pytest.approx(b[name], rel=1e-3, abs=spread), name
     assert_equal_weights(one, two, 2e-4)
     if (one / "model" / "reward.json").is_file():
         return
