@@ -4,6 +4,8 @@ from medicalgpt_cli.working_folder import leave_working_folder
 
 leave_working_folder()  # before anything is imported that could lie there
 
+import atexit  # noqa: E402
+
 from medicalgpt_cli.engine.run import signals  # noqa: E402
 
 
@@ -11,6 +13,9 @@ def run() -> None:
     """Entry point. Signals are listened to while libraries are imported, too."""
     try:
         signals.listen()
+        atexit.register(
+            signals.ignore
+        )  # runs when all threads have ended; what is registered later runs before it
         from medicalgpt_cli.app import main
     except KeyboardInterrupt as problem:
         signals.end(problem)

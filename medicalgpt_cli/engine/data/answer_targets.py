@@ -132,8 +132,8 @@ def answer_turn(
     facts = template_facts(tokenizer)
     *history, answer = messages
     if thinking in facts.reasoning.closed:
-        answer = {key: value for key, value in answer.items() if key != "reasoning"}  # type: ignore[assignment]
-        answer["content"] = split_reasoning(answer["content"])[1]
+        answer = {**answer, "content": split_reasoning(answer["content"])[1]}
+        answer.pop("reasoning", None)
     prompt_text = render_text(tokenizer, history, generation=True, tools=tools, thinking=thinking)
     whole_text = render_text(tokenizer, [*history, answer], generation=False, tools=tools, thinking=thinking)
     prompt, whole = encode_rendered(tokenizer, prompt_text), encode_rendered(tokenizer, whole_text)

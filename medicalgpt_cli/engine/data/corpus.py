@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from filelock import FileLock
 from transformers import PreTrainedTokenizerBase
 
 from medicalgpt_cli.engine.data.counts import Counts
@@ -33,11 +32,11 @@ from medicalgpt_cli.engine.data.mixing import Source
 from medicalgpt_cli.engine.data.readers import HubDataset, expand_sources
 from medicalgpt_cli.engine.data.rendering import document_marks, encode_texts
 from medicalgpt_cli.engine.data.splitting import held_out, mixed
+from medicalgpt_cli.engine.data.token_cache import cached
 from medicalgpt_cli.engine.model.tokenizer import fingerprint
 from medicalgpt_cli.engine.observer import Observer
 from medicalgpt_cli.engine.run import checkpoints
-from medicalgpt_cli.engine.run.files import PRIVATE, private_folder, remove_tree, sha256_file, staged
-from medicalgpt_cli.errors import DataError
+from medicalgpt_cli.engine.run.files import sha256_file
 
 FORMAT = 2  # counts also how files are read: their encodings, sheets and documents
 LANGUAGES = ("zh", "en", "other")
@@ -92,34 +91,16 @@ def tokenise(
     """
     rules = rules or Counts()
     files, _ = expand_sources([source.name], with_documents=True)
-    tokens = cache / "tokens"
-    private_folder(tokens)
-    try:
-        folder = tokens / _key(files, tokenizer, text_unit, rules)
-    except OSError as problem:
-        raise DataError(
-            f"{problem.strerror or type(problem).__name__}", "check the path", at=str(problem.filename)
-        ) from None
-    damage = _damage(folder) if folder.is_dir() else None  # outside the lock: several processes look at once
-    with FileLock(f"{folder}.lock", mode=0o600):
-        if damage and (damage := _damage(folder)):  # unless another process has mended it
-            observer.on_warning(f"the token cache of {source.name} is made anew: {damage}")
-            remove_tree(folder)
-        on_hub = any(isinstance(file, HubDataset) for file in files)
-        if on_hub:  # what a hub name holds can change without its name
-            remove_tree(folder)
-        if not folder.is_dir():
-            with staged(folder, PRIVATE) as new:
-                _write(new, source, tokenizer, text_unit, observer, folder.name, rules)
-        return Corpus(folder, source)
-
-
-def _damage(folder: Path) -> str | None:
-    """Why a folder of the cache is not what was written under its key, in a few words; None where it is."""
-    found = checkpoints.problem(folder, ("tokens.bin", "documents.bin", "meta.json"))
-    if found is None and json.loads((folder / "meta.json").read_text(encoding="utf-8"))["key"] != folder.name:
-        return "it belongs to another corpus"
-    return found
+    return cached(
+        cache / "tokens",
+        lambda: _key(files, tokenizer, text_unit, rules),
+        ("tokens.bin", "documents.bin"),
+        source.name,
+        files,
+        lambda new, key: _write(new, source, tokenizer, text_unit, observer, key, rules),
+        lambda folder: Corpus(folder, source),
+        observer,
+    )
 
 
 def _key(

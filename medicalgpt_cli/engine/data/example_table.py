@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, overload
@@ -22,6 +22,7 @@ from typing import IO, Any, overload
 import numpy as np
 
 from medicalgpt_cli.engine.data.examples import IGNORED, Example
+from medicalgpt_cli.engine.data.token_cache import META
 from medicalgpt_cli.engine.run import checkpoints
 
 EXAMPLE = np.dtype(
@@ -33,7 +34,6 @@ CONVERSATION = np.dtype(
 )
 EVENT = np.dtype([("conversation", "<u4"), ("kind", "<u4"), ("number", "<u4"), ("tokens", "<u8")])
 TABLES = {"examples": EXAMPLE, "stretches": STRETCH, "conversations": CONVERSATION, "events": EVENT}
-META = "meta.json"
 
 
 @dataclass
@@ -46,6 +46,37 @@ class Chunk:
     kinds: list[tuple[str, str]] = field(
         default_factory=list
     )  # of events: (skipped, merged or truncated; reason)
+
+
+def write_chunk(chunk: Chunk, file: IO[bytes]) -> None:
+    """Write a chunk for another process: a line of JSON that says what follows, and the bytes of the arrays."""
+    arrays = {"tokens": chunk.tokens, **chunk.tables}
+    sizes = {name: array.nbytes for name, array in arrays.items()}
+    about = {"sizes": sizes, "files": chunk.files, "kinds": chunk.kinds}
+    file.write(json.dumps(about).encode() + b"\n")
+    for array in arrays.values():
+        file.write(array.tobytes())
+    file.flush()
+
+
+def read_chunk(about: Mapping[str, Any], file: IO[bytes], token_type: np.dtype) -> Chunk:
+    """What `write_chunk` wrote.
+
+    Args:
+        about: its line of JSON.
+
+    Raises:
+        EOFError: the bytes end too early.
+    """
+    arrays = {}
+    for name, size in about["sizes"].items():
+        raw = file.read(size)
+        if len(raw) < size:
+            raise EOFError
+        kind = TABLES.get(name, token_type)
+        arrays[name] = np.frombuffer(bytearray(raw), dtype=kind) if raw else np.zeros(0, dtype=kind)
+    tokens = arrays.pop("tokens")
+    return Chunk(tokens, arrays, about["files"], [(kind, reason) for kind, reason in about["kinds"]])
 
 
 def stretches_of(example: Example) -> np.ndarray:

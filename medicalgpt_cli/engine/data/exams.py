@@ -31,6 +31,7 @@ class Exam:
     options: dict[str, str]  # letter to text, in order
     key: tuple[str, ...]  # the letters of the right options, sorted; empty where the record has no answer
     empty_option: bool  # an option without text, or a single one: not to be used
+    counted_from: int | None = None  # 0 or 1, where the right option is given by its number
 
     def question(self, text: str) -> str:
         """The question with its options below it, as it is learnt, asked and answered."""
@@ -55,12 +56,15 @@ def read_exam(fields: Fields, path: str) -> Exam:
     """
     options = _options(fields)
     empty = len(options) < 2 or not all(text.strip() for text in options.values())
+    counted: set[int] = set()
     keys = {
-        key for meaning in ("answer_idx", "cop", "answer") if (key := _key(options, fields, meaning, path))
+        key
+        for meaning in ("answer_idx", "cop", "answer")
+        if (key := _key(options, fields, meaning, path, counted))
     }
     if len(keys) > 1:
         raise DataError("its answers name different options", "keep the right one", at=fields.at)
-    return Exam(options, keys.pop() if keys else (), empty)
+    return Exam(options, keys.pop() if keys else (), empty, min(counted, default=None))
 
 
 def _options(fields: Fields) -> dict[str, str]:
@@ -124,7 +128,9 @@ def _text(value: Any, at: str) -> str:
 # -- the right ones ----------------------------------------------------------------------------------------
 
 
-def _key(options: dict[str, str], fields: Fields, meaning: str, path: str) -> tuple[str, ...]:
+def _key(
+    options: dict[str, str], fields: Fields, meaning: str, path: str, counted: set[int]
+) -> tuple[str, ...]:
     """The letters that a field names; empty where it is missing, null or an empty list.
 
     Raises:
@@ -137,18 +143,20 @@ def _key(options: dict[str, str], fields: Fields, meaning: str, path: str) -> tu
     if meaning == "cop" and isinstance(value, str) and value.strip().isdigit():
         value = int(value)
     for one in value if isinstance(value, list) else [value]:
-        found |= set(_letters(one, options, name, path, fields.at))
+        found |= set(_letters(one, options, name, path, fields.at, counted))
     return tuple(sorted(found))
 
 
-def _letters(value: Any, options: dict[str, str], name: str, path: str, at: str) -> list[str]:
+def _letters(
+    value: Any, options: dict[str, str], name: str, path: str, at: str, counted: set[int]
+) -> list[str]:
     problem = DataError(
         f"{name} is not among the options", "expected the letter, its number or its text", at=at
     )
     if isinstance(value, bool) or not isinstance(value, int | str):
         raise DataError(f"{name} is {kind_of(value)}", problem.hint, at=at)
     if isinstance(value, int):
-        return [_numbered(value, options, name, path, at)]
+        return [_numbered(value, options, name, path, at, counted)]
     plain = value.strip().translate(_FULL_WIDTH)
     if plain.upper() in options:
         return [plain.upper()]
@@ -168,11 +176,11 @@ def _letters(value: Any, options: dict[str, str], name: str, path: str, at: str)
     if letters and len(set(letters)) == len(letters) and all(letter in options for letter in letters):
         return list(letters)
     if plain.isdigit():
-        return [_numbered(int(plain), options, name, path, at)]
+        return [_numbered(int(plain), options, name, path, at, counted)]
     raise problem
 
 
-def _numbered(number: int, options: dict[str, str], name: str, path: str, at: str) -> str:
+def _numbered(number: int, options: dict[str, str], name: str, path: str, at: str, counted: set[int]) -> str:
     first = _first_number(path, meaning_of(name) or name)
     if first is None and meaning_of(name) == "cop":
         raise DataError(
@@ -180,6 +188,7 @@ def _numbered(number: int, options: dict[str, str], name: str, path: str, at: st
             "write the letter instead: both ways are in use",
             at=at,
         )
+    counted.add(first or 0)
     place = number - (first or 0)
     if not 0 <= place < len(options):
         raise DataError(

@@ -143,6 +143,8 @@ def to_prompts(record: Record, counts: Counts) -> list[Conversation]:
     if not messages:
         counts.add_skip("no question", record.at)
         return []
+    for reason in not_asked(record, messages):
+        counts.add_merge(reason, record.at)
     return [_conversation(record, messages)]
 
 
@@ -155,6 +157,24 @@ def up_to_question(record: Record) -> tuple[Message, ...]:
     if messages[-1]["role"] == "tool":  # a call was made, and what it gave is to be answered
         return messages
     return messages[: last + 1]
+
+
+def not_asked(record: Record, asked: Sequence[Message], *, uses_key: bool = False) -> list[str]:
+    """What a record says that has no part in its question.
+
+    Args:
+        uses_key: whether the right options of an exam are made use of.
+    """
+    answered = len(record.messages) > len(asked) or bool(record.answers)
+    said = {
+        "what stands behind the last question is not shown to the model": (
+            answered and not (uses_key and record.key)
+        ),
+        "other phrasings of the question are not asked": bool(record.variants),
+        "whether its answer is marked as good or bad means nothing here": record.label is not None,
+        "weights of answers mean nothing here": any("weight" in one for one in record.messages),
+    }
+    return [reason for reason, holds in said.items() if holds]
 
 
 def iterate_texts(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NotRequired, TypedDict
 
@@ -37,6 +38,11 @@ class Conversation:
     # of the functions that may be called: {"name", "description", "parameters": a JSON Schema}
     tools: tuple[dict[str, Any], ...] = ()
     group: str | None = None  # what belongs together (a patient, a document), of `--group`
+
+
+def conversation_from(value: Mapping[str, Any]) -> Conversation:
+    """The conversation that `dataclasses.asdict` gave and JSON has carried."""
+    return Conversation(**{**value, "messages": tuple(value["messages"]), "tools": tuple(value["tools"])})
 
 
 @dataclass(frozen=True)

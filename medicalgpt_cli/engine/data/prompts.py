@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from medicalgpt_cli.engine.data.counts import Counts
-from medicalgpt_cli.engine.data.formats import read_all, up_to_question
+from medicalgpt_cli.engine.data.formats import not_asked, read_all, up_to_question
 from medicalgpt_cli.engine.data.messages import Message
 from medicalgpt_cli.engine.data.preferences import prompt_hash
 from medicalgpt_cli.engine.data.readers import Row
@@ -50,6 +50,8 @@ def load_rl_prompts(sources: Sequence[str], counts: Counts, observer: Observer) 
         if not messages:
             counts.add_skip("no question", row.at)
             return []
+        for reason in not_asked(record, messages, uses_key=True):
+            counts.add_merge(reason, row.at)
         return [
             Prompt(
                 messages, row.at, row.path, record.id, record.options, record.key, record.tools, record.group

@@ -408,6 +408,9 @@ class _Reading:
 
     def _exam(self, base: Record) -> Record:
         exam = read_exam(self.fields, self.source)
+        if exam.counted_from is not None:
+            reason = f"the right option is given as a number, counted from {exam.counted_from}"
+            self.counts.add_merge(reason, self.at)
         if exam.empty_option:
             raise NotUsable("an empty option, or a single one")
         question = exam.question(self._question())

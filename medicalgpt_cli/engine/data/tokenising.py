@@ -16,35 +16,35 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import pickle
 import subprocess
 import sys
+import tempfile
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from filelock import FileLock
 from transformers import PreTrainedTokenizerBase
 
 import medicalgpt_cli
+from medicalgpt_cli import errors
 from medicalgpt_cli.engine.data import render_child
 from medicalgpt_cli.engine.data.counts import Counts
 from medicalgpt_cli.engine.data.example_table import (
     CONVERSATION,
     EVENT,
     EXAMPLE,
-    META,
     STRETCH,
     TABLES,
     Chunk,
     Part,
     PartWriter,
     digest_of,
+    read_chunk,
     stretches_of,
     targets_of,
 )
@@ -53,11 +53,11 @@ from medicalgpt_cli.engine.data.messages import Conversation
 from medicalgpt_cli.engine.data.readers import COMPRESSIONS, HubDataset, expand_sources
 from medicalgpt_cli.engine.data.reasoning import Thinking
 from medicalgpt_cli.engine.data.splitting import group_hash, question_hash
-from medicalgpt_cli.engine.model.tokenizer import fingerprint
+from medicalgpt_cli.engine.data.token_cache import cached
+from medicalgpt_cli.engine.model.tokenizer import fingerprint, save_tokenizer
 from medicalgpt_cli.engine.observer import Observer
-from medicalgpt_cli.engine.run import checkpoints
-from medicalgpt_cli.engine.run.files import PRIVATE, private_folder, remove_tree, sha256_file, staged
-from medicalgpt_cli.errors import DataError, EnvironmentFailure
+from medicalgpt_cli.engine.run.files import sha256_file
+from medicalgpt_cli.errors import EnvironmentFailure, MedgptError
 
 FORMAT = 1
 SMALL = 16 * 2**20  # bytes of text up to which a source is read anew each time, and nothing of it is written
@@ -100,25 +100,16 @@ def tokenised(
     files, _ = expand_sources([name])
     if _size(files) <= SMALL:
         return _write(None, rendering, conversations, counts)
-    place = cache / "examples"
-    private_folder(place)
-    try:
-        folder = place / _key(files, rendering, options)
-    except OSError as problem:
-        raise DataError(
-            f"{problem.strerror or type(problem).__name__}", "check the path", at=str(problem.filename)
-        ) from None
-    damage = _damage(folder) if folder.is_dir() else None  # outside the lock: several processes look at once
-    with FileLock(f"{folder}.lock", mode=0o600):
-        if damage and (damage := _damage(folder)):  # unless another process has mended it
-            observer.on_warning(f"the token cache of {name} is made anew: {damage}")
-            remove_tree(folder)
-        if any(isinstance(file, HubDataset) for file in files):  # which can change without its name
-            remove_tree(folder)
-        if not folder.is_dir():
-            with staged(folder, PRIVATE) as new:
-                _write(new, rendering, conversations, counts, key=folder.name)
-        return Part.open(folder)
+    return cached(
+        cache / "examples",
+        lambda: _key(files, rendering, options),
+        ("tokens.bin", *(f"{table}.bin" for table in TABLES)),
+        name,
+        files,
+        lambda new, key: _write(new, rendering, conversations, counts, key=key),
+        Part.open,
+        observer,
+    )
 
 
 def _size(files: Sequence[Path | HubDataset]) -> float:
@@ -130,14 +121,6 @@ def _size(files: Sequence[Path | HubDataset]) -> float:
             return float("inf")
         size += file.stat().st_size * (_PACKED if file.suffix.lower() in packed else 1)
     return size
-
-
-def _damage(folder: Path) -> str | None:
-    """Why a folder of the cache is not what was written under its key, in a few words; None where it is."""
-    found = checkpoints.problem(folder, (META, "tokens.bin", *(f"{name}.bin" for name in TABLES)))
-    if found is None and json.loads((folder / META).read_text(encoding="utf-8"))["key"] != folder.name:
-        return "it belongs to other data"
-    return found
 
 
 def _key(files: Sequence[Path | HubDataset], rendering: Rendering, options: Mapping[str, Any]) -> str:
@@ -196,7 +179,9 @@ def _by_others(
 ) -> Iterator[Chunk]:
     """Rendered by `processes` others, each of which has one chunk at a time, so that memory stays bounded."""
     with ExitStack() as open_ones:
-        children = [open_ones.enter_context(_Child(rendering)) for _ in range(processes)]
+        folder = open_ones.enter_context(tempfile.TemporaryDirectory(prefix="medgpt-"))
+        save_tokenizer(rendering.tokenizer, Path(folder))
+        children = [open_ones.enter_context(_Child(rendering, folder)) for _ in range(processes)]
         busy: deque[_Child] = deque()  # in the order of their chunks
         for chunk in chunks:
             if len(busy) < processes:
@@ -211,9 +196,9 @@ def _by_others(
 
 
 class _Child:
-    """A process that renders (`render_child`)."""
+    """A process that renders (`render_child`), with the tokenizer that is saved in a folder."""
 
-    def __init__(self, rendering: Rendering):
+    def __init__(self, rendering: Rendering, folder: str):
         package = Path(medicalgpt_cli.__file__).parents[1]
         self._process = subprocess.Popen(
             [sys.executable, "-P", render_child.__file__, str(package)],
@@ -221,7 +206,10 @@ class _Child:
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,  # a foreign error may quote a record
         )
-        self.ask(rendering)
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._said, self._heard = self._process.stdin, self._process.stdout
+        self._rendering, self._greeted = rendering, False
+        self._tell({"tokenizer": folder, "max_length": rendering.max_length, "thinking": rendering.thinking})
 
     def __enter__(self) -> _Child:
         return self
@@ -230,25 +218,43 @@ class _Child:
         self._process.kill()
         self._process.communicate()
 
-    def ask(self, said: Any) -> None:
-        try:
-            pickle.dump(said, self._process.stdin, protocol=pickle.HIGHEST_PROTOCOL)
-            self._process.stdin.flush()
-        except BrokenPipeError:
-            raise self._lost() from None
+    def ask(self, conversations: Sequence[Conversation]) -> None:
+        self._tell([asdict(one) for one in conversations])
 
     def answer(self) -> Chunk:
         """
         Raises:
-            EnvironmentFailure: the process has ended. MedgptError: what rendering raised there.
+            EnvironmentFailure: the process has ended, or reads the saved tokenizer as another one.
+            MedgptError: what rendering raised there.
         """
+        if not self._greeted and self._hear()["fingerprint"] != fingerprint(self._rendering.tokenizer):
+            raise EnvironmentFailure(
+                "the tokenizer is another one after it was saved and read again",
+                "a run could not keep it either: is it a tokenizer of Hugging Face's library?",
+            )
+        self._greeted = True
+        about = self._hear()
+        if "problem" in about:
+            problem = MedgptError.__new__(getattr(errors, about["problem"]))
+            MedgptError.__init__(problem, about["message"], about["hint"])
+            raise problem
         try:
-            kind, found = pickle.load(self._process.stdout)
+            return read_chunk(about, self._heard, self._rendering.dtype)
         except EOFError:
             raise self._lost() from None
-        if kind == "problem":
-            raise found
-        return found
+
+    def _tell(self, said: Any) -> None:
+        try:
+            self._said.write(json.dumps(said).encode() + b"\n")
+            self._said.flush()
+        except BrokenPipeError:
+            raise self._lost() from None
+
+    def _hear(self) -> dict[str, Any]:
+        line = self._heard.readline()
+        if not line.endswith(b"\n"):
+            raise self._lost()
+        return json.loads(line)
 
     def _lost(self) -> EnvironmentFailure:
         code = self._process.wait()

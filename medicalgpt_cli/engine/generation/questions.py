@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import itertools
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
 from medicalgpt_cli.engine.data.counts import Counts
 from medicalgpt_cli.engine.data.encodings import stream_as_utf8
-from medicalgpt_cli.engine.data.formats import NO_RECORDS, up_to_question
+from medicalgpt_cli.engine.data.formats import NO_RECORDS, not_asked, up_to_question
 from medicalgpt_cli.engine.data.messages import Message
 from medicalgpt_cli.engine.data.readers import (
     Row,
@@ -23,7 +23,7 @@ from medicalgpt_cli.engine.data.readers import (
     text_lines,
 )
 from medicalgpt_cli.engine.data.reading import counts_for
-from medicalgpt_cli.engine.data.records import Record, read_record
+from medicalgpt_cli.engine.data.records import read_record
 from medicalgpt_cli.engine.generation.wire import to_wire
 from medicalgpt_cli.errors import DataError
 from medicalgpt_cli.settings.stages import InferSettings
@@ -87,22 +87,9 @@ def _question(row: Row, number: int, counts: Counts) -> Question:
         )
     alone = len(asked) == 1
     shown = asked[0]["content"] if alone else [to_wire(one) for one in asked]
-    for reason in _not_asked(record, asked):
+    for reason in not_asked(record, asked):
         counts.add_merge(reason, row.at)
     return Question(record.id or str(number), shown, asked, row.at, record.tools)
-
-
-def _not_asked(record: Record, asked: Sequence[Message]) -> list[str]:
-    """What a record says that has no part in its question."""
-    said = {
-        "what stands behind the last question is not shown to the model": (
-            len(record.messages) > len(asked) or bool(record.answers) or bool(record.key)
-        ),
-        "other phrasings of the question are not asked": bool(record.variants),
-        "whether its answer is marked as good or bad means nothing here": record.label is not None,
-        "weights of answers mean nothing here": any("weight" in one for one in record.messages),
-    }
-    return [reason for reason, holds in said.items() if holds]
 
 
 def counts_of_questions(settings: InferSettings) -> Counts:

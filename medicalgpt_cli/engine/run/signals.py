@@ -40,6 +40,11 @@ def received() -> int | None:
     return _received[-1] if _received else None
 
 
+def ignore() -> None:
+    """The work is done and its exit code is settled: while the interpreter shuts down, a signal would only hide it."""
+    _handle(signal.SIG_IGN)
+
+
 def forget() -> None:
     """The signal was taken as something else than the end of the program."""
     _received.clear()
@@ -63,7 +68,7 @@ def handled(handler: Callable[[int, FrameType | None], Any]) -> Iterator[None]:
             signal.signal(number, one)
 
 
-def _handle(handler: Callable[[int, FrameType | None], Any]) -> dict[int, Any]:
+def _handle(handler: Callable[[int, FrameType | None], Any] | signal.Handlers) -> dict[int, Any]:
     """Set a handler for each signal that is not ignored (`nohup` ignores SIGHUP, a shell's background SIGINT)."""
     heard = [number for number in STOP_SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
     return {number: signal.signal(number, handler) for number in heard}

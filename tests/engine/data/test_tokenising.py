@@ -188,12 +188,19 @@ def test_what_another_process_raises_is_raised_here_and_a_lost_one_is_said(tmp_p
     no_template = tiny_tokenizer("none")
     with pytest.raises(UsageError, match="no chat template"):
         list(tokenising._by_others(iter([rows]), Rendering(no_template, 64), 2))
-    with tokenising._Child(Rendering(tiny_tokenizer(), 64)) as child:
+    tokenizer = tiny_tokenizer()
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    with tokenising._Child(Rendering(tokenizer, 64), str(tmp_path / "tokenizer")) as child:
         child._process.kill()
         with pytest.raises(EnvironmentFailure, match="ended by itself"):
             for _ in range(2):
                 child.ask(rows)
                 child.answer()
+    tiny_tokenizer("none").save_pretrained(tmp_path / "other")
+    with tokenising._Child(Rendering(tokenizer, 64), str(tmp_path / "other")) as child:
+        child.ask(rows)
+        with pytest.raises(EnvironmentFailure, match="another one after it was saved"):
+            child.answer()
 
 
 def test_the_program_itself_is_not_run_again_by_the_others(tmp_path):
