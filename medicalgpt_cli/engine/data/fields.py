@@ -93,10 +93,6 @@ class Fields:
         """The value, without using it."""
         return self._value[self._keys[meaning]] if meaning in self._keys else None
 
-    def put_back(self, meaning: str) -> None:
-        """A key whose value turned out to say nothing here is unused after all."""
-        self._used.discard(self._keys[meaning])
-
     def name(self, meaning: str) -> str:
         """The key as the record spells it. It is one that is known, and may stand in a message."""
         return self._keys.get(meaning, meaning)

@@ -223,11 +223,6 @@ def must_be_text(kind: str, at: str) -> None:
         )
 
 
-def load_texts(sources: Sequence[str], counts: Counts, observer: Observer) -> list[str]:
-    """All documents of `iterate_texts` at once."""
-    return [document.text for document in iterate_texts(sources, counts, observer)]
-
-
 def first_format(sources: Sequence[str], reading: ReadOptions = AS_FOUND) -> str:
     """The format of the first record that has one, which decides what the sources are for; text if all are documents.
 

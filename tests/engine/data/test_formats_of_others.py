@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from medicalgpt_cli.engine.data.counts import Counts
-from medicalgpt_cli.engine.data.formats import load_conversations, load_prompts, load_texts
+from medicalgpt_cli.engine.data.formats import iterate_texts, load_conversations, load_prompts
 from medicalgpt_cli.engine.data.preferences import load_pairs
 from medicalgpt_cli.engine.observer import Observer
 from medicalgpt_cli.errors import DataError
@@ -131,7 +131,8 @@ def test_pictures_are_counted_and_never_learnt_as_their_mark(tmp_path):
 def test_texts_and_prompts(tmp_path):
     write_jsonl(tmp_path / "c4.jsonl", [{"text": ASK}])
     (tmp_path / "wiki.txt").write_text(f"{ASK}\n{SAY}\n", encoding="utf-8")
-    assert load_texts([str(tmp_path)], Counts(), Observer()) == [ASK, ASK, SAY]
+    found = iterate_texts([str(tmp_path)], Counts(), Observer())
+    assert [one.text for one in found] == [ASK, ASK, SAY]
     path = write_jsonl(tmp_path / "p.jsonl", [{"prompt": [{"role": "user", "content": ASK}]}])
     (found,) = load_prompts([str(path)], Counts(), Observer())
     assert said(found) == [("user", ASK)]

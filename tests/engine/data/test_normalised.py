@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from medicalgpt_cli.engine.data.cleaning import write_clean
 from medicalgpt_cli.engine.data.counts import Counts
 from medicalgpt_cli.engine.data.examples import render_conversation
-from medicalgpt_cli.engine.data.formats import load_conversations, load_prompts, load_texts
+from medicalgpt_cli.engine.data.formats import iterate_texts, load_conversations, load_prompts
 from medicalgpt_cli.engine.data.inspection import Inspection, inspect
 from medicalgpt_cli.engine.data.normalised import line_of, normalised
 from medicalgpt_cli.engine.data.preferences import load_pairs
@@ -81,14 +81,14 @@ def loaded(path: Path) -> dict[str, Any]:
     tokenizer = tiny_tokenizer("chatml")
     found: dict[str, Any] = {}
     readers = {"sft": load_conversations, "reward": load_pairs, "rl": load_rl_prompts, "infer": load_prompts}
-    for name, read in {**readers, "pretrain": load_texts}.items():
+    for name, read in {**readers, "pretrain": iterate_texts}.items():
         try:
-            made = read([str(path)], Counts(), Observer())
+            made = list(read([str(path)], Counts(), Observer()))
         except MedgptError as problem:
             found[name] = type(problem).__name__
             continue
         if name == "pretrain":
-            found[name] = made
+            found[name] = [one.text for one in made]
             continue
         about = ("messages", "tools", "id", "chosen", "rejected", "options", "key")
         found[name] = [{key: getattr(one, key) for key in about if hasattr(one, key)} for one in made]

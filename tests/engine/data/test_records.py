@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from medicalgpt_cli.engine.data.counts import Counts
-from medicalgpt_cli.engine.data.formats import load_conversations, load_prompts, load_texts
+from medicalgpt_cli.engine.data.formats import iterate_texts, load_conversations, load_prompts
 from medicalgpt_cli.engine.data.known_keys import NO_MEANING, SPELLINGS
 from medicalgpt_cli.engine.data.messages import Conversation
 from medicalgpt_cli.engine.data.preferences import Pair, load_pairs
@@ -506,6 +506,18 @@ def test_exams(row, tmp_path):
     assert said(asked) == [("user", LISTED)]
 
 
+def test_prompts_say_that_answers_are_left_out(tmp_path):
+    path = str(write_jsonl(tmp_path / "a.jsonl", [{"question": "Fever?", "answer": "Drink."}]))
+    for read in (load_prompts, load_rl_prompts):
+        counts = Counts()
+        read([path], counts, Observer())
+        assert counts.merged == {"what stands behind the last question is not shown to the model": 1}
+    exam = str(write_jsonl(tmp_path / "b.jsonl", [{"question": "a", "options": ORGANS, "answer": "B"}]))
+    counts = Counts()
+    load_rl_prompts([exam], counts, Observer())
+    assert not counts.merged  # the key is what the rules go by
+
+
 def test_several_right_options(tmp_path):
     (found,), _ = sft(tmp_path, {"question": "Which?", "options": ORGANS, "answer": "AC"})
     assert found.messages[-1]["content"] == "A, C: Skin; Liver"
@@ -700,7 +712,7 @@ def test_a_key_that_could_be_a_patient_is_not_named(tmp_path):
 def test_keys_beside_plain_text_are_named(tmp_path):
     counts = Counts()
     path = write_jsonl(tmp_path / "a.jsonl", [{"text": "Fever.", "patient": 7, "meta": {"a": 1}}])
-    assert load_texts([str(path)], counts, Observer()) == ["Fever."]
+    assert [one.text for one in iterate_texts([str(path)], counts, Observer())] == ["Fever."]
     assert [(one["key"], one["meaning"]) for one in counts.unused()] == [
         ("meta", "says nothing to be learnt"),
         ("patient", "not known"),

@@ -52,7 +52,7 @@ FORMATS: dict[str, dict[str, Any]] = {
 READERS: dict[str, Callable[[str], Any]] = {
     "conversations": lambda path: _counted(formats.load_conversations, path),
     "prompts": lambda path: _counted(formats.load_prompts, path),
-    "texts": lambda path: _counted(formats.load_texts, path),
+    "texts": lambda path: _counted(lambda *given: list(formats.iterate_texts(*given)), path),
     "pairs": lambda path: _counted(load_pairs, path),
     "rl": lambda path: _counted(load_rl_prompts, path),
     "first format": lambda path: formats.first_format([path]),
